@@ -1,0 +1,1 @@
+"""Plain Flax models that know nothing of adapters, and their Hugging Face names."""
