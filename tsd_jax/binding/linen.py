@@ -1,0 +1,229 @@
+"""How adapters meet a Flax Linen model: beside its kernels, by interception.
+
+    {"q_proj": {"kernel": K}}   ->   {"q_proj": {"kernel": K, "kernel_tsd": Bound}}
+
+The model is not changed. Bound leaves lie in the `params` collection, so `nn.scan`
+slices them, `nn.remat` recomputes with them, and shardings hold for them as for any
+other parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tsd_jax.binding.contraction import low_rank
+from tsd_jax.binding.linen_handlers import HANDLERS, Call, Handler, find_handler
+from tsd_jax.binding.linen_trace import trace_layouts
+from tsd_jax.core import paths
+from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.layout import Layout
+from tsd_jax.core.methods import Method, get_method
+from tsd_jax.core.spec import KernelSpec, Rule, Spec, build_spec, match_rules
+
+SUFFIX = "_tsd"
+
+
+@struct.dataclass
+class Bound:
+    """Lie beside a kernel: dK = down @ up, stacked axes where the kernel has its own.
+
+    Attributes:
+      down: A and L. up: gamma B and diag(g + o) R^T. key: dropout key data, or None.
+      batch: stacked axes of the kernel as its module sees it.
+      dropout: probability on the input of the low-rank path.
+    """
+
+    down: jax.Array
+    up: jax.Array
+    key: jax.Array | None
+    batch: tuple[int, ...] = struct.field(pytree_node=False)
+    dropout: float = struct.field(pytree_node=False)
+
+
+def make_spec(
+    apply_fn: Callable,
+    variables: Mapping[str, Any],
+    rules: Sequence[Rule],
+    *args: Any,
+    method: str | Method = "tsd",
+    handlers: Mapping[type[nn.Module], Handler] = HANDLERS,
+    **kwargs: Any,
+) -> Spec:
+    """Choose the kernels to adapt, from one abstract trace of the model.
+
+    Nothing is computed: arrays may be ShapeDtypeStructs.
+
+    Args:
+      apply_fn: the model's `apply`; called as `apply_fn(variables, *args, **kwargs)`.
+      variables: {"params": ..., other collections}.
+      rules: regular expressions over "/"-joined paths in `params`; the first match
+        wins.
+      *args: what the model is called with, as arrays or ShapeDtypeStructs.
+      method: "lora", "dash", "init", "tsd", or of `get_method`.
+      handlers: what each module type contracts; extend `HANDLERS` for modules of
+        your own.
+      **kwargs: likewise.
+
+    Raises:
+      InputError: a rule matches nothing; a matched kernel is used by no known module
+        in that trace, or in two ways; rank or directions exceed the kernel.
+    """
+    params = paths.flatten(variables["params"])
+    boxed = [path for path, leaf in params.items() if not hasattr(leaf, "shape")]
+    if boxed:
+        raise InputError(f"{boxed[0]} is boxed metadata: call nn.meta.unbox first")
+    matched = match_rules(tuple(params), rules)
+    layouts, owners = trace_layouts(
+        apply_fn, variables, tuple(matched), handlers, args, kwargs
+    )
+    for path in matched:
+        if path not in layouts:
+            raise InputError(_unused(path, owners.get(path.rpartition("/")[0]), handlers))
+    for path, rule in matched.items():
+        if rule.layout:
+            layouts[path] = _overridden(path, rule.layout, layouts[path])
+    shapes = {path: tuple(params[path].shape) for path in matched}
+    method = get_method(method) if isinstance(method, str) else method
+    return build_spec(shapes, layouts, matched, method)
+
+
+def _unused(path: str, owner: str | None, handlers: Mapping) -> str:
+    known = ", ".join(sorted(kind.__name__ for kind in handlers))
+    if owner:
+        return (
+            f"{path} belongs to a module of type {owner}, which has no low-rank path "
+            f"(known: {known}); leave it out of the rules, or give a handler for it"
+        )
+    return (
+        f"{path} is matched by a rule, but no module uses it in this call of the "
+        "model; leave it out of the rules, or trace a call that uses it"
+    )
+
+
+def _overridden(path: str, wanted: Layout, traced: Layout) -> Layout:
+    """Take a rule's layout; inputs and outputs may only become batch axes."""
+    layout = Layout(wanted.batch, wanted.inputs, wanted.outputs, traced.lifted)
+    fits = set(layout.inputs) <= set(traced.inputs)
+    if not (fits and set(layout.outputs) <= set(traced.outputs)):
+        raise InputError(
+            f"{path}: the rule's {wanted} contradicts the module, which has "
+            f"inputs {traced.inputs} and outputs {traced.outputs}"
+        )
+    return layout
+
+
+def _place(leaf: jax.Array, kernel: KernelSpec) -> jax.Array:
+    """Move a leaf (*batch, m, n) so that its batch axes lie where the kernel's do."""
+    batch = kernel.layout.batch
+    ones = (1,) * (len(kernel.shape) - len(batch) - 2)
+    shape = (*leaf.shape[:-2], *ones, *leaf.shape[-2:])
+    return jnp.moveaxis(leaf.reshape(shape), range(len(batch)), batch)
+
+
+def _unplace(leaf: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """Bring a sliced leaf back to (*batch, m, n), batch as the module sees it."""
+    moved = jnp.moveaxis(leaf, batch, range(len(batch)))
+    return moved.reshape(*moved.shape[: len(batch)], *moved.shape[-2:])
+
+
+def _dropout_keys(key: jax.Array, kernel: KernelSpec) -> jax.Array:
+    """Give every matrix of a stack a key of its own, as data (*batch, 1, words)."""
+    own = jax.random.fold_in(key, zlib.crc32(kernel.path.encode()))
+    keys = jax.random.split(own, kernel.batch_shape)
+    return jax.random.key_data(keys)[..., None, :]
+
+
+def bind(
+    params: Mapping[str, Any],
+    adapters: Mapping[str, Adapter],
+    directions: Mapping[str, Directions],
+    dropout_key: jax.Array | None = None,
+) -> dict[str, Any]:
+    """Put adapters beside their kernels, for a model called through `adapted`.
+
+    Args:
+      params: the parameter tree; its leaves are passed on untouched.
+      adapters: {path: Adapter}. directions: {path: Directions}.
+      dropout_key: a typed key; without one there is no dropout (evaluation).
+
+    Returns:
+      A new tree with one more leaf, `<kernel>_tsd`, beside every adapted kernel.
+    """
+    bound = {}
+    for path, adapter in adapters.items():
+        kernel = adapter.kernel
+        down, up = low_rank_factors(adapter, directions[path])
+        dropping = dropout_key is not None and kernel.dropout > 0
+        key = _dropout_keys(dropout_key, kernel) if dropping else None
+        placed = jax.tree.map(functools.partial(_place, kernel=kernel), (down, up, key))
+        bound[path + SUFFIX] = Bound(
+            *placed, batch=kernel.layout.visible_batch, dropout=kernel.dropout
+        )
+    paths.select(params, tuple(adapters))
+    return paths.update(params, bound)
+
+
+def _drop(x: jax.Array, key_data: jax.Array, rate: float) -> jax.Array:
+    key = jax.random.wrap_key_data(key_data.reshape(-1))
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _low_rank(call: Call, bound: Bound, y_shape: tuple[int, ...]) -> jax.Array:
+    """Compute what one module's output gains, in the factors' type."""
+    x = call.x
+    if bound.key is not None:
+        x = _drop(x, bound.key, bound.dropout)
+    return low_rank(
+        x,
+        _unplace(bound.down, bound.batch),
+        _unplace(bound.up, bound.batch),
+        call.contraction,
+        batch=bound.batch,
+        y_shape=y_shape,
+    )
+
+
+def adapted(
+    apply_fn: Callable, handlers: Mapping[type[nn.Module], Handler] = HANDLERS
+) -> Callable:
+    """Let a Linen `apply` see the adapters bound beside its kernels.
+
+        y = x K + (x down) up,   never K + dK
+
+    The low-rank path runs in the adapters' type (float32) and is added before the
+    sum is rounded to y's type. Same signature, and the same function where nothing
+    is bound.
+
+    Args:
+      apply_fn: a Linen model's `apply`.
+      handlers: as given to `make_spec`.
+    """
+
+    def add_low_rank(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
+        module = context.module
+        handler = find_handler(module, handlers)
+        if handler is None or context.method_name != "__call__":
+            return y
+        call = handler(module, *args, **kwargs)
+        if not module.has_variable("params", call.kernel + SUFFIX):
+            return y
+        bound = module.get_variable("params", call.kernel + SUFFIX)
+        return (y + _low_rank(call, bound, y.shape)).astype(y.dtype)
+
+    @functools.wraps(apply_fn)
+    def adapted_apply(variables, *args, **kwargs):
+        with nn.intercept_methods(add_low_rank):
+            return apply_fn(variables, *args, **kwargs)
+
+    return adapted_apply

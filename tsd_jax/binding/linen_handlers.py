@@ -1,0 +1,81 @@
+"""What each Linen module contracts: the one place that knows module types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from string import ascii_letters
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+
+from tsd_jax.binding.contraction import Contraction
+
+
+class Call(NamedTuple):
+    """Describe one call of a linear module.
+
+    Attributes:
+      kernel: name of the parameter.
+      x: the input it is contracted with.
+      subscripts: the contraction "x,kernel->y" as for `jnp.einsum`.
+    """
+
+    kernel: str
+    x: jax.Array
+    subscripts: str
+
+    @property
+    def contraction(self) -> Contraction:
+        """The labels of the three arrays."""
+        return Contraction.parse(self.subscripts, self.x.ndim)
+
+
+Handler = Callable[..., Call]
+
+
+def dense(module: nn.Dense, inputs: jax.Array) -> Call:
+    """Describe `nn.Dense`: the last axis is contracted."""
+    del module
+    return Call("kernel", inputs, "...a,ab->...b")
+
+
+def dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Call:
+    """Describe `nn.DenseGeneral`: `axis` contracted, `features` produced."""
+
+    def axes(value) -> tuple[int, ...]:
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return tuple(axis % inputs.ndim for axis in values)
+
+    contracted, stacked = axes(module.axis), axes(module.batch_dims)
+    features = (module.features,) if isinstance(module.features, int) else module.features
+    x = ascii_letters[: inputs.ndim]
+    produced = ascii_letters[inputs.ndim : inputs.ndim + len(tuple(features))]
+    batch = "".join(x[axis] for axis in stacked)
+    kernel = batch + "".join(x[axis] for axis in contracted) + produced
+    free = [x[a] for a in range(inputs.ndim) if a not in (*contracted, *stacked)]
+    return Call("kernel", inputs, f"{x},{kernel}->{batch}{''.join(free)}{produced}")
+
+
+def einsum(
+    module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
+) -> Call:
+    """Describe `nn.Einsum`: its own subscripts."""
+    return Call("kernel", inputs, einsum_str or module.einsum_str or "")
+
+
+HANDLERS: Mapping[type[nn.Module], Handler] = {
+    nn.Dense: dense,
+    nn.DenseGeneral: dense_general,
+    nn.Einsum: einsum,
+}
+
+
+def find_handler(
+    module: nn.Module, handlers: Mapping[type[nn.Module], Handler]
+) -> Handler | None:
+    """Look up the handler of a module's class or its nearest base class."""
+    for base in type(module).__mro__:
+        if base in handlers:
+            return handlers[base]
+    return None

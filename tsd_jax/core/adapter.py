@@ -1,0 +1,161 @@
+"""What is put beside a kernel: what trains, what is frozen, and their product."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tsd_jax.core import paths
+from tsd_jax.core.spec import KernelSpec, Spec
+
+
+@struct.dataclass
+class Adapter:
+    """Hold what trains beside one kernel; shapes (*batch, ...), float32.
+
+    Attributes:
+      a: A, (*batch, in, r). b: B, (*batch, r, out).
+      gain: g, (*batch, s), the coordinates along the first s launched directions;
+        None where the method has none.
+      kernel: the kernel's static description.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    gain: jax.Array | None
+    kernel: KernelSpec = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Directions:
+    """Hold what is frozen beside one kernel; zeros until launch, None for `lora`.
+
+    Attributes:
+      left: L, (*batch, in, c). right: R, (*batch, out, c).
+      offset: o, (*batch, c).
+    """
+
+    left: jax.Array | None
+    right: jax.Array | None
+    offset: jax.Array | None
+
+
+Adapters = dict[str, Adapter]
+AllDirections = dict[str, Directions]
+
+
+def init_kernel(
+    key: jax.Array, kernel: KernelSpec, dtype: jnp.dtype
+) -> tuple[Adapter, Directions]:
+    """Start one kernel's adapter: A uniform in +-1/sqrt(in), all else zero.
+
+    The same as PEFT's default (`kaiming_uniform_(a=sqrt(5))`).
+    """
+    batch, size = kernel.batch_shape, (kernel.fan_in, kernel.fan_out)
+    bound = size[0] ** -0.5
+    a = jax.random.uniform(
+        key, (*batch, size[0], kernel.rank), dtype, minval=-bound, maxval=bound
+    )
+    b = jnp.zeros((*batch, kernel.rank, size[1]), dtype)
+    gain = jnp.zeros((*batch, kernel.gains), dtype) if kernel.gains else None
+    if not kernel.columns:
+        return Adapter(a, b, gain, kernel), Directions(None, None, None)
+    return Adapter(a, b, gain, kernel), Directions(
+        left=jnp.zeros((*batch, size[0], kernel.columns), dtype),
+        right=jnp.zeros((*batch, size[1], kernel.columns), dtype),
+        offset=jnp.zeros((*batch, kernel.columns), dtype),
+    )
+
+
+def init(
+    key: jax.Array, spec: Spec, dtype: jnp.dtype = jnp.float32
+) -> tuple[Adapters, AllDirections]:
+    """Create the adapters and directions of a spec; the function does not change.
+
+    Each kernel's key is folded from its path, so that its start does not depend on
+    which other kernels are adapted.
+
+    Args:
+      key: a JAX random key.
+      spec: of `make_spec`.
+      dtype: of all leaves; float32 also beside a bfloat16 base.
+
+    Returns:
+      ({path: Adapter}, {path: Directions}).
+    """
+    keys = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in spec.paths}
+    pairs = {k.path: init_kernel(keys[k.path], k, dtype) for k in spec.kernels}
+    return (
+        {path: pair[0] for path, pair in pairs.items()},
+        {path: pair[1] for path, pair in pairs.items()},
+    )
+
+
+def low_rank_factors(
+    adapter: Adapter, directions: Directions
+) -> tuple[jax.Array, jax.Array]:
+    """Write all that is added to a kernel as one product.
+
+        dK = gamma A B + L diag(g + o) R^T = down @ up
+        down = [A, L],  up = [gamma B; diag(g + o) R^T]
+
+    The forward pass, merging and export all use this one form.
+
+    Returns:
+      down (*batch, in, r + c), up (*batch, r + c, out).
+    """
+    up = adapter.kernel.scale * adapter.b
+    if directions.left is None:
+        return adapter.a, up
+    coordinates = directions.offset
+    if adapter.gain is not None:
+        unused = coordinates.shape[-1] - adapter.gain.shape[-1]
+        padding = [(0, 0)] * (adapter.gain.ndim - 1) + [(0, unused)]
+        coordinates = coordinates + jnp.pad(adapter.gain, padding)
+    along = coordinates[..., None] * jnp.swapaxes(directions.right, -1, -2)
+    return (
+        jnp.concatenate([adapter.a, directions.left], -1),
+        jnp.concatenate([up, along], -2),
+    )
+
+
+def delta(adapter: Adapter, directions: Directions) -> jax.Array:
+    """Give dK in the kernel's stored shape, in the adapter's dtype."""
+    down, up = low_rank_factors(adapter, directions)
+    matrices = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+    return adapter.kernel.layout.from_matrices(matrices, adapter.kernel.shape)
+
+
+def merge(
+    params: Mapping,
+    adapters: Mapping[str, Adapter],
+    directions: Mapping[str, Directions],
+    dtype: jnp.dtype | None = None,
+) -> dict:
+    """Add every dK to its kernel: K + gamma A B + L diag(g + o) R^T.
+
+    Merging into a bfloat16 kernel rounds most of a small dK away; `dtype` asks for
+    merged kernels in a wider type.
+
+    Args:
+      params: the parameter tree.
+      adapters: {path: Adapter}. directions: {path: Directions}.
+      dtype: of the merged kernels; None keeps each kernel's own.
+
+    Returns:
+      A new tree in which only the adapted kernels differ.
+
+    Raises:
+      InputError: a kernel is not in the tree.
+    """
+    kernels = paths.select(params, tuple(adapters))
+    merged = {}
+    for path, kernel in kernels.items():
+        change = delta(adapters[path], directions[path])
+        total = kernel.astype(change.dtype) + change
+        merged[path] = total.astype(dtype or kernel.dtype)
+    return paths.update(params, merged)

@@ -1,0 +1,221 @@
+"""Rules choose kernels; a spec fixes the shapes of all that is put beside them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.layout import Layout
+from tsd_jax.core.methods import Method
+
+SCALINGS = {
+    "lora": lambda alpha, rank: alpha / rank,
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Adapt every kernel whose whole path matches `pattern`; the first match wins.
+
+    Attributes:
+      pattern: regular expression over "/"-joined paths, matched in full.
+      rank: r, columns of A.
+      alpha: numerator of the scale; gamma = alpha / r ("lora") or alpha / sqrt(r)
+        ("rslora", arXiv:2312.03732).
+      directions: s, the number of task-specific directions Dash trains.
+      dropout: probability of dropping an input element of the low-rank path.
+      scaling: "lora" or "rslora".
+      layout: roles of the kernel's axes, where the traced ones shall not hold.
+    """
+
+    pattern: str
+    rank: int = 8
+    alpha: float = 16.0
+    directions: int = 8
+    dropout: float = 0.0
+    scaling: str = "lora"
+    layout: Layout | None = None
+
+    def __post_init__(self):
+        """Refuse values no kernel could have."""
+        where = f"rule {self.pattern!r}"
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise InputError(f"{where}: not a regular expression: {error}") from None
+        if self.rank < 1:
+            raise InputError(f"{where}: rank must be at least 1, not {self.rank}")
+        if self.directions < 1:
+            raise InputError(
+                f"{where}: directions must be at least 1, not {self.directions}; "
+                "for no directions use method 'lora' or 'init'"
+            )
+        if not self.alpha > 0:
+            raise InputError(f"{where}: alpha must be positive, not {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"{where}: dropout must be in [0, 1), not {self.dropout}")
+        if self.scaling not in SCALINGS:
+            raise InputError(
+                f"{where}: unknown scaling {self.scaling!r}; "
+                f"choose one of {', '.join(SCALINGS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """Describe one adapted kernel; static and hashable.
+
+    Attributes:
+      path: "/"-joined path in the parameter tree.
+      shape: shape as stored.
+      layout: roles of the stored axes.
+      rank: r. alpha: as in the rule. scale: gamma.
+      gains: trainable coordinates; 0 where the method has none.
+      ranked: directions taken at launch.
+      columns: columns of the frozen factors L and R.
+      dropout: probability on the low-rank path's input.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layout: Layout
+    rank: int
+    alpha: float
+    scale: float
+    gains: int
+    ranked: int
+    columns: int
+    dropout: float
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the stacked axes."""
+        return self.layout.shape(self.shape)[:-2]
+
+    @property
+    def fan_in(self) -> int:
+        """Size of the flattened input axes."""
+        return self.layout.shape(self.shape)[-2]
+
+    @property
+    def fan_out(self) -> int:
+        """Size of the flattened output axes."""
+        return self.layout.shape(self.shape)[-1]
+
+    @property
+    def trainable(self) -> int:
+        """Count the trainable parameters beside this kernel."""
+        per_matrix = self.rank * (self.fan_in + self.fan_out) + self.gains
+        return math.prod(self.batch_shape) * per_matrix
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Hold what is adapted and how; static under jit.
+
+    Attributes:
+      kernels: one entry per adapted kernel, in the order of the parameter tree.
+      method: what happens at launch.
+    """
+
+    kernels: tuple[KernelSpec, ...]
+    method: Method
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the adapted kernels."""
+        return tuple(kernel.path for kernel in self.kernels)
+
+    @property
+    def trainable(self) -> int:
+        """Count the trainable parameters."""
+        return sum(kernel.trainable for kernel in self.kernels)
+
+
+def match_rules(paths: Sequence[str], rules: Sequence[Rule]) -> dict[str, Rule]:
+    """Give {path: rule} for every path a rule matches in full; the first rule wins.
+
+    Raises:
+      InputError: there is no rule, a rule matches nothing, or only paths that
+        earlier rules took.
+    """
+    if not rules:
+        raise InputError("no rules: name at least one kernel to adapt")
+    matched: dict[str, Rule] = {}
+    for rule in rules:
+        hits = [path for path in paths if re.fullmatch(rule.pattern, path)]
+        if not hits:
+            near = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.0)
+            raise InputError(
+                f"rule {rule.pattern!r} matches no parameter; "
+                f"the nearest paths are {', '.join(near)}"
+            )
+        fresh = [path for path in hits if path not in matched]
+        if not fresh:
+            raise InputError(
+                f"rule {rule.pattern!r} matches only what earlier rules took "
+                f"({hits[0]}, ...); put it before them or drop it"
+            )
+        matched.update(dict.fromkeys(fresh, rule))
+    return {path: matched[path] for path in paths if path in matched}
+
+
+def kernel_spec(
+    path: str, shape: tuple[int, ...], layout: Layout, rule: Rule, method: Method
+) -> KernelSpec:
+    """Fix the shapes beside one kernel.
+
+    Raises:
+      InputError: the layout does not fit, or rank or directions exceed
+        min(in, out).
+    """
+    layout.validate(path, len(shape))
+    *_, fan_in, fan_out = layout.shape(shape)
+    limit = min(fan_in, fan_out)
+    asked = {"rank": rule.rank}
+    if method.gains:
+        asked["directions"] = rule.directions
+    for name, value in asked.items():
+        if value > limit:
+            raise InputError(
+                f"{path}: {name} {value} is larger than the kernel "
+                f"(in {fan_in}, out {fan_out}); use at most {limit}"
+            )
+    return KernelSpec(
+        path=path,
+        shape=tuple(shape),
+        layout=layout,
+        rank=rule.rank,
+        alpha=rule.alpha,
+        scale=SCALINGS[rule.scaling](rule.alpha, rule.rank),
+        gains=rule.directions * method.gains,
+        ranked=method.ranked(rule.rank, rule.directions),
+        columns=method.columns(rule.rank, rule.directions),
+        dropout=rule.dropout,
+    )
+
+
+def build_spec(
+    shapes: Mapping[str, tuple[int, ...]],
+    layouts: Mapping[str, Layout],
+    matched: Mapping[str, Rule],
+    method: Method,
+) -> Spec:
+    """Put the specs of all matched kernels together.
+
+    Args:
+      shapes: {path: stored shape}.
+      layouts: {path: layout}; a rule's own layout comes before it.
+      matched: {path: rule}, of `match_rules`.
+      method: what happens at launch.
+    """
+    kernels = (
+        kernel_spec(path, shapes[path], rule.layout or layouts[path], rule, method)
+        for path, rule in matched.items()
+    )
+    return Spec(tuple(kernels), method)
