@@ -1,0 +1,1 @@
+"""Data: sources, prompt templates, encoding, deterministic iteration."""

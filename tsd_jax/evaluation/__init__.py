@@ -1,0 +1,1 @@
+"""Evaluation: losses, scoring by likelihood, generation, tasks."""

@@ -1,0 +1,304 @@
+"""Turn records and text into arrays of tokens, targets and weights.
+
+A batch is a dict of "tokens" (B, T) int32, "targets" (B, T) int32 and "weights"
+(B, T) float32: position t reads tokens[t], predicts targets[t], and counts with
+weights[t]. Padding is on the right with weight 0, so a causal model needs no mask.
+
+Prompt and target are encoded each on its own and then joined: no token straddles
+the boundary, and a prompt has the same tokens in training and in generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.data.sources import Record
+
+Batch = dict[str, np.ndarray]
+Template = Callable[[Record], str]
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text, if there is one."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, if there is one."""
+
+    def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Give "input_ids" of a list of texts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded training or evaluation rows, and what the length cost.
+
+    Attributes:
+      arrays: tokens, targets, weights, each (N, T).
+      rows: (N,) index of the record that each row came from.
+      truncated: rows that lost the end of their target.
+      dropped: records left out, because nothing of their target fitted.
+    """
+
+    arrays: Batch
+    rows: np.ndarray
+    truncated: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One row per option of each record, to be ranked by likelihood.
+
+    Attributes:
+      arrays: tokens, targets, weights, each (R, T); weights mark the option's tokens.
+      groups: (R,) index of the record that each row belongs to.
+      labels: (N,) place of the right option among its record's rows.
+      truncated: records whose prompt lost its beginning.
+    """
+
+    arrays: Batch
+    groups: np.ndarray
+    labels: np.ndarray
+    truncated: int
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts padded on the left, for generation.
+
+    Attributes:
+      tokens: (N, T) int32.
+      mask: (N, T) bool, True at real tokens.
+      truncated: prompts that lost their beginning.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    truncated: int
+
+
+def encode_examples(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    template: Template,
+    length: int,
+    *,
+    train_on_prompt: bool = False,
+) -> Examples:
+    """Encode records as BOS + prompt + output + EOS, at most `length` + 1 tokens.
+
+    Weights are 1 on the output and EOS, and on the prompt too if `train_on_prompt`.
+
+    Raises:
+      InputError: no example is left, or the tokenizer has no EOS token.
+    """
+    _check_length(length)
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no EOS token; set its eos_token")
+    eos = [tokenizer.eos_token_id]
+    prompts = _encode_prompts(records, tokenizer, template)
+    outputs = [ids + eos for ids in _encode(tokenizer, [r.output for r in records])]
+    rows = [n for n, prompt in enumerate(prompts) if len(prompt) <= length]
+    if not rows:
+        raise InputError(
+            f"nothing to train on: {len(prompts)} records, and none has any of its "
+            f"output within length {length}; raise the length"
+        )
+    pairs = [(prompts[n], outputs[n]) for n in rows]
+    return Examples(
+        arrays=_pack(pairs, length, train_on_prompt),
+        rows=np.asarray(rows, np.int32),
+        truncated=sum(len(p) + len(o) > length + 1 for p, o in pairs),
+        dropped=len(prompts) - len(rows),
+    )
+
+
+def encode_choices(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    template: Template,
+    length: int,
+) -> Choices:
+    """Encode every option of every record as BOS + prompt + option.
+
+    An option is written the way the output writes the answer ("the correct answer is
+    answer2"). A prompt that is too long loses its beginning, never the option.
+
+    Raises:
+      InputError: a record has no two options, or its answer is not among them, or
+        an option alone is longer than `length`.
+    """
+    _check_length(length)
+    for number, record in enumerate(records, start=1):
+        _check_options(record, number)
+    prompts = _encode_prompts(records, tokenizer, template)
+    groups = np.repeat(np.arange(len(records)), [len(r.options) for r in records])
+    texts = [
+        _written(record, option) for record in records for option in record.options
+    ]
+    options = _encode(tokenizer, texts)
+    pairs, cut = [], set()
+    for group, text, option in zip(groups.tolist(), texts, options, strict=True):
+        room = length + 1 - len(option)
+        if room < 1:
+            raise InputError(
+                f"record {group + 1}: option {text!r} has {len(option)} tokens, "
+                f"more than length {length}; raise the length"
+            )
+        if len(prompts[group]) > room:
+            cut.add(group)
+        pairs.append((_keep_end(prompts[group], room), option))
+    return Choices(
+        arrays=_pack(pairs, length, train_on_prompt=False),
+        groups=groups.astype(np.int32),
+        labels=np.asarray([r.options.index(r.answer) for r in records], np.int32),
+        truncated=len(cut),
+    )
+
+
+def encode_prompts(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    template: Template,
+    length: int | None = None,
+) -> Prompts:
+    """Encode prompts alone, padded on the left to `length` (default: the longest)."""
+    prompts = _encode_prompts(records, tokenizer, template)
+    if not any(prompts):
+        raise InputError("there are no prompts to encode")
+    if length is None:
+        length = max(map(len, prompts))
+    _check_length(length)
+    tokens = np.zeros((len(prompts), length), np.int32)
+    mask = np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        ids = _keep_end(prompt, length)
+        if ids:
+            tokens[row, -len(ids) :] = ids
+            mask[row, -len(ids) :] = True
+    return Prompts(tokens, mask, sum(len(p) > length for p in prompts))
+
+
+def encode_text(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Encode plain text as one run of token ids, (N,) int32, no special tokens."""
+    return np.asarray(_encode(tokenizer, [text])[0], np.int32)
+
+
+def split_text(text: str, fraction: float) -> tuple[str, str]:
+    """Cut off the last `fraction` of the characters, to be held out.
+
+    Raises:
+      InputError: the fraction is not between 0 and 1, or a part would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(
+            f"the held-out fraction is {fraction}; it must be between 0 and 1"
+        )
+    cut = len(text) - round(len(text) * fraction)
+    if not 0 < cut < len(text):
+        raise InputError(
+            f"a text of {len(text)} characters is too short to hold out {fraction}"
+        )
+    return text[:cut], text[cut:]
+
+
+def windows(ids: np.ndarray, length: int) -> Batch:
+    """Cut ids (N,) into (N - 1) // length disjoint windows of a batch.
+
+    Window i reads ids[i·T : i·T + T] and predicts the ids one further on, so that its
+    last target is the first token of the next window, and every id but the first is
+    predicted exactly once (an incomplete window at the end is left out).
+
+    Raises:
+      InputError: the ids do not fill one window.
+    """
+    _check_length(length)
+    count = (len(ids) - 1) // length
+    if count < 1:
+        raise InputError(
+            f"the text has {len(ids)} tokens, too few for one window of {length} "
+            f"(it takes {length + 1}); give more text or a shorter length"
+        )
+    shape = (count, length)
+    return {
+        "tokens": ids[: count * length].astype(np.int32).reshape(shape),
+        "targets": ids[1 : count * length + 1].astype(np.int32).reshape(shape),
+        "weights": np.ones(shape, np.float32),
+    }
+
+
+def _check_length(length: int) -> None:
+    if length < 1:
+        raise InputError(f"the length is {length}; it must be at least 1")
+
+
+def _check_options(record: Record, number: int) -> None:
+    if len(record.options) < 2:
+        raise InputError(
+            f"record {number} has {len(record.options)} options; "
+            "ranking options needs at least two"
+        )
+    if record.answer not in record.options:
+        raise InputError(
+            f"record {number}: answer {record.answer!r} is not among its options "
+            f"{', '.join(record.options)}"
+        )
+
+
+def _written(record: Record, option: str) -> str:
+    """Write the option into the output, in the place of the answer that ends it."""
+    if record.output.endswith(record.answer):
+        return record.output.removesuffix(record.answer) + option
+    return option
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: no warning about texts beyond the model's context, cut later.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _encode_prompts(
+    records: Sequence[Record], tokenizer: Tokenizer, template: Template
+) -> list[list[int]]:
+    """Encode prompts, with BOS in front if the tokenizer has one."""
+    prompts = _encode(tokenizer, [template(record) for record in records])
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return prompts
+    return [ids if ids[:1] == [bos] else [bos, *ids] for ids in prompts]
+
+
+def _keep_end(ids: list[int], room: int) -> list[int]:
+    """Cut from the beginning, but keep the first token: it may be BOS."""
+    if len(ids) <= room:
+        return ids
+    return ids[:1] + ids[len(ids) - room + 1 :]
+
+
+def _pack(
+    pairs: list[tuple[list[int], list[int]]], length: int, train_on_prompt: bool
+) -> Batch:
+    """Join (prompt, target) pairs into right-padded rows, shifted by one."""
+    shape = (len(pairs), length)
+    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    weights = np.zeros(shape, np.float32)
+    for row, (prompt, target) in enumerate(pairs):
+        ids = (prompt + target)[: length + 1]
+        end = len(ids) - 1
+        tokens[row, :end] = ids[:-1]
+        targets[row, :end] = ids[1:]
+        weights[row, 0 if train_on_prompt else max(len(prompt) - 1, 0) : end] = 1
+    return {"tokens": tokens, "targets": targets, "weights": weights}

@@ -1,0 +1,145 @@
+"""Read instruction files and plain text, and say clearly what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tsd_jax.core.errors import InputError
+
+# How the commonsense files (LLM-Adapters) announce what may be answered.
+_ANSWER_FORMAT = re.compile(r"Answer format: (\S+(?:/\S+)+)\s*$")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One task item: what is asked, what is to be written, and what counts as right.
+
+    Attributes:
+      instruction: the task in words.
+      input: further context, often empty.
+      output: the text the model learns to write.
+      answer: the part of the output that is marked, empty where nothing is.
+      options: all answers that could be chosen, empty where it is an open question.
+    """
+
+    instruction: str
+    input: str
+    output: str
+    answer: str = ""
+    options: tuple[str, ...] = ()
+
+
+def read_instructions(path: str | Path) -> list[Record]:
+    """Read a JSON list or JSON lines of instruction records.
+
+    Every row needs a non-empty `instruction` and `output`; `input`, `answer` and
+    `options` may be missing. Without `options`, those named by a closing
+    "Answer format: a/b/c" in the instruction are taken. Other fields are ignored.
+
+    Raises:
+      InputError: the file is missing, empty or not JSON, or a row has not the format.
+    """
+    rows = _parse(_read(path), path)
+    if not rows:
+        raise InputError(f"{path} holds no rows; give a file with at least one")
+    return [_record(row, f"{path}, row {n}") for n, row in enumerate(rows, start=1)]
+
+
+def read_text(path: str | Path) -> str:
+    """Read plain UTF-8 text.
+
+    Raises:
+      InputError: the file is missing, is not UTF-8, or holds only white space.
+    """
+    return _read(path)
+
+
+def _read(path: str | Path) -> str:
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the data file inside it")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"data file {path} does not exist; check the path") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not text.strip():
+        raise InputError(f"data file {path} is empty")
+    return text
+
+
+def _parse(text: str, path: str | Path) -> list[Any]:
+    """Split a JSON list, or one JSON object per line, into rows."""
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _not_json(path, error.lineno, error.msg) from None
+    rows = []
+    # Split at newlines only: str.splitlines also cuts at U+2028, valid inside JSON.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise _not_json(path, number, error.msg) from None
+    return rows
+
+
+def _not_json(path: str | Path, line: int, why: str) -> InputError:
+    return InputError(
+        f"{path} is not JSON (line {line}: {why}); "
+        "give a list of objects, or one object a line"
+    )
+
+
+def _record(row: Any, where: str) -> Record:
+    if not isinstance(row, dict):
+        raise InputError(
+            f"{where} is a {type(row).__name__}; each row must be an object "
+            'with the fields "instruction" and "output"'
+        )
+    instruction = _text(row, "instruction", where, required=True)
+    return Record(
+        instruction=instruction,
+        input=_text(row, "input", where),
+        output=_text(row, "output", where, required=True),
+        answer=_text(row, "answer", where),
+        options=_options(row, instruction, where),
+    )
+
+
+def _text(row: dict[str, Any], field: str, where: str, required: bool = False) -> str:
+    if field not in row and required:
+        raise InputError(
+            f'{where} has no field "{field}" (it has: {", ".join(map(str, row))})'
+        )
+    value = row.get(field)
+    value = "" if value is None else value
+    if not isinstance(value, str):
+        raise InputError(
+            f'{where}: field "{field}" is a {type(value).__name__}, not a string'
+        )
+    if required and not value:
+        raise InputError(f'{where}: field "{field}" is empty')
+    return value
+
+
+def _options(row: dict[str, Any], instruction: str, where: str) -> tuple[str, ...]:
+    if row.get("options") is None:
+        announced = _ANSWER_FORMAT.search(instruction)
+        return tuple(announced[1].split("/")) if announced else ()
+    options = row["options"]
+    if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+        raise InputError(f'{where}: field "options" is not a list of strings')
+    return tuple(options)

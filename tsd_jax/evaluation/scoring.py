@@ -1,0 +1,119 @@
+"""Score rows by likelihood: mean NLL, and the choice among options.
+
+The last batch is filled up with rows of weight 0, so any number of rows runs through
+one compiled program. `place` puts a global batch on the devices; on several hosts
+every process gives it the same batch, and it keeps the rows of its own devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.evaluation.loss import Batch, LossFn, ScoreFn
+
+Place = Callable[[Batch], Batch]
+
+
+def nll(
+    loss_fn: LossFn,
+    variables: Any,
+    arrays: Mapping[str, np.ndarray],
+    batch_size: int,
+    place: Place = lambda batch: batch,
+) -> dict[str, float]:
+    """Give the mean negative log-likelihood per counted token.
+
+    Batch sums are float32, their total is float64.
+
+    Args:
+      loss_fn: of `next_token_loss`; jitted here, compiled once for all calls with it.
+      variables: its first argument, sharded or not.
+      arrays: tokens, targets, weights, each (N, T).
+      batch_size: rows a batch.
+      place: puts a batch on the devices.
+
+    Returns:
+      "nll", "perplexity" and "tokens", the number of counted tokens.
+
+    Raises:
+      InputError: no token counts.
+    """
+    step = jax.jit(loss_fn)
+    total = count = 0.0
+    for batch in _batches(arrays, batch_size):
+        loss, weight = step(variables, place(batch))
+        total, count = total + float(loss), count + float(weight)
+    if count == 0:
+        raise InputError("there is no token to score: all weights are 0")
+    mean = total / count
+    # exp overflows beyond 709, which a diverged model reaches.
+    perplexity = math.inf if mean > 700 else math.exp(mean)
+    return {"nll": mean, "perplexity": perplexity, "tokens": int(count)}
+
+
+def choices(
+    score_fn: ScoreFn,
+    variables: Any,
+    arrays: Mapping[str, np.ndarray],
+    groups: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    place: Place = lambda batch: batch,
+) -> dict[str, float]:
+    """Give the share of records whose right option is the most likely one.
+
+    A record with a score that is not finite counts as wrong.
+
+    Args:
+      score_fn: of `sequence_log_likelihood`; jitted here, compiled once.
+      variables: its first argument, sharded or not.
+      arrays: one row per option, each (R, T).
+      groups: (R,) the record of each row, ascending.
+      labels: (N,) place of the right option within its record.
+      batch_size: rows a batch.
+      place: puts a batch on the devices.
+
+    Returns:
+      "accuracy" and "count", the number of records.
+
+    Raises:
+      InputError: there are no records.
+    """
+    if not len(labels):
+        raise InputError("there are no records to score")
+    step = jax.jit(score_fn)
+    parts = [_fetch(step(variables, place(b))) for b in _batches(arrays, batch_size)]
+    scores = np.concatenate(parts)[: len(groups)]
+    starts = np.searchsorted(groups, np.arange(1, len(labels)))
+    correct = sum(
+        np.isfinite(own).all() and np.argmax(own) == label
+        for own, label in zip(np.split(scores, starts), labels, strict=True)
+    )
+    return {"accuracy": float(correct) / len(labels), "count": len(labels)}
+
+
+def _batches(
+    arrays: Mapping[str, np.ndarray], batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Cut rows into batches, the last one filled up with zeros (weight 0)."""
+    rows = len(arrays["tokens"])
+    for start in range(0, rows, batch_size):
+        missing = max(start + batch_size - rows, 0)
+        yield {
+            name: np.pad(array[start : start + batch_size], ((0, missing), (0, 0)))
+            for name, array in arrays.items()
+        }
+
+
+def _fetch(array: jax.Array) -> np.ndarray:
+    """Give the whole array on the host, the rows of other processes included."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
