@@ -1,0 +1,10 @@
+"""Llama checkpoints in Hugging Face format, to and from our parameter trees."""
+
+from tsd_jax.models.huggingface.config import read_config as read_config
+from tsd_jax.models.huggingface.names import abstract_params as abstract_params
+from tsd_jax.models.huggingface.names import module_name as module_name
+from tsd_jax.models.huggingface.names import to_huggingface as to_huggingface
+from tsd_jax.models.huggingface.source import load_tokenizer as load_tokenizer
+from tsd_jax.models.huggingface.source import resolve as resolve
+from tsd_jax.models.huggingface.weights import load_params as load_params
+from tsd_jax.models.huggingface.weights import write_checkpoint as write_checkpoint

@@ -1,0 +1,143 @@
+"""Folders of safetensors files: learn everything from the headers, then read slices.
+
+A folder holds `model.safetensors`, or several files and `model.safetensors.index.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from tsd_jax.core.errors import InputError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Describe one tensor of a file; its bytes stay there until `read`."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    source: Any = dataclasses.field(repr=False)
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Read the part `index` names, and no more, as stored.
+
+        Raises:
+          InputError: if the file cannot be read any more.
+        """
+        try:
+            return self.source[index] if index else self.source[...]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self.file, error) from error
+
+
+def open_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Describe every tensor in `folder` from the headers of its files.
+
+    Raises:
+      InputError: if a file is missing, corrupt or truncated, if the index and the
+        files disagree, or if weights are not floats; the line names the file.
+    """
+    folder = Path(folder)
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return _read_header(single)
+    if index.is_file():
+        return _read_index(index)
+    raise InputError(
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: fetch one, or convert "
+        "its weights with transformers' save_pretrained"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+      InputError: if the file is missing, is not JSON, or is not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(
+            f"cannot read {file} ({reason}): a model folder in Hugging Face format "
+            "has this file"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file} is not a JSON object: fetch it again")
+    return value
+
+
+def _read_index(index: Path) -> dict[str, StoredTensor]:
+    """Describe the tensors an index lists, each from the file it names."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in listed.values()
+    ):
+        raise InputError(
+            f'{index} has no "weight_map" from tensors to file names: fetch it again'
+        )
+    headers = {
+        file: _read_header(index.parent / file) for file in sorted({*listed.values()})
+    }
+    for name, file in listed.items():
+        if name not in headers[file]:
+            raise InputError(
+                f"{index.parent / file} lacks tensor {name!r}, which {index.name} says "
+                "it holds: fetch both again"
+            )
+    return {name: headers[file][name] for name, file in listed.items()}
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Describe the tensors of one file; opening checks that no byte is missing."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: fetch the missing file")
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+    for name, source in slices.items():
+        if source.get_dtype() not in _DTYPES:
+            raise InputError(
+                f"{file} stores tensor {name!r} as {source.get_dtype()}: quantised "
+                f"weights are not supported, use one of {', '.join(_DTYPES)}"
+            )
+    return {
+        name: StoredTensor(
+            name=name,
+            file=file,
+            shape=tuple(source.get_shape()),
+            dtype=_DTYPES[source.get_dtype()],
+            source=source,
+        )
+        for name, source in slices.items()
+    }
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    """Say that a file's content is not what its format asks."""
+    reason = str(error).replace("\n", " ")
+    return InputError(f"{file} is corrupt or truncated ({reason}): fetch it again")

@@ -1,0 +1,192 @@
+"""Weights from a checkpoint straight to where they are needed, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.models.huggingface import names
+from tsd_jax.models.huggingface.config import config_json
+from tsd_jax.models.huggingface.tensors import SINGLE_FILE, StoredTensor, open_tensors
+from tsd_jax.models.llama import LlamaConfig
+
+Index = tuple[slice, ...]
+
+
+def load_params(
+    folder: str | Path,
+    config: LlamaConfig,
+    *,
+    dtype: DTypeLike | None = None,
+    scan_layers: bool = True,
+    shardings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint's weights, each device's part straight from the file.
+
+    Every name, shape and dtype is checked in the files' headers before a weight is
+    read. The host reads one device's part of one parameter at a time.
+
+    Args:
+      folder: holds `model.safetensors`, or an index and its shards.
+      config: of the model, from `read_config`.
+      dtype: to cast to on the way; by default the stored one.
+      scan_layers: stack the layers, as `Llama(scan_layers=True)` wants them.
+      shardings: a NamedSharding for every parameter, in the parameters' tree; by
+        default whole arrays on the default device.
+
+    Returns:
+      The tree of parameters.
+
+    Raises:
+      InputError: if a file is missing, corrupt or truncated, if a tensor is missing,
+        unknown or has the wrong shape, or if `shardings` has another structure.
+    """
+    stored = open_tensors(folder)
+    wanted = names.flatten(names.abstract_params(config, scan_layers=scan_layers))
+    _check_tensors(Path(folder), stored, names.tensor_shapes(wanted))
+    places = dict.fromkeys(wanted) if shardings is None else names.flatten(shardings)
+    odd = places.keys() ^ wanted.keys()
+    if odd:
+        raise InputError(
+            f"shardings and parameters differ at {min(odd)!r}: give one for each"
+        )
+    params = {}
+    for path, leaf in wanted.items():
+        tensors = [stored[name] for name in names.tensor_names(path, leaf.shape)]
+        read = _reader(path, leaf.shape, tensors, dtype)
+        params[path] = _place(read, leaf.shape, places[path])
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def write_checkpoint(
+    folder: str | Path,
+    config: LlamaConfig,
+    params: Mapping[str, Any],
+    *,
+    dtype: DTypeLike | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.json and model.safetensors as stock transformers loads them.
+
+    Args:
+      folder: made if it does not exist; the two files are replaced whole.
+      config: of the model.
+      params: the tree of parameters, scanned or not, without adapters.
+      dtype: to round the weights to; by default the parameters' own.
+      extra: more entries of config.json, such as `eos_token_id`.
+
+    Raises:
+      InputError: if `params` is not the tree of a Llama with this config.
+    """
+    tensors = names.to_huggingface(params, config)
+    if dtype is not None:
+        tensors = {
+            name: each.astype(jnp.dtype(dtype)) for name, each in tensors.items()
+        }
+    stored = str(tensors["model.embed_tokens.weight"].dtype)
+    text = json.dumps({**config_json(config, stored), **(extra or {})}, indent=2)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, settings = folder / SINGLE_FILE, folder / "config.json"
+    # Under other names first: an interrupted write leaves the old files whole.
+    new_weights, new_settings = (Path(f"{file}.new") for file in (weights, settings))
+    save_file(tensors, new_weights, metadata={"format": "pt"})
+    new_settings.write_text(text + "\n", encoding="utf-8")
+    os.replace(new_weights, weights)
+    os.replace(new_settings, settings)
+
+
+def _check_tensors(
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Compare names and shapes with those the config asks for."""
+    # Buffers of old checkpoints, and the copy that some keep of a tied head.
+    spare = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
+    unknown = {name for name in stored if not spare.fullmatch(name)} - wanted.keys()
+    missing = wanted.keys() - stored.keys()
+    wrong = sorted(
+        name
+        for name in wanted.keys() & stored.keys()
+        if stored[name].shape != wanted[name]
+    )
+    if missing:
+        fault = f"{folder} lacks {_some(missing)}, which config.json asks for"
+    elif unknown:
+        fault = f"{folder} holds {_some(unknown)}, which config.json does not ask for"
+    elif wrong:
+        found = stored[wrong[0]]
+        fault = (
+            f"{found.file} holds {_some(wrong)} with shape {found.shape}, but "
+            f"config.json asks for {wanted[wrong[0]]}"
+        )
+    else:
+        return
+    raise InputError(f"{fault}: fetch weights and config of one model")
+
+
+def _some(tensors: Collection[str]) -> str:
+    """Name the first of `tensors` and count the others."""
+    others = len(tensors) - 1
+    return f"tensor {min(tensors)!r}" + (f" (and {others} more)" if others else "")
+
+
+def _reader(
+    path: str,
+    shape: tuple[int, ...],
+    tensors: list[StoredTensor],
+    dtype: DTypeLike | None,
+) -> Callable[[Index], np.ndarray]:
+    """Make the function that reads any part of a parameter from its tensors."""
+    stored = jnp.result_type(*(tensor.dtype for tensor in tensors))
+    target = jnp.dtype(
+        jax.dtypes.canonicalize_dtype(stored if dtype is None else dtype)
+    )
+
+    def read(index: Index) -> np.ndarray:
+        extents = [len(range(n)[part]) for n, part in zip(shape, index, strict=True)]
+        block = np.empty(extents, target)
+        rows, layers, inner = block[None], tensors, index
+        if names.is_stacked(path):
+            rows, layers, inner = block, tensors[index[0]], index[1:]
+        for row, tensor in zip(rows, layers, strict=True):
+            if names.is_transposed(path):
+                row[...] = tensor.read(inner[::-1]).T
+            else:
+                row[...] = tensor.read(inner)
+        return block
+
+    return read
+
+
+def _place(
+    read: Callable[[Index], np.ndarray],
+    shape: tuple[int, ...],
+    sharding: NamedSharding | None,
+) -> Array:
+    """Put an array on its devices, reading each distinct part of it once."""
+    if sharding is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    replicas: dict[str, tuple[Index, list[Any]]] = {}  # slices themselves do not hash
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        replicas.setdefault(str(index), (index or (), []))[1].append(device)
+    pieces = []
+    for index, devices in replicas.values():
+        part = read(index)
+        pieces += [jax.device_put(part, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
