@@ -231,9 +231,10 @@ class Llama(nn.Module):
           tokens: (B, T) int32.
           positions: (B, T) int32; by default counted along the tokens `mask` keeps.
           mask: (B, T) bool, True at real tokens; padding may stand on either side.
-          decode: keep keys and values in the collection "cache" (which must be
-            mutable) and let these tokens follow those of the calls before; make the
-            cache with `init_cache`. Its free slots are the caller's to count.
+          decode: let these tokens follow those of the calls before, whose keys and
+            values the collection "cache" holds (it must be mutable). A call without
+            one makes it, empty, with as many slots as it has tokens; how many of them
+            are free is the caller's to count.
 
         Returns:
           (B, T, V) float32; rows of padding are finite and mean nothing.
@@ -335,16 +336,3 @@ def _visible(known: Array, start: Array, length: int) -> Array:
     slots = jnp.arange(known.shape[1])[None, None, :]
     own = (start + jnp.arange(length))[None, :, None]
     return (((slots <= own) & known[:, None, :]) | (slots == own))[:, None]
-
-
-def init_cache(model: Llama, batch_size: int, length: int) -> dict[str, Any]:
-    """Make an empty cache of `length` slots for `batch_size` rows.
-
-    Returns:
-      The collection "cache": per layer keys and values (L, B, S, K, H) in the compute
-      dtype, one mask (B, S) and one index for all.
-    """
-    tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-    make = functools.partial(model.init, decode=True)
-    shapes = jax.eval_shape(make, jax.random.key(0), tokens)["cache"]
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
