@@ -1,1 +1,53 @@
 """LoRA-Dash, LoRA-Init and LoRA-TSD for JAX and Flax (arXiv:2409.01035)."""
+
+from tsd_jax.binding.linen import adapted, bind, make_spec
+from tsd_jax.binding.linen_handlers import HANDLERS, Call
+from tsd_jax.core.adapter import (
+    Adapter,
+    Directions,
+    delta,
+    init,
+    low_rank_factors,
+    merge,
+)
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.launch import Ranking, launch
+from tsd_jax.core.layout import Layout
+from tsd_jax.core.methods import METHODS, Method, get_method
+from tsd_jax.core.spec import KernelSpec, Rule, Spec
+from tsd_jax.core.spectra import rank_directions
+from tsd_jax.training.optimizer import (
+    group_labels,
+    make_optimizer,
+    make_schedule,
+    reset_moments,
+)
+
+__all__ = [
+    "HANDLERS",
+    "METHODS",
+    "Adapter",
+    "Call",
+    "Directions",
+    "InputError",
+    "KernelSpec",
+    "Layout",
+    "Method",
+    "Ranking",
+    "Rule",
+    "Spec",
+    "adapted",
+    "bind",
+    "delta",
+    "get_method",
+    "group_labels",
+    "init",
+    "launch",
+    "low_rank_factors",
+    "make_optimizer",
+    "make_schedule",
+    "make_spec",
+    "merge",
+    "rank_directions",
+    "reset_moments",
+]

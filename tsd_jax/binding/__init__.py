@@ -1,0 +1,1 @@
+"""How adapters meet a model: what is Flax-specific and nothing else."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from string import ascii_letters
 
@@ -100,9 +101,10 @@ def low_rank(
     free = [c for c in contraction.x if c not in inputs and c not in stacked]
     middle = "".join(free) + stacked + rank
     a, b = stacked + inputs + rank, stacked + rank + outputs
-    options = {"preferred_element_type": down.dtype}
-    hidden = jnp.einsum(
-        f"{contraction.x},{a}->{middle}", x.astype(down.dtype), split(down, a), **options
+    einsum = functools.partial(jnp.einsum, preferred_element_type=down.dtype)
+    hidden = einsum(
+        f"{contraction.x},{a}->{middle}",
+        x.astype(down.dtype),
+        split(down, a),
     )
-    return jnp.einsum(f"{middle},{b}->{contraction.y}", hidden, split(up, b), **options)
-
+    return einsum(f"{middle},{b}->{contraction.y}", hidden, split(up, b))

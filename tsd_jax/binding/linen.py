@@ -32,8 +32,7 @@ from tsd_jax.core.spec import KernelSpec, Rule, Spec, build_spec, match_rules
 SUFFIX = "_tsd"
 
 
-@struct.dataclass
-class Bound:
+class Bound(struct.PyTreeNode):
     """Lie beside a kernel: dK = down @ up, stacked axes where the kernel has its own.
 
     Attributes:
@@ -87,7 +86,9 @@ def make_spec(
     )
     for path in matched:
         if path not in layouts:
-            raise InputError(_unused(path, owners.get(path.rpartition("/")[0]), handlers))
+            raise InputError(
+                _unused(path, owners.get(path.rpartition("/")[0]), handlers)
+            )
     for path, rule in matched.items():
         if rule.layout:
             layouts[path] = _overridden(path, rule.layout, layouts[path])
@@ -162,8 +163,9 @@ def bind(
     for path, adapter in adapters.items():
         kernel = adapter.kernel
         down, up = low_rank_factors(adapter, directions[path])
-        dropping = dropout_key is not None and kernel.dropout > 0
-        key = _dropout_keys(dropout_key, kernel) if dropping else None
+        key = None
+        if dropout_key is not None and kernel.dropout > 0:
+            key = _dropout_keys(dropout_key, kernel)
         placed = jax.tree.map(functools.partial(_place, kernel=kernel), (down, up, key))
         bound[path + SUFFIX] = Bound(
             *placed, batch=kernel.layout.visible_batch, dropout=kernel.dropout

@@ -48,7 +48,9 @@ def dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Call:
         return tuple(axis % inputs.ndim for axis in values)
 
     contracted, stacked = axes(module.axis), axes(module.batch_dims)
-    features = (module.features,) if isinstance(module.features, int) else module.features
+    features = (
+        (module.features,) if isinstance(module.features, int) else module.features
+    )
     x = ascii_letters[: inputs.ndim]
     produced = ascii_letters[inputs.ndim : inputs.ndim + len(tuple(features))]
     batch = "".join(x[axis] for axis in stacked)
@@ -57,9 +59,7 @@ def dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Call:
     return Call("kernel", inputs, f"{x},{kernel}->{batch}{''.join(free)}{produced}")
 
 
-def einsum(
-    module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
-) -> Call:
+def einsum(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None) -> Call:
     """Describe `nn.Einsum`: its own subscripts."""
     return Call("kernel", inputs, einsum_str or module.einsum_str or "")
 

@@ -24,8 +24,7 @@ from tsd_jax.core.layout import Layout
 PROBE = "_tsd_probe"
 
 
-@struct.dataclass
-class Probe(meta.AxisMetadata):
+class Probe(struct.PyTreeNode, meta.AxisMetadata):
     """Follow a stored array through lifted transforms.
 
     Attributes:
@@ -38,17 +37,21 @@ class Probe(meta.AxisMetadata):
     axes: tuple[int, ...] = struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
+        """Give what stands in for the kernel."""
         return self.value
 
     def replace_boxed(self, val: Any) -> Probe:
+        """Follow another value from the same place."""
         return self.replace(value=val)
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Probe:
+        """Note that a transform takes an axis away on its way inwards."""
         del params
         index %= len(self.axes)
         return self.replace(axes=self.axes[:index] + self.axes[index + 1 :])
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Probe:
+        """Keep the count of axes right on the way outwards."""
         del params
         missing = -1  # never read: probes only go inwards
         index %= len(self.axes) + 1

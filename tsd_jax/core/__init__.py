@@ -1,0 +1,1 @@
+"""Arrays and pytrees only: specs, adapters, directions, ranking, launch, merging."""

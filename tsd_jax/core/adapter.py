@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from flax import struct
 from tsd_jax.core import paths
 from tsd_jax.core.spec import KernelSpec, Spec
 
+Leaf = Any
+"""A jax.Array; in trees derived from these, its sharding, label or moment."""
 
-@struct.dataclass
-class Adapter:
+
+class Adapter(struct.PyTreeNode):
     """Hold what trains beside one kernel; shapes (*batch, ...), float32.
 
     Attributes:
@@ -24,14 +27,13 @@ class Adapter:
       kernel: the kernel's static description.
     """
 
-    a: jax.Array
-    b: jax.Array
-    gain: jax.Array | None
+    a: Leaf
+    b: Leaf
+    gain: Leaf
     kernel: KernelSpec = struct.field(pytree_node=False)
 
 
-@struct.dataclass
-class Directions:
+class Directions(struct.PyTreeNode):
     """Hold what is frozen beside one kernel; zeros until launch, None for `lora`.
 
     Attributes:
@@ -39,9 +41,9 @@ class Directions:
       offset: o, (*batch, c).
     """
 
-    left: jax.Array | None
-    right: jax.Array | None
-    offset: jax.Array | None
+    left: Leaf
+    right: Leaf
+    offset: Leaf
 
 
 Adapters = dict[str, Adapter]
@@ -87,7 +89,9 @@ def init(
     Returns:
       ({path: Adapter}, {path: Directions}).
     """
-    keys = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in spec.paths}
+    keys = {
+        path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in spec.paths
+    }
     pairs = {k.path: init_kernel(keys[k.path], k, dtype) for k in spec.kernels}
     return (
         {path: pair[0] for path, pair in pairs.items()},

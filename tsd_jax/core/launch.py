@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions
+from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
@@ -22,8 +22,7 @@ from tsd_jax.core.spectra import Ranked, rank_directions
 EPSILON = 1e-6
 
 
-@struct.dataclass
-class Ranking:
+class Ranking(struct.PyTreeNode):
     """Report what launch saw in one kernel; float32, shapes (*batch, ...).
 
     Attributes:
@@ -32,9 +31,9 @@ class Ranking:
       indices: the launched directions, best first, (*batch, c), int32.
     """
 
-    sigma: jax.Array
-    rates: jax.Array
-    indices: jax.Array
+    sigma: Leaf
+    rates: Leaf
+    indices: Leaf
 
 
 def _start(
@@ -108,12 +107,14 @@ def _launch_stack(
 
 def _out_shardings(a: jax.Array, b: jax.Array):
     """Give the results the shardings the adapter has, where it has named ones."""
-    if isinstance(a, jax.core.Tracer) or not isinstance(a.sharding, NamedSharding):
+    at_a, at_b = getattr(a, "sharding", None), getattr(b, "sharding", None)
+    if not (isinstance(at_a, NamedSharding) and isinstance(at_b, NamedSharding)):
         return None
-    mesh = a.sharding.mesh
-    nothing = (None,) * a.ndim
-    *batch, rows, _ = (*a.sharding.spec, *nothing)[: a.ndim]
-    *_, columns = (*b.sharding.spec, *nothing)[: b.ndim]
+    if not isinstance(at_a.mesh, Mesh):  # traced: the caller's jit decides
+        return None
+    mesh, nothing = at_a.mesh, (None,) * a.ndim
+    *batch, rows, _ = (*at_a.spec, *nothing)[: a.ndim]
+    *_, columns = (*at_b.spec, *nothing)[: b.ndim]
 
     def named(*axes):
         return NamedSharding(mesh, PartitionSpec(*batch, *axes))
@@ -124,7 +125,11 @@ def _out_shardings(a: jax.Array, b: jax.Array):
 
 
 def launch(
-    params: Mapping, adapters: Mapping[str, Adapter], spec: Spec, *, epsilon: float = EPSILON
+    params: Mapping,
+    adapters: Mapping[str, Adapter],
+    spec: Spec,
+    *,
+    epsilon: float = EPSILON,
 ) -> tuple[Adapters, AllDirections, dict[str, Ranking]]:
     """Rank every kernel's directions and start the dash phase from them.
 

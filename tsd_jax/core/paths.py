@@ -12,7 +12,7 @@ from tsd_jax.core.errors import InputError
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten a nested dict (or FrozenDict) to {"a/b/c": leaf}."""
-    return traverse_util.flatten_dict(core.unfreeze(tree), sep="/")
+    return traverse_util.flatten_dict(core.unfreeze(dict(tree)), sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Ranked(NamedTuple):
     chosen: jax.Array
 
 
-def null_threshold(sigma: jax.Array, shape: tuple[int, int], eps: float) -> jax.Array:
+def null_threshold(sigma: jax.Array, shape: tuple[int, ...], eps: float) -> jax.Array:
     """Bound the numerical null space: max(in, out) * eps * sigma_1.
 
     The storage type's eps counts, but never more than float32's: a bfloat16 kernel

@@ -1,0 +1,1 @@
+"""State, optimizer groups, step, loop, sharding, checkpoints."""

@@ -1,0 +1,81 @@
+"""Checkpoints of the training state, by Orbax; the base model is never in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.training.state import TrainState
+
+
+def _named(state: Any) -> dict[str, Any]:
+    """Name every leaf by its place, independent of the classes around it."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf
+        for path, leaf in leaves
+    }
+
+
+class Checkpoints:
+    """Save and restore states under one folder; use as a context manager.
+
+    Args:
+      folder: made where it does not exist.
+      keep: how many of the newest to keep.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        self._folder = folder.resolve()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest saved step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Save a state in the background; a step that is there is left alone."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(_named(state)))
+
+    def wait(self) -> None:
+        """Wait until all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, template: TrainState) -> TrainState:
+        """Restore the newest state into the shapes and shardings of `template`.
+
+        Args:
+          template: a state of arrays or of ShapeDtypeStructs with shardings.
+
+        Raises:
+          InputError: there is none, or it is of another shape or damaged.
+        """
+        step = self.latest
+        if step is None:
+            raise InputError(f"no checkpoint in {self._folder}")
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.StandardRestore(_named(template))
+            )
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"checkpoint {self._folder / str(step)} cannot be restored ({reason}); "
+                "remove that folder to go on from the one before, or use a new workdir"
+            ) from error
+        leaves = [restored[name] for name in _named(template)]
+        return jax.tree.unflatten(jax.tree.structure(template), leaves)

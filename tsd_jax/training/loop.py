@@ -1,0 +1,237 @@
+"""The loop: steps, the launch at its step, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.training.checkpoint import Checkpoints
+from tsd_jax.training.recorder import Recorder
+from tsd_jax.training.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Say when things happen; in optimizer steps.
+
+    Attributes:
+      steps: of the whole run.
+      launch_step: steps before launch; None for a method without one.
+      log_every: a figure, a sync of host and device.
+      eval_every: 0 for evaluation before and after only.
+      checkpoint_every: 0 for the end only.
+    """
+
+    steps: int
+    launch_step: int | None
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 0
+
+    def __post_init__(self):
+        """Refuse a plan that cannot be carried out."""
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, not {self.steps}")
+        if self.log_every < 1:
+            raise InputError(f"log_every must be at least 1, not {self.log_every}")
+        if self.launch_step is not None and not 1 <= self.launch_step < self.steps:
+            raise InputError(
+                f"launch_step {self.launch_step} must lie in [1, steps), and steps are "
+                f"{self.steps}: launch earlier or train longer"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Name what the loop calls; it knows neither model nor data.
+
+    Attributes:
+      step: jitted (state, params, batch, key) -> (state, metrics).
+      launch: state -> (state, report).
+      batch: step -> placed batch.
+      evaluate: state -> {name: figure}.
+      on_launch: report -> None; writes what launch saw.
+      rates: {name: schedule} of learning rates, for the log.
+    """
+
+    step: Any
+    launch: Callable
+    batch: Callable[[int], Mapping[str, jax.Array]]
+    evaluate: Callable[[TrainState], dict[str, float]]
+    on_launch: Callable[[Mapping[str, Any]], None]
+    rates: Mapping[str, optax.Schedule]
+
+
+class Stopwatch:
+    """Time the steps alone: no compilation, launch, evaluation or saving.
+
+    Attributes:
+      tokens: positions trained on so far, padding included.
+      seconds: of training so far.
+      compile_seconds: of compiling the step.
+    """
+
+    def __init__(self):
+        self.tokens, self.seconds, self.compile_seconds = 0, 0.0, 0.0
+        self._lap_start = (0, 0.0)
+        self._since = 0.0
+
+    def go(self) -> None:
+        """Start or go on."""
+        self._since = time.perf_counter()
+
+    def stop(self, pending: Any) -> None:
+        """Wait until the device has computed `pending`, and hold the watch."""
+        jax.block_until_ready(pending)
+        self.seconds += time.perf_counter() - self._since
+
+    def lap(self) -> float:
+        """Give tokens per second since the last lap."""
+        tokens, seconds = self._lap_start
+        self._lap_start = (self.tokens, self.seconds)
+        return (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of all steps timed."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class StopRequested(Exception):  # noqa: N818 - no error
+    """Tell that a signal ended the run, after a checkpoint."""
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that the step in hand can end and be saved."""
+    seen: list[int] = []
+    names = (signal.SIGINT, signal.SIGTERM)
+
+    def note(number, frame):
+        del frame
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    old = [signal.signal(name, note) for name in names]
+    try:
+        yield seen
+    finally:
+        for name, handler in zip(names, old, strict=True):
+            signal.signal(name, handler)
+
+
+def _launch(
+    state: TrainState, parts: Parts, recorder: Recorder, step: int
+) -> TrainState:
+    """Launch between two steps, say how long it took, and write what it saw."""
+    recorder.say(f"step {step:>6}  launch: ranking directions ...")
+    begun = time.perf_counter()
+    state, report = parts.launch(state)
+    jax.block_until_ready((state, report))
+    seconds = time.perf_counter() - begun
+    parts.on_launch(report)
+    recorder.log("launch", step, extract_seconds=seconds)
+    recorder.say(f"step {step:>6}  launched in {seconds:.1f} s")
+    return state
+
+
+def _log(
+    done: int,
+    metrics: Mapping[str, jax.Array],
+    parts: Parts,
+    config: LoopConfig,
+    recorder: Recorder,
+    speed: float,
+) -> None:
+    """Record one step; refuse to go on from a loss that is no number."""
+    figures = {name: float(value) for name, value in metrics.items()}
+    if not math.isfinite(figures["loss"]):
+        raise InputError(
+            f"the loss is {figures['loss']} at step {done}: lower the learning rate "
+            "or look at the data; the last checkpoint is intact"
+        )
+    # The schedules count from 0: this step used the rate of the one before.
+    rates = {
+        name: float(np.asarray(rate(done - 1))) for name, rate in parts.rates.items()
+    }
+    launched = config.launch_step is not None and done > config.launch_step
+    phase = "dash" if launched else "prelaunch"
+    recorder.train(done, phase, **figures, **rates, tokens_per_second=speed)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def run(
+    state: TrainState,
+    params: Mapping[str, Any],
+    key: jax.Array,
+    parts: Parts,
+    config: LoopConfig,
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, Stopwatch]:
+    """Train from `state.step` to the last step.
+
+    The step is compiled once, ahead of time, and that one executable is called to
+    the end.
+
+    Args:
+      state: new or restored. params: the base.
+      key: for dropout.
+      parts: what to call. config: when.
+      recorder: where figures go. checkpoints: where states go.
+
+    Returns:
+      The last state, and the watch over the steps taken here.
+
+    Raises:
+      StopRequested: SIGINT or SIGTERM came; the state is saved.
+      InputError: the loss is no longer finite.
+    """
+    start, watch = int(state.step), Stopwatch()
+    if start == config.steps:
+        return state, watch
+    begun = time.perf_counter()
+    batch = parts.batch(start)
+    step_fn = parts.step.lower(state, params, batch, key).compile()
+    watch.compile_seconds = time.perf_counter() - begun
+    positions = jax.tree.leaves(batch)[0].size
+    watch.go()
+    with stop_signals() as stopping:
+        for step in range(start, config.steps):
+            if step == config.launch_step and not state.launched:
+                watch.stop(state)
+                state = _launch(state, parts, recorder, step)
+                watch.go()
+            state, metrics = step_fn(state, params, parts.batch(step), key)
+            watch.tokens += positions
+            done, last = step + 1, step + 1 == config.steps
+            logging = last or stopping or _due(done, config.log_every)
+            evaluating = not last and _due(done, config.eval_every)
+            saving = last or stopping or _due(done, config.checkpoint_every)
+            if not (logging or evaluating or saving):
+                continue
+            watch.stop(metrics)
+            if logging:
+                _log(done, metrics, parts, config, recorder, watch.lap())
+            if evaluating:
+                recorder.evaluation(done, parts.evaluate(state))
+            if saving:
+                checkpoints.save(done, state)
+            if stopping and not last:
+                raise StopRequested(f"stopped by signal {stopping[0]}")
+            watch.go()
+    return state, watch

@@ -1,0 +1,120 @@
+"""What a run tells while it goes: metrics.jsonl, TensorBoard, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from tsd_jax.training.files import read_lines, write_lines
+
+
+class Recorder:
+    """Write a run's figures; on processes other than the first, do nothing.
+
+    Args:
+      workdir: exists already.
+      steps: of the whole run.
+      start: the step the run goes on from, 0 for a new one.
+      launched: whether the state it goes on from has launched.
+      active: whether this process writes.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        steps: int,
+        start: int,
+        launched: bool,
+        active: bool = True,
+    ):
+        self._path = workdir / "metrics.jsonl"
+        self._active = active
+        self._bar = None
+        self.rows: list[dict[str, Any]] = []
+        if not active:
+            return
+        self.rows = [
+            row for row in read_lines(self._path) if _still_true(row, start, launched)
+        ]
+        write_lines(self._path, self.rows)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir), purge_step=start + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=steps, initial=start, unit="step", dynamic_ncols=True
+            )
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._active:
+            self._file.close()
+            self._board.close()
+            if self._bar is not None:
+                self._bar.close()
+
+    def say(self, text: str) -> None:
+        """Print one line, above the progress bar where there is one."""
+        if self._active:
+            tqdm.write(text, file=sys.stdout) if self._bar is not None else print(
+                text, flush=True
+            )
+
+    def log(self, kind: str, step: int, **figures: Any) -> None:
+        """Record figures of one kind ("train", "eval", "launch") at a step."""
+        if not self._active:
+            return
+        row = {"kind": kind, "step": step, **figures}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def train(self, step: int, phase: str, **figures: float) -> None:
+        """Record and show one logged training step."""
+        self.log("train", step, phase=phase, **figures)
+        loss, speed = figures["loss"], figures["tokens_per_second"]
+        if self._bar is not None:
+            self._bar.set_description(phase, refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+            self._bar.update(step - self._bar.n)
+        else:
+            self.say(
+                f"step {step:>6}  {phase:<9}  loss {loss:.4f}  {speed:,.0f} tokens/s"
+            )
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Record and show the figures of one evaluation."""
+        self.log("eval", step, **figures)
+        self.say(f"step {step:>6}  evaluation  {_figures(figures)}")
+
+    def find(self, kind: str, step: int) -> dict[str, Any] | None:
+        """Give the figures recorded under a kind at a step, or None."""
+        for row in self.rows:
+            if (row["kind"], row["step"]) == (kind, step):
+                return {k: v for k, v in row.items() if k not in ("kind", "step")}
+        return None
+
+
+def _still_true(row: dict[str, Any], start: int, launched: bool) -> bool:
+    """Tell whether a row was written before the state the run goes on from."""
+    if row.get("kind") == "launch":
+        return launched
+    return row.get("step", start + 1) <= start
+
+
+def _figures(figures: dict[str, float]) -> str:
+    shown = (
+        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value:,}"
+        for name, value in figures.items()
+    )
+    return "  ".join(shown)

@@ -1,0 +1,188 @@
+"""Where every array lies on a data x fsdp x tensor mesh, by rules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tsd_jax.core import paths
+from tsd_jax.core.adapter import Adapter, Directions
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.spec import KernelSpec, Spec
+from tsd_jax.training.state import TrainState
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(None, ("data", "fsdp"), None)
+"""Axes of a batch array: micro-batch, example, position."""
+
+
+def make_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Arrange devices as data x fsdp x tensor.
+
+    Args:
+      shape: three sizes; one of them may be -1 for all that is left.
+      devices: all devices by default.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = list(shape)
+    if len(sizes) != len(AXES) or sizes.count(-1) > 1 or 0 in sizes or min(sizes) < -1:
+        raise InputError(
+            f"mesh {tuple(shape)} must be three sizes {AXES}, at most one of them -1"
+        )
+    if -1 in sizes:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
+    if math.prod(sizes) != len(devices):
+        raise InputError(
+            f"mesh {tuple(shape)} needs {math.prod(sizes)} devices, "
+            f"but there are {len(devices)}"
+        )
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+
+
+def _axis_size(mesh: Mesh, axis: Any) -> int:
+    names = axis if isinstance(axis, tuple) else (axis,)
+    return math.prod(mesh.shape[name] for name in names if name is not None)
+
+
+def _fit(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """Leave an axis whole where the mesh does not divide it."""
+    axes = (*spec, *(None,) * (len(shape) - len(spec)))
+    return PartitionSpec(
+        *(
+            axis if axis and size % _axis_size(mesh, axis) == 0 else None
+            for size, axis in zip(shape, axes, strict=True)
+        )
+    )
+
+
+def param_shardings(
+    params: Mapping[str, Any],
+    rules: Sequence[tuple[str, PartitionSpec]],
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """Give every parameter the spec of the first rule that matches its whole path.
+
+    An axis the mesh does not divide is left whole.
+
+    Args:
+      params: the tree; arrays or ShapeDtypeStructs.
+      rules: ((regular expression, PartitionSpec), ...).
+      mesh: of `make_mesh`.
+
+    Returns:
+      A tree of NamedSharding like `params`.
+
+    Raises:
+      InputError: a path matches no rule.
+    """
+
+    def sharding(path: str, leaf: Any) -> NamedSharding:
+        for pattern, spec in rules:
+            if re.fullmatch(pattern, path):
+                return NamedSharding(mesh, _fit(tuple(leaf.shape), spec, mesh))
+        raise InputError(f"no sharding rule matches {path}; end them with ('.*', P())")
+
+    flat = paths.flatten(params)
+    return paths.unflatten({path: sharding(path, leaf) for path, leaf in flat.items()})
+
+
+def adapter_shardings(
+    kernel: KernelSpec, sharding: NamedSharding
+) -> tuple[Adapter, Directions]:
+    """Derive the shardings beside a kernel from the kernel's own.
+
+    A and L take its input axis, B and R its output axis, all of them its stacked
+    axes; rank and direction axes are not sharded.
+
+    Returns:
+      An Adapter and a Directions whose leaves are NamedShardings.
+    """
+    axes = (*sharding.spec, *(None,) * (len(kernel.shape) - len(sharding.spec)))
+
+    def flattened(group: tuple[int, ...]):
+        # A flattened axis is sharded as its first part, if the others are whole.
+        first, *others = (axes[axis] for axis in group)
+        return first if not any(others) else None
+
+    batch = tuple(axes[axis] for axis in kernel.layout.batch)
+    rows, columns = flattened(kernel.layout.inputs), flattened(kernel.layout.outputs)
+
+    def named(*last):
+        return NamedSharding(sharding.mesh, PartitionSpec(*batch, *last))
+
+    gain = named(None) if kernel.gains else None
+    adapter = Adapter(named(rows, None), named(None, columns), gain, kernel)
+    if not kernel.columns:
+        return adapter, Directions(None, None, None)
+    return adapter, Directions(named(rows, None), named(columns, None), named(None))
+
+
+def state_shardings(
+    state: TrainState, spec: Spec, params: Mapping[str, Any], mesh: Mesh
+) -> TrainState:
+    """Give the shardings of a whole state, moments beside what they are of.
+
+    Args:
+      state: of `create_state`; abstract (`jax.eval_shape`) or real.
+      spec: of `make_spec`.
+      params: the base's shardings, of `param_shardings`.
+      mesh: of `make_mesh`.
+    """
+    kernels = paths.select(params, spec.paths)
+    pairs = {k.path: adapter_shardings(k, kernels[k.path]) for k in spec.kernels}
+    adapters = {path: pair[0] for path, pair in pairs.items()}
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def like_adapter(keys, leaf) -> NamedSharding:
+        del leaf
+        names = [getattr(key, "key", getattr(key, "name", None)) for key in keys]
+        for path, field in itertools.pairwise(names):
+            if path in adapters and field in ("a", "b", "gain"):
+                return getattr(adapters[path], field)
+        return replicated
+
+    return TrainState(
+        step=replicated,
+        launched=replicated,
+        adapters=adapters,
+        directions={path: pair[1] for path, pair in pairs.items()},
+        opt_state=jax.tree_util.tree_map_with_path(like_adapter, state.opt_state),
+    )
+
+
+def check_batch(examples: int, mesh: Mesh) -> None:
+    """Raise InputError unless a micro-batch divides over the mesh's data axes."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if examples % ways:
+        raise InputError(
+            f"a micro-batch of {examples} examples does not divide over the mesh's "
+            f"data x fsdp = {ways} ways; use a multiple of {ways}"
+        )
+
+
+def place_batch(
+    batch: Mapping[str, Any], mesh: Mesh, spec: PartitionSpec = BATCH
+) -> dict:
+    """Put this process's part of a batch on the mesh.
+
+    Args:
+      batch: {name: array (micro-batches, examples of this process, positions)}.
+      mesh: of `make_mesh`.
+      spec: axes of the arrays.
+    """
+    sharding = NamedSharding(mesh, spec)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }

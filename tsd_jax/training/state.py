@@ -1,0 +1,44 @@
+"""What a run carries from step to step, and nothing of the base model."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from tsd_jax.core.adapter import init
+from tsd_jax.core.spec import Spec
+
+
+class TrainState(struct.PyTreeNode):
+    """Hold the run's arrays; all that a checkpoint needs.
+
+    Attributes:
+      step: optimizer steps taken, int32 ().
+      launched: whether launch has happened, bool ().
+      adapters: what trains. directions: what is frozen beside it.
+      opt_state: of the optimizer, over `adapters` alone.
+    """
+
+    step: Any
+    launched: Any
+    adapters: Any
+    directions: Any
+    opt_state: Any
+
+
+def create_state(
+    key: jax.Array, spec: Spec, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Start a run: adapters without effect, no directions, empty moments."""
+    adapters, directions = init(key, spec)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        launched=jnp.zeros((), bool),
+        adapters=adapters,
+        directions=directions,
+        opt_state=optimizer.init(cast(Any, adapters)),
+    )
