@@ -1,0 +1,1 @@
+"""Interchange: adapters for other libraries."""

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tsd_jax.core.adapter import Adapter, Directions
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.layout import Layout
+from tsd_jax.core.spec import KernelSpec
+from tsd_jax.interchange.peft import to_peft
+
+LAYERS, IN, OUT, GAMMA = 3, 6, 5, 1.5
+
+
+def module_name(path: str, layer: int | None) -> str:
+    name = path.removesuffix("/kernel").replace("/", ".")
+    return f"model.{name}" if layer is None else f"model.{layer}.{name}"
+
+
+def adapter(
+    path: str, batch: tuple[int, ...] = (), rank: int = 2, columns: int = 3
+) -> tuple[Adapter, Directions]:
+    """An adapter after launch, every value random."""
+    rng = np.random.default_rng(len(path) + rank)
+
+    def random(*shape: int) -> Any:
+        return jnp.asarray(rng.normal(size=(*batch, *shape)), jnp.float32)
+
+    stack = len(batch)
+    kernel = KernelSpec(
+        path=path,
+        shape=(*batch, IN, OUT),
+        layout=Layout(tuple(range(stack)), (stack,), (stack + 1,)),
+        rank=rank,
+        alpha=GAMMA * rank,
+        scale=GAMMA,
+        gains=2,
+        ranked=columns,
+        columns=columns,
+        dropout=0.0,
+    )
+    return (
+        Adapter(random(IN, rank), random(rank, OUT), random(2), kernel),
+        Directions(random(IN, columns), random(OUT, columns), random(columns)),
+    )
+
+
+def collect(**named: tuple[Adapter, Directions]) -> tuple[dict, dict]:
+    adapters = {a.kernel.path: a for a, _ in named.values()}
+    return adapters, {a.kernel.path: d for a, d in named.values()}
+
+
+def expected_delta(adapter: Adapter, directions: Directions) -> np.ndarray:
+    """dK = gamma A B + L diag(g + o) R^T, in float64."""
+    a, b, gain = (
+        np.asarray(x, np.float64) for x in (adapter.a, adapter.b, adapter.gain)
+    )
+    left, right, offset = (
+        np.asarray(x, np.float64)
+        for x in (directions.left, directions.right, directions.offset)
+    )
+    coordinates = offset.copy()
+    coordinates[..., : gain.shape[-1]] += gain
+    along = (left * coordinates[..., None, :]) @ right.swapaxes(-1, -2)
+    return GAMMA * a @ b + along
+
+
+def stored(folder, module: str) -> tuple[np.ndarray, int]:
+    """What PEFT adds to the module's torch weight, and the rank, by its own rules."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    low = tensors[f"base_model.model.{module}.lora_A.weight"]
+    high = tensors[f"base_model.model.{module}.lora_B.weight"]
+    rank = config["rank_pattern"].get(module, config["r"])
+    alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
+    assert low.shape == (rank, IN)
+    assert high.shape == (OUT, rank)
+    assert low.dtype == high.dtype == np.float32
+    return alpha / rank * high.astype(np.float64) @ low.astype(np.float64), rank
+
+
+def test_every_layer_of_a_stack_gets_its_own_change(tmp_path):
+    pair = adapter("attn/q/kernel", (LAYERS,))
+    rank = to_peft(tmp_path, *collect(q=pair), module_name, base_model="base")
+    assert rank == 2 + 3
+    changes = expected_delta(*pair)
+    for layer in range(LAYERS):
+        change, rank = stored(tmp_path, f"model.{layer}.attn.q")
+        np.testing.assert_allclose(change, changes[layer].T, atol=1e-6)
+        assert rank == 5
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * LAYERS
+
+
+def test_ranks_may_differ(tmp_path):
+    pairs = {"q": adapter("q/kernel"), "up": adapter("up/kernel", rank=4)}
+    assert to_peft(tmp_path, *collect(**pairs), module_name, base_model="base") == 7
+    for name, pair in pairs.items():
+        change, rank = stored(tmp_path, f"model.{name}")
+        np.testing.assert_allclose(change, expected_delta(*pair).T, atol=1e-6)
+        assert rank == {"q": 5, "up": 7}[name]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"model.q": 5}
+
+
+def test_before_launch_only_a_and_b_are_written(tmp_path):
+    trained, frozen = adapter("q/kernel")
+    frozen = jax.tree.map(jnp.zeros_like, frozen)
+    assert (
+        to_peft(tmp_path, *collect(q=(trained, frozen)), module_name, base_model="b")
+        == 2
+    )
+    change, _ = stored(tmp_path, "model.q")
+    a, b = np.asarray(trained.a, np.float64), np.asarray(trained.b, np.float64)
+    np.testing.assert_allclose(change, GAMMA * (a @ b).T, atol=1e-6)
+
+
+def test_plain_lora_has_no_directions(tmp_path):
+    trained, _ = adapter("q/kernel")
+    nothing = Directions(None, None, None)
+    pair = (trained.replace(gain=None), nothing)
+    assert to_peft(tmp_path, *collect(q=pair), module_name, base_model="b") == 2
+
+
+def test_a_change_of_nothing_still_has_a_rank(tmp_path):
+    trained, _ = adapter("q/kernel")
+    pair = (trained.replace(a=0 * trained.a, gain=None), Directions(None, None, None))
+    assert to_peft(tmp_path, *collect(q=pair), module_name, base_model="b") == 1
+
+
+def test_config_is_that_of_a_plain_causal_lora(tmp_path):
+    pairs = collect(q=adapter("attn/q/kernel", (LAYERS,)))
+    to_peft(tmp_path / "new" / "folder", *pairs, module_name, base_model="org/base")
+    config = json.loads(
+        (tmp_path / "new" / "folder" / "adapter_config.json").read_text()
+    )
+    assert config["peft_type"] == "LORA"
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["base_model_name_or_path"] == "org/base"
+    assert (config["r"], config["lora_alpha"]) == (5, 5)
+    assert (config["bias"], config["lora_dropout"]) == ("none", 0.0)
+    assert not config["use_dora"]
+    assert not config["use_rslora"]
+    assert not config["fan_in_fan_out"]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "targets"),
+    [
+        (None, ["model.0.attn.q", "model.1.attn.q", "model.2.attn.q", "model.mlp.up"]),
+        (["attn/q", "mlp/up", "mlp/down"], ["q", "up"]),
+        (["attn/q", "mlp/up", "head/up"], ["model.mlp.up", "q"]),
+    ],
+)
+def test_modules_are_named_shortly_only_where_that_is_exact(tmp_path, kernels, targets):
+    pairs = collect(q=adapter("attn/q/kernel", (LAYERS,)), up=adapter("mlp/up/kernel"))
+    params: Any = kernels and {}
+    for kernel in kernels or ():
+        outer, inner = kernel.split("/")
+        params.setdefault(outer, {})[inner] = {"kernel": 0, "bias": 0}
+    to_peft(tmp_path, *pairs, module_name, base_model="b", params=params)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == targets
+
+
+def test_what_peft_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no adapters"):
+        to_peft(tmp_path, {}, {}, module_name, base_model="b")
+    deep = collect(q=adapter("q/kernel", (2, 3)))
+    with pytest.raises(InputError, match="q/kernel is stacked along 2 axes"):
+        to_peft(tmp_path, *deep, module_name, base_model="b")
+    assert not list(tmp_path.iterdir())

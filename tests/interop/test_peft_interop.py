@@ -1,0 +1,172 @@
+"""Stock PEFT on the stock transformers model gives our logits, for every method."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from tsd_jax.binding.linen import adapted, bind, make_spec
+from tsd_jax.core.adapter import init
+from tsd_jax.core.launch import launch
+from tsd_jax.core.methods import get_method
+from tsd_jax.core.spec import Rule
+from tsd_jax.interchange.peft import to_peft
+from tsd_jax.models.huggingface import load_params, module_name, read_config
+from tsd_jax.models.llama import Llama
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+TOKENS = np.random.default_rng(0).integers(64, size=(2, 12))
+ALL = (Rule(pattern=r"layers/.*/\w+_proj/kernel", rank=4, alpha=8, directions=3),)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random Llama with grouped heads, written by transformers."""
+    folder = tmp_path_factory.mktemp("base")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def torch_logits(base, adapter=None):
+    """Logits of the stock model, and the names of the modules PEFT adapted."""
+    model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        with warnings.catch_warnings():
+            # A missing or an unexpected key is only a UserWarning there.
+            warnings.simplefilter("error")
+            # The two libraries' own quarrel about renamed attributes.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(TOKENS)).logits.numpy()
+    adapted_modules = [
+        n for n, _ in model.named_modules() if n.endswith("lora_A.default")
+    ]
+    return logits, len(adapted_modules)
+
+
+def randomised(tree, seed):
+    """Put values of a trained size into every leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    values = [jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) for x in leaves]
+    return jax.tree.unflatten(structure, values)
+
+
+def our_model(base, *, scan_layers=True):
+    config = read_config(base)
+    params = load_params(base, config, scan_layers=scan_layers)
+    return Llama(config, scan_layers=scan_layers), params
+
+
+def trained(model, params, rules, method):
+    """Adapters as after a run: random A and B, launch, random A, B and gains."""
+    spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method=method)
+    adapters, directions = init(jax.random.key(0), spec)
+    adapters = randomised(adapters, 1)
+    if spec.method.launches:
+        adapters, directions, _ = launch(params, adapters, spec)
+        moved = randomised(adapters, 2)
+        adapters = jax.tree.map(lambda x, y: x + y, adapters, moved)
+    return adapters, directions
+
+
+def our_logits(model, params, adapters, directions):
+    variables = {"params": bind(params, adapters, directions)}
+    return np.asarray(adapted(model.apply)(variables, TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"),
+    [
+        (get_method("lora"), 4),
+        (get_method("dash"), 4 + 3),
+        (get_method("init"), 4 + 4),
+        (get_method("tsd"), 4 + 4),
+        (get_method("init", keep=True), 4 + 4 + 4),
+        (get_method("tsd", keep=True), 4 + 4 + 4),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_logits_are_ours(base, tmp_path, method, rank):
+    model, params = our_model(base)
+    adapters, directions = trained(model, params, ALL, method)
+    written = to_peft(
+        tmp_path, adapters, directions, module_name, base_model=str(base), params=params
+    )
+    assert written == rank
+    ours = our_logits(model, params, adapters, directions)
+    theirs, modules = torch_logits(base, tmp_path)
+    assert modules == 3 * 7
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    # The adapter is no small change: without it the logits are far off.
+    assert np.abs(torch_logits(base)[0] - theirs).max() > 1
+
+
+def test_only_what_was_adapted_is_adapted_there(base, tmp_path):
+    """Other ranks for other modules, one layer of three, modules named in full."""
+    model, params = our_model(base, scan_layers=False)
+    rules = (
+        Rule(
+            pattern=r"layers_1/self_attn/[qv]_proj/kernel",
+            rank=2,
+            alpha=3,
+            directions=5,
+        ),
+        Rule(pattern=r"layers_(1|2)/mlp/up_proj/kernel", rank=6, alpha=6, directions=1),
+        Rule(
+            pattern=r"lm_head/kernel", rank=1, alpha=1, directions=1, scaling="rslora"
+        ),
+    )
+    adapters, directions = trained(model, params, rules, "tsd")
+    to_peft(
+        tmp_path, adapters, directions, module_name, base_model=str(base), params=params
+    )
+    theirs, modules = torch_logits(base, tmp_path)
+    assert modules == 5
+    ours = our_logits(model, params, adapters, directions)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+
+
+def test_full_names_serve_as_well_as_short_ones(base, tmp_path):
+    model, params = our_model(base)
+    adapters, directions = trained(model, params, ALL, "tsd")
+    to_peft(tmp_path, adapters, directions, module_name, base_model=str(base))
+    theirs, modules = torch_logits(base, tmp_path)
+    assert modules == 3 * 7
+    ours = our_logits(model, params, adapters, directions)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+
+
+def test_an_adapter_before_launch_is_a_plain_lora(base, tmp_path):
+    model, params = our_model(base)
+    spec = make_spec(model.apply, {"params": params}, ALL, TOKENS, method="tsd")
+    adapters, directions = init(jax.random.key(0), spec)
+    adapters = {
+        path: adapter.replace(b=randomised(adapter.b, n))
+        for n, (path, adapter) in enumerate(adapters.items())
+    }
+    rank = to_peft(tmp_path, adapters, directions, module_name, base_model=str(base))
+    assert rank == 4
+    theirs, _ = torch_logits(base, tmp_path)
+    ours = our_logits(model, params, adapters, directions)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
