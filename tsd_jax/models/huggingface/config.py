@@ -35,8 +35,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
     file = Path(folder) / "config.json"
     found = read_json(file)
     _refuse_others(file, found)
-    known = {**_DEFAULTS, **_derived(found), **_rope(found)}
-    known |= {name: value for name, value in found.items() if value is not None}
+    given = {name: value for name, value in found.items() if value is not None}
+    known = {**_DEFAULTS, **_derived(found), **_rope(found), **given}
     values = {}
     for field in dataclasses.fields(LlamaConfig):
         if field.name not in known:
@@ -76,6 +76,27 @@ def _derived(found: Mapping[str, Any]) -> dict[str, Any]:
     """Give the head counts and widths that older files leave out."""
     heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
     derived: dict[str, Any] = {"num_key_value_heads": heads}
+    integers = isinstance(heads, int) and isinstance(hidden, int)
+    if integers and heads > 0 and hidden % heads == 0:
+        derived["head_dim"] = hidden // heads
+    return derived
+
+
+def _refuse_others(file: Path, found: Mapping[str, Any]) -> None:
+    """Refuse by name every model that is not the one computed here."""
+    rope = _rope(found)
+    facts = {
+        "model_type": (found.get("model_type"), "llama"),
+        "architectures": (found.get("architectures") or _CAUSAL, _CAUSAL),
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+    }
+
+
+def _derived(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the head counts and widths that older files leave out."""
+    heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
+    derived: dict[str, Any] = {"num_key_value_heads": heads}
     if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
         derived["head_dim"] = hidden // heads
     return derived
@@ -103,3 +124,9 @@ def _refuse_others(file: Path, found: Mapping[str, Any]) -> None:
                 f"{file}: {name} is {value!r}, and only {only!r} is supported: choose "
                 "another checkpoint"
             )
+
+
+def _rope(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Take the rotary embedding's settings from where transformers 5 or 4 has them."""
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    return rope if isinstance(rope, dict) else {"rope_type": rope}

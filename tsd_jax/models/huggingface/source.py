@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # An id of the hub is OWNER/NAME; everything else is meant as a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
@@ -25,6 +26,8 @@ def resolve(path_or_id: str | Path) -> Path:
     Raises:
       InputError: if the folder does not exist, or the hub does not give it.
     """
+    if not str(path_or_id):
+        raise InputError("no model is named: give a folder, or a hub id OWNER/NAME")
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
@@ -59,9 +62,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"cannot read the tokenizer in {folder} ({_first_line(error)}): fetch it "
             "again"
         ) from error
-
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def _fetch(name: str) -> Path:
