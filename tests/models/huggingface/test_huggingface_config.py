@@ -106,7 +106,7 @@ def test_an_integer_will_do_for_a_float(tmp_path):
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
-        ({"head_dim": None, "num_attention_heads": 10}, "head_dim"),
+        ({"head_dim": None, "num_attention_heads": 12}, "lacks 'head_dim'"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_name(tmp_path, change, named):

@@ -74,43 +74,24 @@ def config_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
 
 def _derived(found: Mapping[str, Any]) -> dict[str, Any]:
     """Give the head counts and widths that older files leave out."""
-    heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
+    heads: Any = found.get("num_attention_heads")
+    hidden: Any = found.get("hidden_size")
     derived: dict[str, Any] = {"num_key_value_heads": heads}
-    integers = isinstance(heads, int) and isinstance(hidden, int)
-    if integers and heads > 0 and hidden % heads == 0:
+    whole = isinstance(heads, int) and isinstance(hidden, int) and heads > 0
+    if whole and hidden % heads == 0:
         derived["head_dim"] = hidden // heads
     return derived
+
+
+def _rope(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Take the rotary embedding's settings from where transformers 5 or 4 has them."""
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    return rope if isinstance(rope, dict) else {"rope_type": rope}
 
 
 def _refuse_others(file: Path, found: Mapping[str, Any]) -> None:
     """Refuse by name every model that is not the one computed here."""
     rope = _rope(found)
-    facts = {
-        "model_type": (found.get("model_type"), "llama"),
-        "architectures": (found.get("architectures") or _CAUSAL, _CAUSAL),
-        "hidden_act": "silu",
-        "torch_dtype": dtype,
-    }
-
-
-def _derived(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the head counts and widths that older files leave out."""
-    heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
-    derived: dict[str, Any] = {"num_key_value_heads": heads}
-    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
-        derived["head_dim"] = hidden // heads
-    return derived
-
-
-def _rope(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the base of the rotary embedding from where transformers 5 keeps it."""
-    parameters = found.get("rope_parameters") or {}
-    return {key: parameters[key] for key in ("rope_theta",) if key in parameters}
-
-
-def _refuse_others(file: Path, found: Mapping[str, Any]) -> None:
-    """Refuse by name every model that is not the one computed here."""
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     facts = {
         "model_type": (found.get("model_type"), "llama"),
         "architectures": (found.get("architectures") or _CAUSAL, _CAUSAL),
@@ -124,9 +105,3 @@ def _refuse_others(file: Path, found: Mapping[str, Any]) -> None:
                 f"{file}: {name} is {value!r}, and only {only!r} is supported: choose "
                 "another checkpoint"
             )
-
-
-def _rope(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Take the rotary embedding's settings from where transformers 5 or 4 has them."""
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    return rope if isinstance(rope, dict) else {"rope_type": rope}
