@@ -27,6 +27,15 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where there is no file or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line; a line cut off by a crash is left out."""
     if not path.exists():

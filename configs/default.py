@@ -1,0 +1,73 @@
+"""Every key there is, with its default; the other configs change some of them.
+
+Not a run of its own: it names no model and no data.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> Any:
+    """Give all keys with their defaults."""
+    config: Any = ConfigDict()
+    config.seed = 0
+    # Devices along data, fsdp and tensor; one of them may be -1 for all that is left.
+    config.mesh = (-1, 1, 1)
+    # Compiled programs; "" means $XDG_CACHE_HOME/tsd_jax, "off" means none.
+    config.cache_dir = ""
+
+    config.model = ConfigDict()
+    config.model.path = ""  # local folder in Hugging Face format, or hub id
+    config.model.dtype = "float32"  # of the frozen base: float32 or bfloat16
+    config.model.scan_layers = True
+    config.model.remat = False
+
+    config.method = ConfigDict()
+    config.method.name = "tsd"  # lora, dash, init or tsd
+    config.method.keep = False  # init, tsd: keep what pre-launch learned
+    config.method.launch_step = 100  # optimizer steps of pre-launch
+    config.method.epsilon = 1e-6  # of the change rate
+
+    config.adapter = ConfigDict()
+    config.adapter.pattern = r"layers.*/(q|k|v|up|down)_proj/kernel"
+    config.adapter.rank = 8
+    config.adapter.alpha = 16.0
+    config.adapter.directions = 8
+    config.adapter.dropout = 0.0
+    config.adapter.scaling = "lora"  # lora: alpha/r; rslora: alpha/sqrt(r)
+
+    config.data = ConfigDict()
+    config.data.kind = "instructions"  # instructions or text
+    config.data.path = ""
+    config.data.eval_path = ""  # "": hold out a part of `path`
+    config.data.held_out = 0.1  # that part
+    config.data.template = "alpaca"  # instructions: alpaca or plain
+    config.data.length = 256  # tokens per example
+    config.data.train_on_prompt = False
+
+    config.eval = ConfigDict()
+    config.eval.metric = "nll"  # nll, choices or generate
+    config.eval.batch_size = 16
+    config.eval.limit = 0  # items; 0 for all
+    config.eval.max_new_tokens = 32  # generate
+    config.eval.every = 0  # steps; 0 for before and after only
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 2e-4  # of A and B
+    config.optimizer.gain_learning_rate = 2e-4  # of the gains along the directions
+    config.optimizer.warmup = 0
+    config.optimizer.decay = "linear"  # constant, linear or cosine
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0  # 0 for no clipping
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+
+    config.train = ConfigDict()
+    config.train.steps = 1000
+    config.train.batch_size = 16  # examples per optimizer step, over all devices
+    config.train.micro_batches = 1  # parts the batch is accumulated from
+    config.train.log_every = 10
+    config.train.checkpoint_every = 0  # steps; 0 for the end only
+    return config

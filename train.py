@@ -1,0 +1,252 @@
+"""Fine-tune a Llama-family model with LoRA, LoRA-Dash, LoRA-Init or LoRA-TSD.
+
+    python train.py --config configs/demo.py --workdir runs/demo
+    python train.py --config configs/llama_tsd.py --config.model.path=FOLDER --dry-run
+
+The same workdir goes on from its last checkpoint. Exit code 2 means bad input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses torch aloud
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, config_flags
+
+import tsd_jax as tsd
+from tsd_jax.app.plan import describe
+from tsd_jax.app.run import Base, Run, execute
+from tsd_jax.app.task import (
+    Data,
+    DataSettings,
+    EvalSettings,
+    Judge,
+    make_evaluation,
+    read_data,
+)
+from tsd_jax.core.errors import InputError
+from tsd_jax.models import huggingface
+from tsd_jax.models.llama import Llama
+from tsd_jax.training import loop, sharding
+
+Config = Any  # a ConfigDict; type checkers know nothing of its fields
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run; made, or gone on in"
+)
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "print what would be trained, and stop")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "one process of several: call jax.distributed.initialize()"
+)
+
+
+def open_model(config: Config) -> Base:
+    """Read the model's config and tokenizer; no weights."""
+    if not config.path:
+        raise InputError("model.path is empty; name a folder or a hub id")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"model.dtype {config.dtype!r} must be float32 or bfloat16")
+    dtype = jnp.dtype(config.dtype)
+    folder = huggingface.resolve(config.path)
+    llama = huggingface.read_config(folder)
+    network = Llama(
+        llama, dtype, dtype, scan_layers=config.scan_layers, remat=config.remat
+    )
+    shapes = huggingface.abstract_params(llama, scan_layers=config.scan_layers)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    tokenizer = huggingface.load_tokenizer(folder)
+    return Base(folder, network, tokenizer, params, tsd.adapted(network.apply))
+
+
+def make_spec(config: Config, base: Base) -> tsd.Spec:
+    """Match the kernels and fix the method."""
+    method = tsd.get_method(config.method.name, keep=config.method.keep)
+    rule = tsd.Rule(
+        pattern=config.adapter.pattern,
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        directions=config.adapter.directions,
+        dropout=config.adapter.dropout,
+        scaling=config.adapter.scaling,
+    )
+    tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
+    variables = {"params": base.params}
+    return tsd.make_spec(base.network.apply, variables, [rule], tokens, method=method)
+
+
+def optimizer_of(config: Config) -> tuple[Any, dict[str, Callable]]:
+    """Build the optimizer and its schedules, by name for the log."""
+    settings, steps = config.optimizer, config.train.steps
+    rates = {
+        name: tsd.make_schedule(
+            settings[name], steps=steps, warmup=settings.warmup, decay=settings.decay
+        )
+        for name in ("learning_rate", "gain_learning_rate")
+    }
+    optimizer = tsd.make_optimizer(
+        **rates,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm or None,
+    )
+    return optimizer, rates
+
+
+def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
+    """Say when things happen."""
+    return loop.LoopConfig(
+        steps=config.train.steps,
+        launch_step=config.method.launch_step if spec.method.launches else None,
+        log_every=config.train.log_every,
+        eval_every=config.eval.every,
+        checkpoint_every=config.train.checkpoint_every,
+    )
+
+
+def batch_source(config: Config, data: Data, mesh: Mesh) -> Callable[[int], Any]:
+    """Give the function from a step to its batch on the mesh."""
+    size, parts = config.train.batch_size, config.train.micro_batches
+    if size < 1 or parts < 1 or size % parts:
+        raise InputError(
+            f"train.batch_size {size} must be a multiple of train.micro_batches {parts}"
+        )
+    sharding.check_batch(size // parts, mesh)
+    rows = data.rows(size, jax.process_index(), jax.process_count())
+
+    def batch(step: int) -> dict[str, jax.Array]:
+        arrays = rows.batch(step)
+        stacked = {k: v.reshape(parts, -1, *v.shape[1:]) for k, v in arrays.items()}
+        return sharding.place_batch(stacked, mesh)
+
+    return batch
+
+
+def evaluation_of(config: Config, base: Base, data: Data, mesh: Mesh):
+    """Give the function from model variables to figures."""
+    size = config.eval.batch_size
+    sharding.check_batch(size, mesh)
+    rows = NamedSharding(mesh, PartitionSpec(*sharding.BATCH[1:]))
+    judge = Judge(
+        data=data,
+        settings=data_settings(config),
+        eval=EvalSettings(
+            metric=config.eval.metric,
+            batch_size=size,
+            limit=config.eval.limit,
+            max_new_tokens=config.eval.max_new_tokens,
+        ),
+        tokenizer=base.tokenizer,
+        apply_fn=base.apply,
+        place=lambda batch: jax.device_put(batch, rows),
+    )
+    return make_evaluation(judge)
+
+
+def data_settings(config: Config) -> DataSettings:
+    """Say what is trained and evaluated on."""
+    return DataSettings(**config.data, seed=config.seed)
+
+
+def prepare(config: Config, workdir: Path) -> Run:
+    """Check all there is to check, and read no weights; print the plan."""
+    mesh = sharding.make_mesh(config.mesh)
+    base = open_model(config.model)
+    spec = make_spec(config, base)
+    plan = loop_config(config, spec)
+    optimizer, rates = optimizer_of(config)
+    data = read_data(data_settings(config), base.tokenizer)
+    run = Run(
+        settings=flat_config(config),
+        workdir=workdir,
+        mesh=mesh,
+        seed=config.seed,
+        base=base,
+        spec=spec,
+        epsilon=config.method.epsilon,
+        plan=plan,
+        optimizer=optimizer,
+        rates=rates,
+        batch=batch_source(config, data, mesh),
+        evaluate=evaluation_of(config, base, data, mesh),
+    )
+    if jax.process_index() == 0:
+        print(describe(spec, base.params, plan.launch_step, plan.steps))
+        print("\n".join(data.notes), flush=True)
+    return run
+
+
+def flat_config(config: Config) -> dict[str, Any]:
+    """Give {"section.key": value}."""
+    flat = {}
+    for key, value in config.items():
+        inner = flat_config(value) if isinstance(value, ConfigDict) else {"": value}
+        flat |= {f"{key}.{name}".rstrip("."): v for name, v in inner.items()}
+    return flat
+
+
+def use_cache(cache_dir: str) -> None:
+    """Keep compiled programs from run to run, at most 2 GB of them."""
+    if cache_dir == "off":
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(cache_dir or Path(home) / "tsd_jax") / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
+
+
+def parse(argv: list[str]) -> None:
+    """Parse the flags; any fault in them is bad input."""
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    # ml_collections looks keys up as the flags are parsed: what is wrong with a key
+    # or a config file comes as whatever that raised.
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(" ".join(str(error).strip("'").split())) from None
+    except (OSError, SyntaxError, ImportError) as error:
+        raise InputError(f"cannot read the config file: {error}") from None
+    if rest:
+        raise InputError(f"unexpected argument {rest[0]!r}; flags start with --")
+    if _CONFIG.value is None:
+        raise InputError("give a config: --config configs/demo.py")
+    if _WORKDIR.value is None and not _DRY_RUN.value:
+        raise InputError(
+            "give a folder for the run: --workdir runs/NAME (or --dry-run)"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; give the exit code."""
+    logging.set_verbosity(logging.ERROR)
+    try:
+        parse(argv)
+        if _DISTRIBUTED.value:
+            jax.distributed.initialize()
+        use_cache(_CONFIG.value.cache_dir)
+        run = prepare(_CONFIG.value, Path(_WORKDIR.value or "."))
+        if not _DRY_RUN.value:
+            execute(run)
+    except InputError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except loop.StopRequested as error:
+        print(
+            f"train.py: {error}; the same command goes on from there", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,1 @@
+"""What a command-line run puts together: data, model, evaluation, artifacts."""

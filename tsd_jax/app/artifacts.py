@@ -1,0 +1,86 @@
+"""What a run leaves behind: adapter, summary, plots."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tsd_jax.analysis import arrays, plots
+from tsd_jax.core.adapter import low_rank_factors
+from tsd_jax.core.spec import Spec
+from tsd_jax.training.state import TrainState
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+def environment() -> dict[str, Any]:
+    """Give the versions and devices a run used."""
+    devices = jax.devices()
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Give the most memory one device has held; of the process, on CPU."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [int(s["peak_bytes_in_use"]) for s in stats if "peak_bytes_in_use" in s]
+    if peaks:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def on_host(tree: Any) -> Any:
+    """Bring small arrays to the host, the parts of other processes included."""
+
+    def fetch(leaf):
+        if leaf.is_fully_addressable:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(fetch, tree)
+
+
+def overlaps(state: TrainState, spec: Spec) -> dict[str, np.ndarray]:
+    """Give how much of each dK's space the launched directions cover, by kernel."""
+    found = {}
+    for kernel in spec.kernels:
+        adapter, directions = state.adapters[kernel.path], state.directions[kernel.path]
+        down, up = low_rank_factors(adapter, directions)
+        left = np.asarray(directions.left)[..., : kernel.ranked]
+        overlap = arrays.subspace_overlap(left, np.asarray(down), np.asarray(up))
+        found[kernel.path] = np.atleast_1d(overlap)
+    return found
+
+
+def write_plots(
+    workdir: Path, rows: Sequence[Mapping[str, Any]], state: TrainState, spec: Spec
+) -> None:
+    """Draw the loss, and for a method with launch its spectra and overlaps.
+
+    Args:
+      workdir: holds directions.npz after a launch.
+      rows: of metrics.jsonl.
+      state: at the end, on the host.
+      spec: of the run.
+    """
+    folder = workdir / "plots"
+    folder.mkdir(exist_ok=True)
+    launched = [row["step"] for row in rows if row["kind"] == "launch"]
+    plots.plot_loss(rows, launched[0] if launched else None, folder / "loss.png")
+    if launched:
+        spectra = arrays.read_directions(workdir / "directions.npz")
+        plots.plot_spectra(spectra, folder / "spectra.png")
+        plots.plot_overlap(overlaps(state, spec), folder / "overlap.png")

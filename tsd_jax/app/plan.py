@@ -1,0 +1,67 @@
+"""What a run is about to train, as a table for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tsd_jax.core import paths
+from tsd_jax.core.spec import KernelSpec, Spec
+
+_HEAD = ("kernel", "shape", "stack|in|out axes", "rank", "directions", "trainable")
+
+
+def _axes(kernel: KernelSpec) -> str:
+    roles = (kernel.layout.batch, kernel.layout.inputs, kernel.layout.outputs)
+    return " | ".join(",".join(map(str, axes)) or "-" for axes in roles)
+
+
+def _row(kernel: KernelSpec) -> tuple[str, ...]:
+    return (
+        kernel.path,
+        "x".join(map(str, kernel.shape)),
+        _axes(kernel),
+        str(kernel.rank),
+        str(kernel.gains or "-"),
+        f"{kernel.trainable:,}",
+    )
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Align rows of text; the first column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [
+            cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def count_parameters(params: Mapping[str, Any]) -> int:
+    """Count the parameters of a tree of arrays or ShapeDtypeStructs."""
+    return sum(math.prod(leaf.shape) for leaf in paths.flatten(params).values())
+
+
+def describe(
+    spec: Spec, params: Mapping[str, Any], launch_step: int | None, steps: int
+) -> str:
+    """Tell the matched kernels, their layout and rank, and what trains.
+
+    Args:
+      spec: of `make_spec`.
+      params: the base's tree, for its size.
+      launch_step: None for a method without launch. steps: of the run.
+    """
+    total = count_parameters(params)
+    method = spec.method.name + (" (keep)" if spec.method.keep else "")
+    when = "no launch" if launch_step is None else f"launch after step {launch_step}"
+    return (
+        table([_HEAD, *map(_row, spec.kernels)])
+        + f"\nmethod {method}, {when}, {steps} steps"
+        + f"\ntrainable {spec.trainable:,} beside {total:,} frozen parameters "
+        + f"({100 * spec.trainable / total:.2f} %)"
+    )

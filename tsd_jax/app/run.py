@@ -1,0 +1,238 @@
+"""One run from its prepared parts to its artifacts: load, train, evaluate, export."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from tsd_jax.app import artifacts
+from tsd_jax.app.task import Evaluate
+from tsd_jax.binding.linen import bind
+from tsd_jax.core.spec import Spec
+from tsd_jax.evaluation.loss import next_token_loss
+from tsd_jax.interchange.peft import to_peft
+from tsd_jax.models import huggingface
+from tsd_jax.models.llama import LLAMA_RULES, Llama
+from tsd_jax.training import files, loop, sharding
+from tsd_jax.training.checkpoint import Checkpoints
+from tsd_jax.training.recorder import Recorder
+from tsd_jax.training.state import TrainState, create_state
+from tsd_jax.training.step import launch_state, make_train_step
+
+Figures = dict[str, float]
+
+# What may change between two parts of one run without changing its result.
+_FREE = (
+    "cache_dir",
+    "mesh",
+    "eval.every",
+    "train.checkpoint_every",
+    "train.log_every",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """Hold the model before its weights are read.
+
+    Attributes:
+      folder: where it lies. network: the Linen module. tokenizer: of transformers.
+      params: abstract tree, in the dtype asked for. apply: with adapters.
+    """
+
+    folder: Path
+    network: Llama
+    tokenizer: Any
+    params: Mapping[str, Any]
+    apply: Callable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Hold all that is fixed before the first step.
+
+    Attributes:
+      settings: flat, as recorded in config.json.
+      workdir: of the run. mesh: of the devices. seed: of all randomness.
+      base: the model. spec: what is adapted. epsilon: of the change rate.
+      plan: when things happen.
+      optimizer: over the adapters. rates: {name: schedule}, for the log.
+      batch: step -> placed batch. evaluate: variables -> figures.
+    """
+
+    settings: Mapping[str, Any]
+    workdir: Path
+    mesh: Mesh
+    seed: int
+    base: Base
+    spec: Spec
+    epsilon: float
+    plan: loop.LoopConfig
+    optimizer: optax.GradientTransformation
+    rates: Mapping[str, optax.Schedule]
+    batch: Callable[[int], Any]
+    evaluate: Evaluate
+
+
+@dataclass(frozen=True)
+class Places:
+    """Hold the shardings of the base and of the training state."""
+
+    params: Any
+    state: Any
+
+
+def execute(run: Run) -> None:
+    """Load the weights, train, evaluate, and write what the run leaves behind.
+
+    Raises:
+      InputError: the workdir belongs to another run, or the weights are not those of
+        the model's config; nothing on disk has changed then.
+    """
+    goes_on = files.claim_workdir(run.workdir, run.settings, _FREE)
+    places = sharding.param_shardings(run.base.params, LLAMA_RULES, run.mesh)
+    params = huggingface.load_params(
+        run.base.folder,
+        run.base.network.config,
+        dtype=run.base.network.param_dtype,
+        scan_layers=run.base.network.scan_layers,
+        shardings=places,
+    )
+    first = jax.process_index() == 0
+    if first:
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        content = {"config": dict(run.settings), **artifacts.environment()}
+        files.write_json(run.workdir / "config.json", content)
+    init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
+    with Checkpoints(run.workdir / "checkpoints") as checkpoints:
+        state, places = start(run, init_key, places, checkpoints if goes_on else None)
+        with Recorder(
+            run.workdir,
+            steps=run.plan.steps,
+            start=int(state.step),
+            launched=bool(state.launched),
+            active=first,
+        ) as recorder:
+            parts = make_parts(run, params, places)
+            before = evaluated(recorder, parts, state, at=0)
+            state, watch = loop.run(
+                state, params, dropout_key, parts, run.plan, recorder, checkpoints
+            )
+            after = evaluated(recorder, parts, state, at=run.plan.steps)
+            finish(run, state, recorder, watch, before, after)
+
+
+def start(
+    run: Run, key: jax.Array, params: Any, checkpoints: Checkpoints | None
+) -> tuple[TrainState, Places]:
+    """Create the state where it shall lie, or restore the newest one."""
+    create = functools.partial(create_state, spec=run.spec, optimizer=run.optimizer)
+    abstract = jax.eval_shape(create, key)
+    places = sharding.state_shardings(abstract, run.spec, params, run.mesh)
+    if checkpoints is None or checkpoints.latest is None:
+        return jax.jit(create, out_shardings=places)(key), Places(params, places)
+    template = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        abstract,
+        places,
+    )
+    return checkpoints.restore(template), Places(params, places)
+
+
+def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
+    """Build what the loop calls."""
+    step = make_train_step(
+        next_token_loss(run.base.apply),
+        run.optimizer,
+        dropout=any(kernel.dropout > 0 for kernel in run.spec.kernels),
+        state_shardings=places.state,
+        param_shardings=places.params,
+        batch_shardings=NamedSharding(run.mesh, sharding.BATCH),
+    )
+
+    def launch(state: TrainState):
+        return launch_state(
+            state, params, run.spec, epsilon=run.epsilon, state_shardings=places.state
+        )
+
+    def on_launch(report) -> None:
+        report = artifacts.on_host(report)
+        if jax.process_index() == 0:
+            files.write_rankings(run.workdir / "directions.npz", report)
+
+    def evaluate(state: TrainState) -> Figures:
+        bound = bind(params, state.adapters, state.directions)
+        return run.evaluate({"params": bound})
+
+    return loop.Parts(
+        step=step,
+        launch=launch,
+        batch=run.batch,
+        evaluate=evaluate,
+        on_launch=on_launch,
+        rates=run.rates,
+    )
+
+
+def evaluated(
+    recorder: Recorder, parts: loop.Parts, state: TrainState, at: int
+) -> Figures | None:
+    """Give the figures at a step: those on record, or fresh ones of this state."""
+    figures = recorder.find("eval", at)
+    if figures is None and int(state.step) == at:
+        figures = parts.evaluate(state)
+        recorder.evaluation(at, figures)
+    return figures
+
+
+def finish(
+    run: Run,
+    state: TrainState,
+    recorder: Recorder,
+    watch: loop.Stopwatch,
+    before: Figures | None,
+    after: Figures | None,
+) -> None:
+    """Write adapter, summary and plots, and say where they are."""
+    state = artifacts.on_host(state)
+    if jax.process_index() != 0:
+        return
+    rank = to_peft(
+        run.workdir / "adapter",
+        state.adapters,
+        state.directions,
+        huggingface.module_name,
+        base_model=str(run.base.folder.resolve()),
+        params=run.base.params,
+    )
+    old = files.read_json(run.workdir / "summary.json")
+    launch = recorder.find("launch", run.plan.launch_step or 0) or {}
+    timed = bool(watch.tokens)  # a finished run that is started again times nothing
+    summary = {
+        "method": run.spec.method.name,
+        "keep": run.spec.method.keep,
+        "launch_step": run.plan.launch_step,
+        "steps": run.plan.steps,
+        "trainable_params": run.spec.trainable,
+        "adapter_rank": rank,
+        "before": before,
+        "after": after,
+        "train_tokens_per_second": watch.tokens_per_second,
+        "compile_seconds": watch.compile_seconds,
+        "extract_seconds": launch.get("extract_seconds"),
+        "peak_memory_bytes": artifacts.peak_memory_bytes(),
+    }
+    files.write_json(run.workdir / "summary.json", summary if timed else summary | old)
+    artifacts.write_plots(run.workdir, recorder.rows, state, run.spec)
+    recorder.say(
+        f"adapter of rank {rank} in {run.workdir / 'adapter'} "
+        "(vLLM serves up to rank 16 unless --max-lora-rank is set)"
+    )
+    recorder.say(f"summary.json and plots/ in {run.workdir}")
