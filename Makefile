@@ -1,0 +1,57 @@
+# Each target sets up what it needs, from nothing but Python 3.11+ and make.
+#
+#   make demo           fine-tune the embedded model with LoRA-TSD and with LoRA
+#   make test           the tests (no torch)
+#   make test-interop   the tests against torch, transformers and peft
+#   make lint           ruff and pyright
+#
+# PYTHON names the interpreter (the default, python3, lives in .venv, others in
+# .venv-VERSION). TORCH_INDEX may name an index with torch's CPU build, such as
+# https://download.pytorch.org/whl/cpu.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(VERSION),)
+$(error $(PYTHON) does not run: name a Python 3.11 or newer with PYTHON=...)
+endif
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check
+JOBS ?= 2
+
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-interop lint clean
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@echo "installing into $(VENV) ..."
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@$(PIP) $$($(BIN)/python -c "import tomllib; print(' '.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['test']))")
+	@touch $@
+
+$(VENV)/installed-interop: $(VENV)/installed-test
+	@$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(PIP) peft
+	@touch $@
+
+demo: $(VENV)/installed
+	@$(BIN)/python -m tsd_jax.demo
+
+test: $(VENV)/installed-test
+	@$(BIN)/python -m pytest -n $(JOBS) --ignore=tests/interop
+
+test-interop: $(VENV)/installed-interop
+	@$(BIN)/python -m pytest tests/interop
+
+lint: $(VENV)/installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf .venv .venv-* runs
