@@ -93,7 +93,8 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
     """Describe the tensors an index lists, each from the file it names."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in listed.values()
+        isinstance(file, str) and file and Path(file).name == file
+        for file in listed.values()
     ):
         raise InputError(
             f'{index} has no "weight_map" from tensors to file names: fetch it again'

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.models.huggingface import names
+from tsd_jax.models.huggingface.tensors import StoredTensor
+from tsd_jax.models.huggingface.weights import load_params, write_checkpoint
+from tsd_jax.models.llama import LlamaConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=12,
+    hidden_size=8,
+    intermediate_size=20,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    attention_bias=True,
+)
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+        names.abstract_params(CONFIG),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, params):
+    write_checkpoint(tmp_path, CONFIG, params)
+    return tmp_path
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_what_is_written_is_read_back(folder, params):
+    found = load_params(folder, CONFIG)
+    assert_same(found, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+
+
+def test_layers_can_be_left_apart(folder, params):
+    found = load_params(folder, CONFIG, scan_layers=False)
+    assert {"layers_0", "layers_1", "layers_2"} < found.keys()
+    for n in range(3):
+        part = jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"])
+        assert_same(found[f"layers_{n}"], part)
+
+
+def test_weights_are_cast_on_the_way(folder, params, tmp_path_factory):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert_same(load_params(folder, CONFIG, dtype="bfloat16"), half)
+    other = tmp_path_factory.mktemp("half")
+    write_checkpoint(other, CONFIG, params, dtype=jnp.bfloat16)
+    stored = load_params(other, CONFIG)
+    assert_same(stored, half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
+    assert json.loads((other / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    wide = load_params(other, CONFIG, dtype=jnp.float32)
+    assert_same(wide, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half))
+
+
+def test_shards_are_read_through_their_index(folder, params):
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    weight_map = {}
+    for n, name in enumerate(sorted(tensors)):
+        weight_map[name] = f"model-{n % 3}.safetensors"
+    for file in set(weight_map.values()):
+        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        save_file(part, folder / file)
+    index = json.dumps({"weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert_same(load_params(folder, CONFIG), params)
+
+
+SPECS = {
+    "embed_tokens/embedding": P("tensor", "fsdp"),
+    "lm_head/kernel": P("fsdp", "tensor"),
+    "layers/self_attn/q_proj/kernel": P(None, "fsdp", "tensor"),
+    "layers/self_attn/o_proj/kernel": P(None, "tensor", "fsdp"),
+    "layers/mlp/up_proj/kernel": P(None, ("fsdp", "data"), None),
+    "layers/mlp/down_proj/kernel": P(None, ("tensor", "fsdp"), None),
+    "layers/self_attn/k_proj/bias": P(None, "tensor"),
+}
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The number of elements of every read."""
+    sizes = []
+    plain = StoredTensor.read
+
+    def read(self, index):
+        part = plain(self, index)
+        sizes.append((self.name, part.size))
+        return part
+
+    monkeypatch.setattr(StoredTensor, "read", read)
+    return sizes
+
+
+def test_every_device_gets_its_part_and_no_more_is_read(folder, params, reads):
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
+    shardings = {
+        path: NamedSharding(mesh, SPECS.get(path, P())) for path in flat(params)
+    }
+    tree = traverse_util.unflatten_dict(shardings, sep="/")
+    found = load_params(folder, CONFIG, shardings=tree)
+    assert_same(found, params)
+    for path, leaf in flat(found).items():
+        whole = np.asarray(flat(params)[path])
+        assert leaf.sharding == shardings[path]
+        assert len(leaf.addressable_shards) == 8
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+    shape = flat(found)["layers/mlp/up_proj/kernel"].addressable_shards[0].data.shape
+    assert shape == (3, 2, 20)
+    # Every element is read once, however many devices hold it.
+    sizes = {name: sum(n for each, n in reads if each == name) for name, _ in reads}
+    tensors = names.to_huggingface(params, CONFIG)
+    assert sizes == {name: tensor.size for name, tensor in tensors.items()}
+    # And no read takes in more than one device holds of one layer.
+    largest = max(n for name, n in reads if name == "model.layers.1.mlp.up_proj.weight")
+    assert largest == 2 * 20
+
+
+def test_without_shardings_arrays_are_free_to_move(folder):
+    leaf = load_params(folder, CONFIG)["norm"]["scale"]
+    assert not leaf.committed
+
+
+def test_shardings_of_another_tree_are_refused(folder, reads):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    shardings = {"norm": {"scale": NamedSharding(mesh, P())}}
+    with pytest.raises(InputError, match="shardings and parameters differ"):
+        load_params(folder, CONFIG, shardings=shardings)
+    assert not reads
+
+
+def drop(tensors):
+    del tensors["model.layers.1.self_attn.q_proj.weight"], tensors["model.norm.weight"]
+
+
+def add(tensors):
+    tensors["model.layers.3.mlp.up_proj.weight"] = np.ones(3, np.float32)
+
+
+def reshape(tensors):
+    tensors["model.norm.weight"] = np.ones(9, np.float32)
+
+
+def transpose(tensors):
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop, r"lacks tensor 'model\.layers\.1\.self_attn.*\(and 1 more\)"),
+        (add, r"holds tensor 'model\.layers\.3\.mlp.*', which config\.json does not"),
+        (reshape, r"'model\.norm\.weight' with shape \(9,\).*asks for \(8,\)"),
+        (transpose, r"'model\.layers\.2\.mlp.*\(8, 20\).*asks for \(20, 8\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_reading(
+    folder, reads, spoil, message
+):
+    tensors = load_file(folder / WEIGHTS)
+    spoil(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(InputError, match=message) as caught:
+        load_params(folder, CONFIG)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not reads
+
+
+def test_a_truncated_file_is_refused_before_reading(folder, reads):
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=f"{file} is corrupt or truncated"):
+        load_params(folder, CONFIG)
+    assert not reads
+
+
+def test_a_headless_checkpoint_of_an_untied_model_is_refused(folder):
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(InputError, match=r"lacks tensor 'lm_head\.weight'"):
+        load_params(folder, CONFIG)
+
+
+def test_buffers_and_the_copy_of_a_tied_head_are_passed_over(folder, params):
+    tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    tensors = load_file(folder / WEIGHTS)
+    for n in range(3):
+        name = f"model.layers.{n}.self_attn.rotary_emb.inv_freq"
+        tensors[name] = np.ones(2, np.float32)
+    save_file(tensors, folder / WEIGHTS)
+    found = load_params(folder, tied)
+    assert "lm_head" not in found
+    assert_same(found, {name: params[name] for name in found})
+
+
+def test_more_entries_go_into_the_config(tmp_path, params):
+    new = tmp_path / "not" / "yet"
+    write_checkpoint(new, CONFIG, params, extra={"eos_token_id": [2, 7]})
+    content = json.loads((new / "config.json").read_text())
+    assert content["eos_token_id"] == [2, 7]
+    assert content["architectures"] == ["LlamaForCausalLM"]
+    assert sorted(file.name for file in new.iterdir()) == ["config.json", WEIGHTS]
+
+
+def test_a_tree_that_does_not_fit_leaves_the_folder_as_it_was(folder, params):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(InputError, match="lm_head/kernel"):
+        write_checkpoint(
+            folder, dataclasses.replace(CONFIG, tie_word_embeddings=True), params
+        )
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
