@@ -1,0 +1,1 @@
+"""Analysis: arrays from what runs leave behind; plots apart from them."""

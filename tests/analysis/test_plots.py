@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from tsd_jax.analysis.arrays import Spectrum
+from tsd_jax.analysis.plots import (
+    LAUNCH,
+    SHARES,
+    plot_loss,
+    plot_overlap,
+    plot_spectra,
+)
+from tsd_jax.core.errors import InputError
+
+
+def pixels(path: Path, color, within: float = 1.5 / 255) -> np.ndarray:
+    """Where the image has this colour, (height, width) bool."""
+    image = imread(path)[..., :3]
+    return np.abs(image - np.asarray(to_rgb(color))).max(-1) < within
+
+
+def metrics(*, evaluation: bool = True) -> list[dict]:
+    train = [
+        {"kind": "train", "step": n, "loss": 5 * 0.98**n} for n in range(10, 101, 10)
+    ]
+    shares = [
+        {"kind": "eval", "step": n, "nll": 3.0, "accuracy": 0.5} for n in (0, 100)
+    ]
+    return train + shares * evaluation
+
+
+def spectrum(matrices: int, size: int = 24, launched: int = 4) -> Spectrum:
+    rng = np.random.default_rng(size)
+    sigma = np.tile(np.geomspace(10, 0.01, size), (matrices, 1))
+    rates = np.abs(rng.normal(size=(matrices, size)))
+    rates[:, -1] = 0
+    return Spectrum(sigma, rates, np.argsort(-rates, axis=1)[:, :launched])
+
+
+def test_loss_shows_the_launch_at_its_step(tmp_path):
+    columns = {}
+    for step in (25, 75):
+        plot_loss(metrics(evaluation=False), step, tmp_path / "loss.png")
+        marked = pixels(tmp_path / "loss.png", LAUNCH)
+        columns[step] = int(np.argmax(marked.sum(0)))
+        # The line is as high as the panel.
+        assert marked.sum(0).max() > 0.8 * marked.shape[0]
+        width = marked.shape[1]
+    assert (columns[75] - columns[25]) / width == pytest.approx(0.45, abs=0.05)
+    plot_loss(metrics(evaluation=False), None, tmp_path / "loss.png")
+    assert not pixels(tmp_path / "loss.png", LAUNCH).any()
+
+
+def test_loss_gives_shares_a_panel_of_their_own(tmp_path):
+    plot_loss(metrics(evaluation=False), 20, tmp_path / "small.png")
+    plot_loss(metrics(), 20, tmp_path / "large.png")
+    heights = [imread(tmp_path / f"{n}.png").shape[0] for n in ("small", "large")]
+    assert heights == [600, 810]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"kind": "eval", "step": 0, "accuracy": 0.5}],
+        [{"kind": "eval", "step": 0, "nll": float("inf")}],
+        [{"kind": "train", "step": 1, "loss": 3.0}],
+    ],
+    ids=["accuracy", "infinite", "one step"],
+)
+def test_loss_of_little_is_drawn_without_a_warning(tmp_path, rows):
+    plot_loss(rows, None, tmp_path / "loss.png")
+    assert imread(tmp_path / "loss.png").std() > 0
+
+
+@pytest.mark.parametrize("kinds", [1, 3, 7])
+def test_spectra_mark_launched_directions_in_every_panel(tmp_path, kinds):
+    spectra = {f"layers/mlp/p{n}/kernel": spectrum(2) for n in range(kinds)}
+    plot_spectra(spectra, tmp_path / "launched.png")
+    nothing = np.zeros((2, 0), int)
+    bare = {p: Spectrum(s.sigma, s.rates, nothing) for p, s in spectra.items()}
+    plot_spectra(bare, tmp_path / "bare.png")
+    launched, bare = (
+        pixels(tmp_path / f"{name}.png", LAUNCH, within=0.2)
+        for name in ("launched", "bare")
+    )
+    columns = min(kinds, 4)
+    found = np.asarray(launched & ~bare)
+    assert found.sum() > kinds * 2 * 2 * 4  # two panels, two layers, four directions
+    for panel in np.array_split(found[:, : int(found.shape[1] * 0.9)], columns, axis=1):
+        assert panel.any()
+
+
+def test_spectra_of_a_kernel_without_rates(tmp_path):
+    still = spectrum(3)
+    still = Spectrum(still.sigma, 0 * still.rates, still.indices)
+    plot_spectra({"layers/up/kernel": still}, tmp_path / "spectra.png")
+    assert imread(tmp_path / "spectra.png").std() > 0
+
+
+def test_many_dots_are_thinned(tmp_path, monkeypatch):
+    drawn = []
+    scatter = Axes.scatter
+
+    def count(self, x, *args, **kwargs):
+        drawn.append(len(x))
+        return scatter(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "scatter", count)
+    spectra = {"layers/up/kernel": spectrum(8, 1000), "lm_head/kernel": spectrum(1)}
+    plot_spectra(spectra, tmp_path / "spectra.png")
+    assert drawn == [6000, 24]
+
+
+def test_overlap_colours_each_cell_by_its_value(tmp_path):
+    values = [0.0, 0.2, 0.9]
+    overlaps = {
+        "layers/q/kernel": np.asarray(values),
+        "layers_1/up/kernel": np.asarray([0.55]),
+    }
+    plot_overlap(overlaps, tmp_path / "overlap.png")
+    areas, places = [], []
+    for value in [*values, 0.55]:
+        cell = pixels(tmp_path / "overlap.png", SHARES(value))
+        areas.append(cell.mean())
+        places.append([axis.mean() for axis in np.nonzero(cell)])
+    assert min(areas) > 0.05
+    rows, columns = np.transpose(places)
+    assert columns[0] < columns[1] < columns[2]
+    assert columns[3] == pytest.approx(columns[1], abs=10)
+    assert rows[3] > rows[1] + 50
+
+
+def test_plots_leave_no_trace_and_are_deterministic(tmp_path):
+    before = dict(mpl.rcParams)
+    for name in ("a.png", "b.png"):
+        plot_spectra({"layers/up/kernel": spectrum(2)}, tmp_path / name)
+    assert dict(mpl.rcParams) == before
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_nothing_to_draw(tmp_path):
+    path = tmp_path / "plot.png"
+    with pytest.raises(InputError, match="neither a loss nor an evaluation"):
+        plot_loss([{"kind": "launch", "step": 3}], 3, path)
+    with pytest.raises(InputError, match="no directions"):
+        plot_spectra({}, path)
+    with pytest.raises(InputError, match="no overlaps"):
+        plot_overlap({}, path)
+    assert not path.exists()

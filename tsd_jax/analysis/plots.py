@@ -1,0 +1,313 @@
+"""Plots of a run: its loss, its spectra and change rates, what its directions learned.
+
+Figures are drawn on their own canvas: no pyplot, no display, no global state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tsd_jax.analysis.arrays import Row, Spectrum, by_kind, series, table
+from tsd_jax.core.errors import InputError
+
+# One hue from light to dark for what is ordered (layers, overlap), and one colour
+# apart from it for what launch chose.
+RAMP: Colormap = LinearSegmentedColormap.from_list(
+    "layers", ["#b9d3ea", "#4f8fc4", "#1f4e79", "#0b1f33"]
+)
+SHARES: Colormap = LinearSegmentedColormap.from_list(
+    "shares", ["#e4eef7", "#9cc3e3", "#4f8fc4", "#1f4e79", "#12304d"]
+)
+LAUNCH = "#d1495b"
+INK, BLUE, MUTED, GRID = "#22303c", "#4f8fc4", "#6b7885", "#e3e8ed"
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+}
+COLUMNS = 4
+# More dots than this in a panel hide each other.
+DOTS = 6000
+
+
+def plot_loss(
+    metrics: Sequence[Row], launch_step: int | None, path: str | Path
+) -> None:
+    """Draw the training loss and the evaluations over steps, with the launch marked.
+
+    Evaluated NLL shares the loss's axis; shares (accuracy, exact match) get a panel of
+    their own below.
+
+    Args:
+      metrics: rows of `read_metrics`.
+      launch_step: None where there is no launch.
+      path: of the PNG.
+
+    Raises:
+      InputError: there is neither a loss nor an evaluation to draw.
+    """
+    shares = {n: series(metrics, "eval", n) for n in ("accuracy", "exact_match")}
+    shares = {name: figures for name, figures in shares.items() if figures.size}
+    loss, nll = series(metrics, "train", "loss"), series(metrics, "eval", "nll")
+    if not (loss.size or nll.size or shares):
+        raise InputError("the metrics hold neither a loss nor an evaluation")
+    last = max(row["step"] for row in metrics)
+
+    def draw(figure: Figure) -> None:
+        heights = [3.0, 1.3] if shares else [3.0]
+        axes = figure.subplots(
+            len(heights), 1, sharex=True, squeeze=False, height_ratios=heights
+        )[:, 0]
+        _draw_losses(axes[0], loss, nll)
+        if shares:
+            _draw_shares(axes[-1], shares)
+        for axis in axes:
+            axis.set_xlim(0, max(last, 1))
+            if launch_step is not None:
+                _mark_launch(axis, launch_step)
+        if launch_step is not None:
+            _name_launch(axes[0], launch_step)
+        axes[-1].set_xlabel("optimizer step")
+
+    _save(draw, path, (7.5, 5.4 if shares else 4.0))
+
+
+def plot_spectra(directions: Mapping[str, Spectrum], path: str | Path) -> None:
+    """Draw singular values and change rates of every kernel over their index.
+
+    One pair of panels per kind of kernel; layers are a colour ramp, launched
+    directions are marked. Rates of 0 (numerical null space) are not drawn.
+
+    Args:
+      directions: of `read_directions`.
+      path: of the PNG.
+    """
+    if not directions:
+        raise InputError("there are no directions to draw")
+    spectra = _spectra_by_kind(directions)
+    count = 1 + max(layer for layers in spectra.values() for layer in layers)
+    columns = min(COLUMNS, len(spectra))
+    rows = math.ceil(len(spectra) / columns)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(2 * rows, columns, squeeze=False)
+        for half, name in ((axes[::2].ravel(), "sigma"), (axes[1::2].ravel(), "rates")):
+            for axis in half[1:]:
+                axis.sharey(half[0])
+            # A log axis without one positive value cannot be drawn.
+            if any((getattr(seen, name) > 0).any() for seen in directions.values()):
+                half[0].set_yscale("log")
+        pairs = axes.reshape(rows, 2, columns).swapaxes(1, 2).reshape(-1, 2)
+        for place, (kind, layers) in enumerate(spectra.items()):
+            _draw_spectrum(pairs[place], kind, layers, count)
+            _label_spectrum(pairs[place], first=place % columns == 0)
+        for axis in pairs[len(spectra) :].flat:
+            axis.set_axis_off()
+        if count > 1:
+            _layer_bar(figure, axes.ravel().tolist(), count)
+
+    _save(draw, path, (1.6 + 3.1 * columns, 0.5 + 4.2 * rows))
+
+
+def plot_overlap(overlaps: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Draw how much of what was learned lies in the launched directions, as a map.
+
+    Args:
+      overlaps: {kernel path: (matrices,)} of `subspace_overlap`.
+      path: of the PNG.
+    """
+    if not overlaps:
+        raise InputError("there are no overlaps to draw")
+    values = by_kind(overlaps)
+    layers, cells = table(values)
+    every = max(1, len(layers) // 16)
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        image = axis.imshow(cells, cmap=SHARES, vmin=0, vmax=1, aspect="auto")
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+        axis.set_yticks(range(len(values)), list(values))
+        axis.set_xticks(range(0, len(layers), every), [str(n) for n in layers[::every]])
+        axis.set_xlabel("layer")
+        axis.set_title("Overlap of launched directions and learned change")
+        if len(layers) <= 16:
+            _write_cells(axis, cells)
+        bar = figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
+        bar.set_label("mean cos² of principal angles")
+        bar.outline.set_visible(False)
+
+    width = 3.6 + min(0.55 * len(layers), 9)
+    _save(draw, path, (max(width, 5.5), max(1.4 + 0.42 * len(values), 3.0)))
+
+
+def _save(
+    draw: Callable[[Figure], None], path: str | Path, size: tuple[float, float]
+) -> None:
+    """Let `draw` fill a figure in the common style, and write it as PNG."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=size)
+        draw(figure)
+        figure.savefig(path, dpi=150, format="png")
+
+
+def _draw_losses(axis: Axes, loss: np.ndarray, nll: np.ndarray) -> None:
+    # Not clipped: the first and the last points lie on the panel's edge.
+    if loss.size:
+        axis.plot(*loss, color=BLUE, lw=1.6, clip_on=False, label="training loss")
+    if nll.size:
+        style: dict[str, Any] = {"color": INK, "lw": 1, "ms": 5, "clip_on": False}
+        axis.plot(*nll, "o--", **style, label="evaluation NLL")
+    axis.set_ylabel("nats per token")
+    if axis.lines:
+        axis.legend(loc="upper right")
+
+
+def _draw_shares(axis: Axes, shares: Mapping[str, np.ndarray]) -> None:
+    for (name, figures), color in zip(shares.items(), (INK, BLUE), strict=False):
+        style: dict[str, Any] = {"color": color, "lw": 1.2, "ms": 5, "clip_on": False}
+        axis.plot(*figures, "o-", **style, label=name.replace("_", " "))
+    axis.set(ylim=(-0.05, 1.05), ylabel="share")
+    axis.legend(loc="best")
+
+
+def _mark_launch(axis: Axes, step: int) -> None:
+    axis.axvline(step, color=LAUNCH, lw=1.4, zorder=1)
+    axis.axvspan(0, step, color=LAUNCH, alpha=0.06, lw=0, zorder=0)
+
+
+def _name_launch(axis: Axes, step: int) -> None:
+    """Write above the panel what the line is."""
+    axis.annotate(
+        f"launch, step {step}",
+        (step, 1),
+        (0, 4),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        color=LAUNCH,
+        ha="center",
+        va="bottom",
+    )
+
+
+def _spectra_by_kind(
+    directions: Mapping[str, Spectrum],
+) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Give {kind: {layer: (sigma, rates, indices)}}."""
+    sigma, rates, indices = (
+        by_kind({path: getattr(s, name) for path, s in directions.items()})
+        for name in ("sigma", "rates", "indices")
+    )
+    return {
+        kind: {
+            layer: (values, rates[kind][layer], indices[kind][layer])
+            for layer, values in layers.items()
+        }
+        for kind, layers in sigma.items()
+    }
+
+
+def _draw_spectrum(
+    axes: Sequence[Axes],
+    kind: str,
+    layers: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    count: int,
+) -> None:
+    """Draw one kind of kernel: singular values above, change rates below."""
+    above, below = axes
+    for layer, (sigma, _, _) in sorted(layers.items()):
+        above.plot(_positive(sigma), color=_shade(layer, count), lw=1.1)
+    size = _draw_rates(below, layers, count)
+    mark: dict[str, Any] = {"color": LAUNCH, "ms": 1.5 + size, "mew": 0, "alpha": 0.8}
+    for sigma, rates, indices in layers.values():
+        above.plot(indices, _positive(sigma)[indices], "o", zorder=3, **mark)
+        below.plot(indices, _positive(rates)[indices], "o", zorder=3, **mark)
+    above.set_title(kind)
+    above.sharex(below)
+    above.tick_params(labelbottom=False)
+    below.set_xlabel("index, by descending σ")
+
+
+def _draw_rates(
+    axis: Axes,
+    layers: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    count: int,
+) -> float:
+    """Draw dots in mixed order, so that no layer hides another; many are thinned.
+
+    Gives the size of a dot.
+    """
+    sizes = [len(rates) for _, rates, _ in layers.values()]
+    index = np.concatenate([np.arange(size) for size in sizes])
+    rates = np.concatenate([_positive(rates) for _, rates, _ in layers.values()])
+    colors = np.repeat([_shade(layer, count) for layer in layers], sizes, axis=0)
+    shown = np.random.default_rng(0).permutation(len(index))[:DOTS]
+    dot = float(np.clip(90 / np.sqrt(len(shown)), 1.5, 5))
+    axis.scatter(index[shown], rates[shown], dot**2, colors[shown], alpha=0.7, lw=0)
+    return dot
+
+
+def _shade(layer: int, count: int) -> tuple[float, float, float, float]:
+    return RAMP(layer / (count - 1) if count > 1 else 0.6)
+
+
+def _label_spectrum(axes: Sequence[Axes], *, first: bool) -> None:
+    """Name the axes of the first pair in a row; the others share its scales."""
+    above, below = axes
+    if not first:
+        for axis in axes:
+            axis.tick_params(labelleft=False)
+        return
+    above.set_ylabel("singular value σ")
+    below.set_ylabel("change rate ρ")
+    above.plot([], [], "o", color=LAUNCH, ms=4, label="launched")
+    above.legend(loc="lower left", handletextpad=0.1)
+
+
+def _layer_bar(figure: Figure, axes: Sequence[Axes], count: int) -> None:
+    scale = ScalarMappable(Normalize(0, count - 1), RAMP)
+    bar = figure.colorbar(scale, ax=axes, shrink=0.5, aspect=40, pad=0.01)
+    bar.set_label("layer")
+    bar.locator = MaxNLocator(integer=True)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def _write_cells(axis: Axes, cells: np.ndarray) -> None:
+    for (row, column), value in np.ndenumerate(cells):
+        if np.isfinite(value):
+            color = "white" if value > 0.45 else INK
+            axis.text(
+                column, row, f"{value:.2f}", ha="center", va="center", color=color
+            )
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    """Take out what a log axis cannot show."""
+    return np.where(values > 0, values, np.nan)
