@@ -8,7 +8,9 @@ The same workdir goes on from its last checkpoint. Exit code 2 means bad input.
 
 from __future__ import annotations
 
+import difflib
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -206,20 +208,51 @@ def use_cache(cache_dir: str) -> None:
     jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
 
 
+def config_keys(file: str) -> list[str]:
+    """Load a config file for its keys, and tell what is wrong with it."""
+    if not Path(file).is_file():
+        raise InputError(f"config file {file} does not exist; see configs/")
+    try:
+        return list(flat_config(runpy.run_path(file)["get_config"]()))
+    except Exception as error:  # whatever a config file may raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"config file {file} cannot be loaded ({reason})") from None
+
+
+def unknown_key(argv: list[str], known: list[str]) -> str | None:
+    """Say which --config.KEY the config does not have, and the nearest it has."""
+    for argument in argv:
+        key = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+        if argument.lstrip("-").startswith("config.") and key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            return f"the config has no key {key!r}; did you mean {near!r}?"
+    return None
+
+
+def _file_in(argv: list[str]) -> str:
+    """Find the config file among the arguments."""
+    found = None
+    for name, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = name.lstrip("-").partition("=")
+        if name.startswith("-") and flag == "config":
+            found = value if equals else following
+    if found is not None:
+        return found
+    raise InputError("give a config: --config configs/demo.py")
+
+
 def parse(argv: list[str]) -> None:
     """Parse the flags; any fault in them is bad input."""
+    known = config_keys(_file_in(argv))
     try:
         rest = flags.FLAGS(argv)[1:]
-    # ml_collections looks keys up as the flags are parsed: what is wrong with a key
-    # or a config file comes as whatever that raised.
+    # ml_collections looks keys up while flags are parsed: an unknown one comes as
+    # whatever that lookup raised.
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(" ".join(str(error).strip("'").split())) from None
-    except (OSError, SyntaxError, ImportError) as error:
-        raise InputError(f"cannot read the config file: {error}") from None
+        told = unknown_key(argv, known) or " ".join(str(error).split())
+        raise InputError(told) from None
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags start with --")
-    if _CONFIG.value is None:
-        raise InputError("give a config: --config configs/demo.py")
     if _WORKDIR.value is None and not _DRY_RUN.value:
         raise InputError(
             "give a folder for the run: --workdir runs/NAME (or --dry-run)"
@@ -229,6 +262,9 @@ def parse(argv: list[str]) -> None:
 def main(argv: list[str]) -> int:
     """Run the command line; give the exit code."""
     logging.set_verbosity(logging.ERROR)
+    if {"-h", "--help"} & set(argv):
+        print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        return 0
     try:
         parse(argv)
         if _DISTRIBUTED.value:
