@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -31,9 +32,12 @@ def null_threshold(sigma: jax.Array, shape: tuple[int, ...], eps: float) -> jax.
 
     The storage type's eps counts, but never more than float32's: a bfloat16 kernel
     is an exact float32 matrix, and bfloat16's eps times a width of a few hundred
-    would call every direction null.
+    would call every direction null. Nor does a float64 kernel's own eps count: the
+    squares in its Gram matrix leave noise of sqrt(max(in, out) * eps) * sigma_1.
     """
-    return max(shape) * min(eps, float(jnp.finfo(jnp.float32).eps)) * sigma[0]
+    size = max(shape)
+    stored = size * min(eps, float(jnp.finfo(jnp.float32).eps))
+    return max(stored, math.sqrt(size * float(jnp.finfo(jnp.float64).eps))) * sigma[0]
 
 
 def _short_side(
@@ -55,10 +59,8 @@ def _short_side(
 
 def _signed(vectors: jax.Array) -> jax.Array:
     """Make the largest entry of every column positive: a sign to rely on."""
-    largest = jnp.take_along_axis(
-        vectors, jnp.argmax(jnp.abs(vectors), axis=0, keepdims=True), axis=0
-    )
-    return vectors * jnp.where(largest < 0, -1.0, 1.0)
+    negative = -jnp.min(vectors, axis=0) > jnp.max(vectors, axis=0)
+    return vectors * jnp.where(negative, -1.0, 1.0)[None]
 
 
 def rank_directions(
@@ -90,10 +92,10 @@ def rank_directions(
 
     Source: arXiv:2409.01035, definitions 3 and 4.
     """
+    if jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
+        raise TypeError("rank_directions needs `with jax.enable_x64(True):` around it")
     eps = float(jnp.finfo(kernel.dtype).eps)
     kernel, a, b = (x.astype(jnp.float64) for x in (kernel, a, b))
-    if kernel.dtype != jnp.float64:
-        raise TypeError("rank_directions needs `with jax.enable_x64(True):` around it")
     shape = kernel.shape
     wide = shape[0] <= shape[1]
     if not wide:

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.trees import random_pair, small_spec
+from tsd_jax.core.adapter import delta, init, low_rank_factors, merge
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.layout import Layout
+from tsd_jax.core.spec import Spec
+
+METHODS = ["lora", "dash", "init", "tsd", "init+keep", "tsd+keep"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shapes_and_start(method):
+    spec = small_spec(method)
+    adapters, directions = init(jax.random.key(0), spec)
+    assert list(adapters) == list(directions) == ["k", "stack"]
+    for path, batch in (("k", ()), ("stack", (3,))):
+        adapter, frozen = adapters[path], directions[path]
+        kernel = adapter.kernel
+        assert adapter.a.shape == (*batch, 6, 2)
+        assert adapter.b.shape == (*batch, 2, 7)
+        assert abs(np.asarray(adapter.a)).max() <= 6**-0.5
+        assert abs(np.asarray(adapter.a)).max() > 0.5 * 6**-0.5
+        np.testing.assert_array_equal(adapter.b, 0)
+        if kernel.gains:
+            assert adapter.gain.shape == (*batch, 4)
+            np.testing.assert_array_equal(adapter.gain, 0)
+        else:
+            assert adapter.gain is None
+        if kernel.columns:
+            assert frozen.left.shape == (*batch, 6, kernel.columns)
+            assert frozen.right.shape == (*batch, 7, kernel.columns)
+            assert frozen.offset.shape == (*batch, kernel.columns)
+        for leaf in jax.tree.leaves(frozen):
+            np.testing.assert_array_equal(leaf, 0)
+
+
+def test_leaves_are_float32_unless_asked():
+    pairs = init(jax.random.key(0), small_spec("tsd"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(pairs)} == {jnp.dtype("float32")}
+    pairs = init(jax.random.key(0), small_spec("tsd"), jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(pairs)} == {jnp.dtype("bfloat16")}
+
+
+def test_init_changes_no_function():
+    spec = small_spec("tsd+keep")
+    params = {
+        k.path: jax.random.normal(jax.random.key(1), k.shape) for k in spec.kernels
+    }
+    merged = merge(params, *init(jax.random.key(0), spec))
+    for path, kernel in params.items():
+        np.testing.assert_array_equal(merged[path], kernel)
+
+
+def test_a_kernels_start_depends_on_key_and_path_alone():
+    spec = small_spec("dash")
+    both, _ = init(jax.random.key(0), spec)
+    alone, _ = init(jax.random.key(0), Spec(spec.kernels[1:], spec.method))
+    np.testing.assert_array_equal(both["stack"].a, alone["stack"].a)
+    assert not np.array_equal(both["k"].a, both["stack"].a[0])
+    other, _ = init(jax.random.key(1), spec)
+    assert not np.array_equal(both["k"].a, other["k"].a)
+
+
+def test_layers_of_a_stack_start_apart():
+    adapters, _ = init(jax.random.key(0), small_spec("lora"))
+    first, second, third = np.asarray(adapters["stack"].a)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(second, third)
+
+
+def expected_delta(adapter, directions) -> np.ndarray:
+    """Sum the formula term by term, in float64."""
+    a, b = (np.asarray(x, np.float64) for x in (adapter.a, adapter.b))
+    total = adapter.kernel.scale * (a @ b)
+    if directions.left is None:
+        return total
+    for index in np.ndindex(*adapter.kernel.batch_shape):
+        for i in range(directions.left.shape[-1]):
+            weight = float(directions.offset[(*index, i)])
+            if adapter.gain is not None and i < adapter.gain.shape[-1]:
+                weight += float(adapter.gain[(*index, i)])
+            left = np.asarray(directions.left, np.float64)[(*index, slice(None), i)]
+            right = np.asarray(directions.right, np.float64)[(*index, slice(None), i)]
+            total[index] += weight * np.outer(left, right)
+    return total
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", ["k", "stack"])
+def test_factors_multiply_to_the_formula(method, path):
+    kernel = next(k for k in small_spec(method).kernels if k.path == path)
+    adapter, directions = random_pair(0, kernel)
+    down, up = low_rank_factors(adapter, directions)
+    assert down.shape[-1] == up.shape[-2] == kernel.rank + kernel.columns
+    expected = expected_delta(adapter, directions)
+    np.testing.assert_allclose(down @ up, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        delta(adapter, directions), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_delta_is_stored_as_the_kernel_is():
+    layout = Layout((1,), (2,), (3, 0))
+    kernel = small_spec("tsd", shape=(2, 3, 6, 4), layout=layout).kernels[0]
+    adapter, directions = random_pair(1, kernel)
+    expected = expected_delta(adapter, directions).reshape(3, 6, 4, 2)
+    np.testing.assert_allclose(
+        delta(adapter, directions), expected.transpose(3, 0, 1, 2), atol=1e-5
+    )
+
+
+def test_merge_adds_to_adapted_kernels_only():
+    kernel = small_spec("tsd").kernels[0]
+    adapter, directions = random_pair(2, kernel)
+    base = jax.random.normal(jax.random.key(0), (6, 7))
+    params = {"k": base, "other": {"bias": jnp.ones(3)}}
+    merged = merge(params, {"k": adapter}, {"k": directions})
+    assert merged["other"]["bias"] is params["other"]["bias"]
+    expected = np.asarray(base) + expected_delta(adapter, directions)
+    np.testing.assert_allclose(merged["k"], expected, atol=1e-5)
+    assert params["k"] is base
+
+
+def test_merge_into_bfloat16_rounds_once_and_can_widen():
+    kernel = small_spec("tsd").kernels[0]
+    adapter, directions = random_pair(2, kernel)
+    base = jax.random.normal(jax.random.key(0), (6, 7), jnp.bfloat16)
+    wide = merge({"k": base}, {"k": adapter}, {"k": directions}, dtype=jnp.float32)
+    expected = np.asarray(base, np.float64) + expected_delta(adapter, directions)
+    assert wide["k"].dtype == jnp.float32
+    np.testing.assert_allclose(wide["k"], expected, atol=1e-5)
+    own = merge({"k": base}, {"k": adapter}, {"k": directions})
+    np.testing.assert_array_equal(own["k"], wide["k"].astype(jnp.bfloat16))
+    assert own["k"].dtype == jnp.bfloat16
+
+
+def test_merge_names_a_missing_kernel():
+    kernel = small_spec("lora").kernels[0]
+    adapter, directions = random_pair(0, kernel)
+    with pytest.raises(InputError, match="no kernel 'k'"):
+        merge({"other": jnp.ones((6, 7))}, {"k": adapter}, {"k": directions})

@@ -1,0 +1,77 @@
+"""Small specs, and adapters filled with numbers instead of zeros."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tsd_jax.core.adapter import Adapter, Directions, init_kernel
+from tsd_jax.core.layout import Layout
+from tsd_jax.core.methods import Method, get_method
+from tsd_jax.core.spec import KernelSpec, Rule, Spec, build_spec
+
+STACKED = Layout((0,), (1,), (2,), lifted=(0,))
+
+
+def method_of(name: str) -> Method:
+    """Read "tsd" or "tsd+keep"."""
+    return get_method(name.removesuffix("+keep"), keep=name.endswith("+keep"))
+
+
+def small_spec(
+    method: str,
+    *,
+    rank: int = 2,
+    directions: int = 4,
+    alpha: float = 3.0,
+    shape: tuple[int, ...] | None = None,
+    layout: Layout | None = None,
+) -> Spec:
+    """Describe a (6, 7) kernel "k" and a stack of three, or one of your own."""
+    shapes: dict[str, tuple[int, ...]] = {"k": (6, 7), "stack": (3, 6, 7)}
+    layouts = {"k": Layout(), "stack": STACKED}
+    if shape is not None:
+        shapes, layouts = {"k": shape}, {"k": layout or Layout()}
+    rule = Rule(pattern=".*", rank=rank, alpha=alpha, directions=directions)
+    matched = dict.fromkeys(shapes, rule)
+    return build_spec(shapes, layouts, matched, method_of(method))
+
+
+def _filled(seed: int, tree, scale: float):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), tree
+    )
+
+
+def random_pair(
+    seed: int, kernel: KernelSpec, scale: float = 1.0
+) -> tuple[Adapter, Directions]:
+    """Fill everything beside one kernel, frozen factors too, with random numbers."""
+    return _filled(seed, init_kernel(jax.random.key(0), kernel, jnp.float32), scale)
+
+
+def random_all(seed: int, spec: Spec, scale: float = 1.0):
+    """Fill the adapters and directions of a whole spec."""
+    pairs = {
+        kernel.path: random_pair(seed + n, kernel, scale)
+        for n, kernel in enumerate(spec.kernels)
+    }
+    return (
+        {path: pair[0] for path, pair in pairs.items()},
+        {path: pair[1] for path, pair in pairs.items()},
+    )
+
+
+def trained(seed: int, spec: Spec, scale: float = 0.1):
+    """Fill A and B alone: what stands before launch, gains and directions zero."""
+    filled, _ = random_all(seed, spec, scale)
+    zeros = jax.tree.map(jnp.zeros_like, filled)
+    adapters = {
+        path: adapter.replace(gain=zeros[path].gain) for path, adapter in filled.items()
+    }
+    pairs = {
+        k.path: init_kernel(jax.random.key(0), k, jnp.float32)[1] for k in spec.kernels
+    }
+    return adapters, pairs
