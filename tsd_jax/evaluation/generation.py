@@ -58,7 +58,7 @@ def generate(
     Raises:
       InputError: if an argument does not fit the others.
     """
-    _check(np.shape(tokens), np.asarray(mask), max_new_tokens, temperature, key)
+    _check(tokens, mask, max_new_tokens, temperature, key)
     return _generate(
         apply_fn,
         params,
@@ -166,19 +166,21 @@ def _choose(
 
 
 def _check(
-    shape: tuple[int, ...],
-    mask: np.ndarray,
+    tokens: np.ndarray | Array,
+    mask: np.ndarray | Array,
     max_new_tokens: int,
     temperature: float,
     key: Array | None,
 ) -> None:
     """Refuse arguments that would generate nonsense."""
-    if len(shape) != 2 or 0 in shape or mask.shape != shape:
+    if tokens.ndim != 2 or 0 in tokens.shape or mask.shape != tokens.shape:
         raise InputError(
-            f"tokens {shape} and mask {mask.shape} must have one shape (rows, length), "
-            "without an empty axis"
+            f"tokens {tokens.shape} and mask {mask.shape} must have one shape (rows, "
+            "length), without an empty axis"
         )
-    if not mask[:, -1].all():
+    # An array spread over several hosts cannot be looked at from one.
+    seen = not isinstance(mask, Array) or mask.is_fully_addressable
+    if seen and not np.asarray(mask)[:, -1].all():
         raise InputError("a prompt ends in padding: pad prompts on the left")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
