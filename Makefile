@@ -40,7 +40,9 @@ $(VENV)/installed-interop: $(VENV)/installed-test
 	@touch $@
 
 demo: $(VENV)/installed
-	@$(BIN)/python -m tsd_jax.demo
+	$(BIN)/python train.py --config configs/demo.py --workdir runs/demo/tsd
+	$(BIN)/python train.py --config configs/demo.py --workdir runs/demo/lora --config.method.name=lora
+	@$(BIN)/python -m tsd_jax.app.compare runs/demo/tsd runs/demo/lora
 
 test: $(VENV)/installed-test
 	@$(BIN)/python -m pytest -n $(JOBS) --ignore=tests/interop

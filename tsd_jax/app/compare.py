@@ -1,0 +1,103 @@
+"""Put finished runs side by side: `python -m tsd_jax.app.compare RUN [RUN ...]`.
+
+Runs that differ in their seed alone share a row, as mean and standard deviation.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tsd_jax.app.plan import table
+from tsd_jax.core.errors import InputError
+from tsd_jax.training.files import read_json
+
+_HEAD = ("method", "seeds", "before", "after", "launch", "trainable", "tokens/s")
+_FIGURES = ("accuracy", "exact_match", "nll")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read one run's summary and config.
+
+    Raises:
+      InputError: the folder holds no finished run.
+    """
+    summary = read_json(folder / "summary.json")
+    config = read_json(folder / "config.json").get("config")
+    if not summary or config is None:
+        raise InputError(f"{folder} holds no finished run (no summary.json)")
+    return {"folder": folder, "config": config, **summary}
+
+
+def figure_of(run: dict[str, Any]) -> str:
+    """Name the figure a run was evaluated by."""
+    return next(name for name in _FIGURES if name in run["after"])
+
+
+def _name(run: dict[str, Any]) -> str:
+    return run["method"] + (" keep" if run["keep"] else "")
+
+
+def group_runs(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Group runs whose configs differ in nothing but the seed, in order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        same = {key: value for key, value in run["config"].items() if key != "seed"}
+        groups.setdefault(repr(sorted(same.items())), []).append(run)
+    return list(groups.values())
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.4f}"
+    return f"{mean:.4f} ± {statistics.stdev(values):.4f}"
+
+
+def _row(runs: list[dict[str, Any]]) -> tuple[str, ...]:
+    figure, first = figure_of(runs[0]), runs[0]
+    speed = statistics.fmean(run["train_tokens_per_second"] for run in runs)
+    return (
+        _name(first),
+        str(len(runs)),
+        _spread([run["before"][figure] for run in runs]),
+        _spread([run["after"][figure] for run in runs]),
+        str(first["launch_step"] or "-"),
+        f"{first['trainable_params']:,}",
+        f"{speed:,.0f}",
+    )
+
+
+def compare(folders: Sequence[Path]) -> str:
+    """Give the table of runs, and where their adapters and plots are."""
+    runs = [read_run(folder) for folder in folders]
+    figures = {figure_of(run) for run in runs}
+    rows = [_row(group) for group in group_runs(runs)]
+    places = [
+        f"{_name(run)}: adapter in {run['folder'] / 'adapter'}, "
+        f"plots in {run['folder'] / 'plots'}"
+        for run in runs
+    ]
+    steps = ", ".join(sorted({str(run["steps"]) for run in runs}))
+    head = f"{' / '.join(sorted(figures))} before and after {steps} steps"
+    return "\n".join([head, table([_HEAD, *rows]), *places])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; give the exit code."""
+    if not argv:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        print(compare([Path(argument) for argument in argv]))
+    except InputError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
