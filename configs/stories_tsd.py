@@ -26,5 +26,6 @@ def get_config():
     config.optimizer.gain_learning_rate = 3e-3
     config.optimizer.decay = "constant"
     config.train.steps = 150
+    config.train.log_every = 5
     config.train.batch_size = 8
     return config
