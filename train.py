@@ -67,7 +67,9 @@ def open_model(config: Config) -> Base:
     shapes = huggingface.abstract_params(llama, scan_layers=config.scan_layers)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     tokenizer = huggingface.load_tokenizer(folder)
-    return Base(folder, network, tokenizer, params, tsd.adapted(network.apply))
+    local = Path(config.path).expanduser().is_dir()
+    name = str(folder.resolve()) if local else config.path
+    return Base(name, folder, network, tokenizer, params, tsd.adapted(network.apply))
 
 
 def make_spec(config: Config, base: Base) -> tsd.Spec:

@@ -16,6 +16,7 @@ from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
 from tsd_jax.core.spectra import rank_directions
+from tsd_jax.interchange.peft import to_peft
 from tsd_jax.training.optimizer import (
     group_labels,
     make_optimizer,
@@ -50,4 +51,5 @@ __all__ = [
     "merge",
     "rank_directions",
     "reset_moments",
+    "to_peft",
 ]

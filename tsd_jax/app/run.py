@@ -43,10 +43,12 @@ class Base:
     """Hold the model before its weights are read.
 
     Attributes:
+      name: for the adapter's config: a hub id, or the folder in full.
       folder: where it lies. network: the Linen module. tokenizer: of transformers.
       params: abstract tree, in the dtype asked for. apply: with adapters.
     """
 
+    name: str
     folder: Path
     network: Llama
     tokenizer: Any
@@ -209,7 +211,7 @@ def finish(
         state.adapters,
         state.directions,
         huggingface.module_name,
-        base_model=str(run.base.folder.resolve()),
+        base_model=run.base.name,
         params=run.base.params,
     )
     old = files.read_json(run.workdir / "summary.json")

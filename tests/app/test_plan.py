@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from tsd_jax.app.plan import count_parameters, describe, table
+from tsd_jax.core.layout import Layout
+from tsd_jax.core.methods import get_method
+from tsd_jax.core.spec import Rule, build_spec
+
+STACKED = Layout((0,), (1,), (2,), (0,))
+
+
+def params():
+    kernel = jax.ShapeDtypeStruct((3, 6, 10), jnp.float32)
+    return {"layers": {"up": {"kernel": kernel}}, "head": kernel}
+
+
+def test_table_aligns_the_first_column_left_and_the_others_right():
+    assert table([("a", "b"), ("long", "123")]) == "a       b\nlong  123"
+
+
+def test_count_parameters_multiplies_shapes():
+    assert count_parameters(params()) == 2 * 180
+
+
+def test_describe_names_kernels_axes_ranks_and_counts():
+    rule = Rule(pattern="x", rank=2, directions=4)
+    path = "layers/up/kernel"
+    spec = build_spec(
+        {path: (3, 6, 10)}, {path: STACKED}, {path: rule}, get_method("tsd")
+    )
+    text = describe(spec, params(), 20, 150)
+    trainable = 3 * (2 * (6 + 10) + 4)
+    row = next(line for line in text.splitlines() if line.startswith(path)).split()
+    assert row == [path, "3x6x10", "0", "|", "1", "|", "2", "2", "4", str(trainable)]
+    assert "method tsd, launch after step 20, 150 steps" in text
+    assert f"trainable {trainable} beside 360 frozen parameters (30.00 %)" in text
