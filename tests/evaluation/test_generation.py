@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tsd_jax as tsd
 from tsd_jax.core.errors import InputError
 from tsd_jax.evaluation.generation import generate
 from tsd_jax.models import huggingface
@@ -242,3 +243,19 @@ def test_a_real_model_tells_its_golden_story(shared):
     tokenizer = huggingface.load_tokenizer(folder)
     text = tokenizer.decode(np.asarray(made.tokens[0]))
     assert text == GOLDEN
+
+
+def test_an_adapted_model_generates_as_the_merged_one(params, expected):
+    rules = [tsd.Rule(pattern=r"layers/.*_proj/kernel", rank=2, alpha=4, directions=2)]
+    tokens, mask = left_padded(PROMPTS)
+    spec = tsd.make_spec(APPLY, {"params": params}, rules, tokens, method="dash")
+    adapters, directions = tsd.init(jax.random.key(0), spec)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+    adapters, directions, _ = tsd.launch(params, adapters, spec)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+    run = functools.partial(generate, tokens=tokens, mask=mask, eos_ids=NEVER)
+    merged = run(APPLY, tsd.merge(params, adapters, directions), max_new_tokens=NEW)
+    bound = tsd.bind(params, adapters, directions)
+    made = run(tsd.adapted(APPLY), bound, max_new_tokens=NEW)
+    assert made.tokens.tolist() == merged.tokens.tolist()
+    assert made.tokens.tolist() != expected
