@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from tsd_jax.analysis.arrays import Spectrum
 from tsd_jax.analysis.plots import (
     LAUNCH,
     SHARES,
+    STYLE,
     plot_loss,
     plot_overlap,
     plot_spectra,
@@ -20,10 +22,10 @@ from tsd_jax.analysis.plots import (
 from tsd_jax.core.errors import InputError
 
 
-def pixels(path: Path, color, within: float = 1.5 / 255) -> np.ndarray:
+def pixels(path: Path, color) -> np.ndarray:
     """Where the image has this colour, (height, width) bool."""
     image = imread(path)[..., :3]
-    return np.abs(image - np.asarray(to_rgb(color))).max(-1) < within
+    return np.abs(image - np.asarray(to_rgb(color))).max(-1) < 1.5 / 255
 
 
 def metrics(*, evaluation: bool = True) -> list[dict]:
@@ -79,22 +81,50 @@ def test_loss_of_little_is_drawn_without_a_warning(tmp_path, rows):
     assert imread(tmp_path / "loss.png").std() > 0
 
 
-@pytest.mark.parametrize("kinds", [1, 3, 7])
-def test_spectra_mark_launched_directions_in_every_panel(tmp_path, kinds):
-    spectra = {f"layers/mlp/p{n}/kernel": spectrum(2) for n in range(kinds)}
-    plot_spectra(spectra, tmp_path / "launched.png")
-    nothing = np.zeros((2, 0), int)
-    bare = {p: Spectrum(s.sigma, s.rates, nothing) for p, s in spectra.items()}
-    plot_spectra(bare, tmp_path / "bare.png")
-    launched, bare = (
-        pixels(tmp_path / f"{name}.png", LAUNCH, within=0.2)
-        for name in ("launched", "bare")
-    )
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """Collects the figures that are saved."""
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    return saved
+
+
+def marked(axis: Axes) -> list[np.ndarray]:
+    """The points that are marked as launched, (2, n) for each layer."""
+    lines = [line for line in axis.lines if line.get_color() == LAUNCH]
+    points = [np.asarray(line.get_data()) for line in lines]
+    return [xy for xy in points if xy.size]
+
+
+@pytest.mark.parametrize(("kinds", "rows"), [(1, 1), (3, 1), (7, 2)])
+def test_spectra_mark_launched_directions_in_every_panel(
+    tmp_path, figures, kinds, rows
+):
+    spectra = {f"layers/p{n}/kernel": spectrum(2, 20 + n) for n in range(kinds)}
+    plot_spectra(spectra, tmp_path / "spectra.png")
     columns = min(kinds, 4)
-    found = np.asarray(launched & ~bare)
-    assert found.sum() > kinds * 2 * 2 * 4  # two panels, two layers, four directions
-    for panel in np.array_split(found[:, : int(found.shape[1] * 0.9)], columns, axis=1):
-        assert panel.any()
+    *axes, bar = figures[0].axes
+    assert bar.get_ylabel() == "layer"
+    assert len(axes) == 2 * rows * columns
+    for place, (path, seen) in enumerate(spectra.items()):
+        above = 2 * columns * (place // columns) + place % columns
+        pair = axes[above], axes[above + columns]
+        assert pair[0].get_title(loc="left") == path.split("/")[1]
+        for axis, values in zip(pair, (seen.sigma, seen.rates), strict=True):
+            assert axis.get_yscale() == "log"
+            expected = [(i, v[i]) for i, v in zip(seen.indices, values, strict=True)]
+            np.testing.assert_array_equal(marked(axis), expected)
+        curves = [line.get_ydata() for line in pair[0].lines[:2]]
+        np.testing.assert_array_equal(curves, seen.sigma)
+        dots = np.ma.getdata(pair[1].collections[0].get_offsets())
+        assert len(dots) == seen.rates.size
+        np.testing.assert_array_equal(dots[:, 0] % 1, 0)
+    assert sum(axis.axison for axis in axes) == 2 * kinds
+
+
+def test_one_layer_needs_no_scale_of_layers(tmp_path, figures):
+    plot_spectra({"lm_head/kernel": spectrum(1)}, tmp_path / "spectra.png")
+    assert len(figures[0].axes) == 2
 
 
 def test_spectra_of_a_kernel_without_rates(tmp_path):
@@ -104,18 +134,11 @@ def test_spectra_of_a_kernel_without_rates(tmp_path):
     assert imread(tmp_path / "spectra.png").std() > 0
 
 
-def test_many_dots_are_thinned(tmp_path, monkeypatch):
-    drawn = []
-    scatter = Axes.scatter
-
-    def count(self, x, *args, **kwargs):
-        drawn.append(len(x))
-        return scatter(self, x, *args, **kwargs)
-
-    monkeypatch.setattr(Axes, "scatter", count)
+def test_many_dots_are_thinned(tmp_path, figures):
     spectra = {"layers/up/kernel": spectrum(8, 1000), "lm_head/kernel": spectrum(1)}
     plot_spectra(spectra, tmp_path / "spectra.png")
-    assert drawn == [6000, 24]
+    dots = [len(a.collections[0].get_offsets()) for a in figures[0].axes[2:4]]
+    assert dots == [6000, 24]
 
 
 def test_overlap_colours_each_cell_by_its_value(tmp_path):
@@ -138,10 +161,10 @@ def test_overlap_colours_each_cell_by_its_value(tmp_path):
 
 
 def test_plots_leave_no_trace_and_are_deterministic(tmp_path):
-    before = dict(mpl.rcParams)
     for name in ("a.png", "b.png"):
         plot_spectra({"layers/up/kernel": spectrum(2)}, tmp_path / name)
-    assert dict(mpl.rcParams) == before
+    style = {name: mpl.rcParams[name] for name in STYLE}
+    assert style == {name: mpl.rcParamsOrig[name] for name in STYLE}
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

@@ -46,7 +46,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows += [json.loads(line)] if line else []
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
                 raise InputError(f"{path}, line {number} is not JSON") from None
