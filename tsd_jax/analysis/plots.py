@@ -118,10 +118,11 @@ def plot_spectra(directions: Mapping[str, Spectrum], path: str | Path) -> None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(2 * rows, columns, squeeze=False)
         for half in (axes[::2].ravel(), axes[1::2].ravel()):
-            # Set before there are data: later, a log axis of zeros is an error.
-            half[0].set_yscale("log")
             for axis in half[1:]:
                 axis.sharey(half[0])
+            # After the axes are shared, or the others stay linear; before there are
+            # data, or a panel of zeros is an error.
+            half[0].set_yscale("log")
         pairs = axes.reshape(rows, 2, columns).swapaxes(1, 2).reshape(-1, 2)
         for place, (kind, layers) in enumerate(spectra.items()):
             _draw_spectrum(pairs[place], kind, layers, count)
