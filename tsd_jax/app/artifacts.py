@@ -14,8 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tsd_jax.analysis import arrays, plots
-from tsd_jax.core.adapter import low_rank_factors
-from tsd_jax.core.spec import Spec
 from tsd_jax.training.state import TrainState
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -53,20 +51,8 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def overlaps(state: TrainState, spec: Spec) -> dict[str, np.ndarray]:
-    """Give how much of each dK's space the launched directions cover, by kernel."""
-    found = {}
-    for kernel in spec.kernels:
-        adapter, directions = state.adapters[kernel.path], state.directions[kernel.path]
-        down, up = low_rank_factors(adapter, directions)
-        left = np.asarray(directions.left)[..., : kernel.ranked]
-        overlap = arrays.subspace_overlap(left, np.asarray(down), np.asarray(up))
-        found[kernel.path] = np.atleast_1d(overlap)
-    return found
-
-
 def write_plots(
-    workdir: Path, rows: Sequence[Mapping[str, Any]], state: TrainState, spec: Spec
+    workdir: Path, rows: Sequence[Mapping[str, Any]], state: TrainState
 ) -> None:
     """Draw the loss, and for a method with launch its spectra and overlaps.
 
@@ -74,7 +60,6 @@ def write_plots(
       workdir: holds directions.npz after a launch.
       rows: of metrics.jsonl.
       state: at the end, on the host.
-      spec: of the run.
     """
     folder = workdir / "plots"
     folder.mkdir(exist_ok=True)
@@ -83,4 +68,5 @@ def write_plots(
     if launched:
         spectra = arrays.read_directions(workdir / "directions.npz")
         plots.plot_spectra(spectra, folder / "spectra.png")
-        plots.plot_overlap(overlaps(state, spec), folder / "overlap.png")
+        overlaps = arrays.learned_overlap(state.adapters, state.directions)
+        plots.plot_overlap(overlaps, folder / "overlap.png")

@@ -232,7 +232,7 @@ def finish(
         "peak_memory_bytes": artifacts.peak_memory_bytes(),
     }
     files.write_json(run.workdir / "summary.json", summary if timed else summary | old)
-    artifacts.write_plots(run.workdir, recorder.rows, state, run.spec)
+    artifacts.write_plots(run.workdir, recorder.rows, state)
     recorder.say(
         f"adapter of rank {rank} in {run.workdir / 'adapter'} "
         "(vLLM serves up to rank 16 unless --max-lora-rank is set)"

@@ -203,19 +203,25 @@ def make_evaluation(judge: Judge) -> Evaluate:
 
 
 def _nll(judge: Judge) -> Evaluate:
-    arrays = judge.data.windows
+    arrays, left_out = judge.data.windows, 0
     if arrays is None:
-        arrays = encoding.encode_examples(
+        examples = encoding.encode_examples(
             judge.records,
             judge.tokenizer,
             _template(judge.settings),
             judge.settings.length,
-        ).arrays
+        )
+        arrays, left_out = examples.arrays, examples.dropped
     if judge.eval.limit:
         arrays = {name: array[: judge.eval.limit] for name, array in arrays.items()}
     loss_fn = next_token_loss(judge.apply_fn)
     size = judge.eval.batch_size
-    return lambda variables: nll(loss_fn, variables, arrays, size, judge.place)
+
+    def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
+        figures = nll(loss_fn, variables, arrays, size, judge.place)
+        return figures | ({"left_out": left_out} if left_out else {})
+
+    return evaluate
 
 
 def _choices(judge: Judge) -> Evaluate:
