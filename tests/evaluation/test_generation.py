@@ -154,6 +154,24 @@ def lookup(variables, tokens, *, mask=None, decode, mutable):
     return logits, {"cache": {"used": jnp.zeros((), jnp.int32)}}
 
 
+def test_the_cache_has_a_slot_for_every_token_that_is_read():
+    made = []
+
+    def sized(variables, tokens, **kwargs):
+        if "cache" not in variables:
+            made.append(tokens.shape)
+        return lookup(variables, tokens, **kwargs)
+
+    generate(
+        sized,
+        {"table": jnp.eye(10)},
+        *left_padded(PROMPTS),
+        max_new_tokens=NEW,
+        eos_ids=NEVER,
+    )
+    assert made == [(3, 5 - 1 + NEW)]  # the last new token is not read
+
+
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_sampling_follows_the_tempered_distribution(temperature):
     table = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)

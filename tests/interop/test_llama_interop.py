@@ -31,7 +31,8 @@ SMALL = {
 VARIANTS = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
-    "biased": {"attention_bias": True, "mlp_bias": True},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
     "one_kv_head": {"num_key_value_heads": 1},
     "all_kv_heads": {"num_key_value_heads": 4},
     "wide_heads": {"head_dim": 16},
@@ -126,7 +127,7 @@ def test_bfloat16_weights_are_read_exactly(tmp_path):
         np.testing.assert_array_equal(tensor.astype(np.float32), expected)
 
 
-@pytest.mark.parametrize("variant", ["untied", "tied", "biased"])
+@pytest.mark.parametrize("variant", ["untied", "tied", "attention_bias"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_reads_what_we_write(tmp_path, variant, dtype):
     first, second = tmp_path / "first", tmp_path / "second"

@@ -31,7 +31,8 @@ CONFIG = LlamaConfig(
 VARIANTS = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
-    "biased": {"attention_bias": True, "mlp_bias": True},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
     "one_kv_head": {"num_key_value_heads": 1},
     "all_kv_heads": {"num_key_value_heads": 4},
 }
@@ -263,31 +264,45 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits(params):
     assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype("bfloat16")}
 
 
-def test_the_tree_is_the_documented_one():
-    config = dataclasses.replace(CONFIG, attention_bias=True, mlp_bias=True)
-    tree = jax.eval_shape(Llama(config).init, jax.random.key(0), TOKENS)["params"]
-    shapes = {path: leaf.shape for path, leaf in flat(tree).items()}
-    assert shapes == {
-        "embed_tokens/embedding": (37, 16),
-        "layers/input_layernorm/scale": (2, 16),
-        "layers/self_attn/q_proj/kernel": (2, 16, 24),
-        "layers/self_attn/q_proj/bias": (2, 24),
-        "layers/self_attn/k_proj/kernel": (2, 16, 12),
-        "layers/self_attn/k_proj/bias": (2, 12),
-        "layers/self_attn/v_proj/kernel": (2, 16, 12),
-        "layers/self_attn/v_proj/bias": (2, 12),
-        "layers/self_attn/o_proj/kernel": (2, 24, 16),
-        "layers/self_attn/o_proj/bias": (2, 16),
-        "layers/post_attention_layernorm/scale": (2, 16),
-        "layers/mlp/gate_proj/kernel": (2, 16, 24),
-        "layers/mlp/gate_proj/bias": (2, 24),
-        "layers/mlp/up_proj/kernel": (2, 16, 24),
-        "layers/mlp/up_proj/bias": (2, 24),
-        "layers/mlp/down_proj/kernel": (2, 24, 16),
-        "layers/mlp/down_proj/bias": (2, 16),
-        "norm/scale": (16,),
-        "lm_head/kernel": (16, 37),
-    }
+SHAPES = {
+    "embed_tokens/embedding": (37, 16),
+    "layers/input_layernorm/scale": (2, 16),
+    "layers/self_attn/q_proj/kernel": (2, 16, 24),
+    "layers/self_attn/k_proj/kernel": (2, 16, 12),
+    "layers/self_attn/v_proj/kernel": (2, 16, 12),
+    "layers/self_attn/o_proj/kernel": (2, 24, 16),
+    "layers/post_attention_layernorm/scale": (2, 16),
+    "layers/mlp/gate_proj/kernel": (2, 16, 24),
+    "layers/mlp/up_proj/kernel": (2, 16, 24),
+    "layers/mlp/down_proj/kernel": (2, 24, 16),
+    "norm/scale": (16,),
+    "lm_head/kernel": (16, 37),
+}
+ATTENTION_BIASES = {
+    "layers/self_attn/q_proj/bias": (2, 24),
+    "layers/self_attn/k_proj/bias": (2, 12),
+    "layers/self_attn/v_proj/bias": (2, 12),
+    "layers/self_attn/o_proj/bias": (2, 16),
+}
+MLP_BIASES = {
+    "layers/mlp/gate_proj/bias": (2, 24),
+    "layers/mlp/up_proj/bias": (2, 24),
+    "layers/mlp/down_proj/bias": (2, 16),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, SHAPES),
+        ({"attention_bias": True}, SHAPES | ATTENTION_BIASES),
+        ({"mlp_bias": True}, SHAPES | MLP_BIASES),
+    ],
+)
+def test_the_tree_is_the_documented_one(change, expected):
+    model = Llama(dataclasses.replace(CONFIG, **change))
+    tree = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    assert {path: leaf.shape for path, leaf in flat(tree).items()} == expected
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

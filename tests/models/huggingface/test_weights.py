@@ -11,6 +11,7 @@ import pytest
 from flax import traverse_util
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tsd_jax.core.errors import InputError
@@ -23,7 +24,7 @@ CONFIG = LlamaConfig(
     vocab_size=12,
     hidden_size=8,
     intermediate_size=20,
-    num_hidden_layers=3,
+    num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=4,
@@ -64,8 +65,8 @@ def test_what_is_written_is_read_back(folder, params):
 
 def test_layers_can_be_left_apart(folder, params):
     found = load_params(folder, CONFIG, scan_layers=False)
-    assert {"layers_0", "layers_1", "layers_2"} < found.keys()
-    for n in range(3):
+    assert {f"layers_{n}" for n in range(4)} < found.keys()
+    for n in range(4):
         part = jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"])
         assert_same(found[f"layers_{n}"], part)
 
@@ -104,7 +105,8 @@ SPECS = {
     "layers/self_attn/o_proj/kernel": P(None, "tensor", "fsdp"),
     "layers/mlp/up_proj/kernel": P(None, ("fsdp", "data"), None),
     "layers/mlp/down_proj/kernel": P(None, ("tensor", "fsdp"), None),
-    "layers/self_attn/k_proj/bias": P(None, "tensor"),
+    "layers/self_attn/k_proj/kernel": P("fsdp", None, "tensor"),
+    "layers/self_attn/k_proj/bias": P("fsdp", "tensor"),
 }
 
 
@@ -140,7 +142,7 @@ def test_every_device_gets_its_part_and_no_more_is_read(folder, params, reads):
         for shard in leaf.addressable_shards:
             np.testing.assert_array_equal(shard.data, whole[shard.index])
     shape = flat(found)["layers/mlp/up_proj/kernel"].addressable_shards[0].data.shape
-    assert shape == (3, 2, 20)
+    assert shape == (4, 2, 20)
     # Every element is read once, however many devices hold it.
     sizes = {name: sum(n for each, n in reads if each == name) for name, _ in reads}
     tensors = names.to_huggingface(params, CONFIG)
@@ -168,7 +170,7 @@ def drop(tensors):
 
 
 def add(tensors):
-    tensors["model.layers.3.mlp.up_proj.weight"] = np.ones(3, np.float32)
+    tensors["model.layers.4.mlp.up_proj.weight"] = np.ones(3, np.float32)
 
 
 def reshape(tensors):
@@ -184,7 +186,7 @@ def transpose(tensors):
     ("spoil", "message"),
     [
         (drop, r"lacks tensor 'model\.layers\.1\.self_attn.*\(and 1 more\)"),
-        (add, r"holds tensor 'model\.layers\.3\.mlp.*', which config\.json does not"),
+        (add, r"holds tensor 'model\.layers\.4\.mlp.*', which config\.json does not"),
         (reshape, r"'model\.norm\.weight' with shape \(9,\).*asks for \(8,\)"),
         (transpose, r"'model\.layers\.2\.mlp.*\(8, 20\).*asks for \(20, 8\)"),
     ],
@@ -221,7 +223,7 @@ def test_a_headless_checkpoint_of_an_untied_model_is_refused(folder):
 def test_buffers_and_the_copy_of_a_tied_head_are_passed_over(folder, params):
     tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
     tensors = load_file(folder / WEIGHTS)
-    for n in range(3):
+    for n in range(4):
         name = f"model.layers.{n}.self_attn.rotary_emb.inv_freq"
         tensors[name] = np.ones(2, np.float32)
     save_file(tensors, folder / WEIGHTS)
@@ -237,6 +239,8 @@ def test_more_entries_go_into_the_config(tmp_path, params):
     assert content["eos_token_id"] == [2, 7]
     assert content["architectures"] == ["LlamaForCausalLM"]
     assert sorted(file.name for file in new.iterdir()) == ["config.json", WEIGHTS]
+    with safe_open(new / WEIGHTS, framework="np") as opened:
+        assert opened.metadata() == {"format": "pt"}  # older transformers insist
 
 
 def test_a_tree_that_does_not_fit_leaves_the_folder_as_it_was(folder, params):
