@@ -127,25 +127,23 @@ def test_directions_do_not_matter_without_gains():
     assert spec.gains == 0
 
 
-def test_build_spec_prefers_a_rules_own_layout():
-    own = Layout((0,), (2,), (1,))
+def test_build_spec_puts_kernels_together():
+    heads = Layout((0, 1), (2,), (3,))
     matched = {
-        "x": Rule(pattern="x", rank=2, directions=2, layout=own),
-        "y": Rule(pattern="y", rank=2, directions=2),
+        "x": Rule(pattern="x", rank=2, directions=2),
+        "y": Rule(pattern="y", rank=1, directions=1),
     }
-    shapes = dict.fromkeys(matched, (2, 5, 9))
-    spec = build_spec(
-        shapes, dict.fromkeys(matched, STACKED), matched, get_method("tsd")
-    )
+    shapes, layouts = {"y": (2, 5, 9), "x": (2, 3, 5, 9)}, {"x": heads, "y": STACKED}
+    spec = build_spec(shapes, layouts, matched, get_method("tsd"))
     assert spec.paths == ("x", "y")
-    assert [kernel.layout for kernel in spec.kernels] == [own, STACKED]
-    assert spec.trainable == 2 * 2 * (2 * 5 + 2 * 9 + 2)
+    assert [kernel.layout for kernel in spec.kernels] == [heads, STACKED]
+    assert spec.trainable == 6 * (2 * (5 + 9) + 2) + 2 * (1 * (5 + 9) + 1)
 
 
 def test_a_layout_that_does_not_fit_is_refused():
-    rule = Rule(pattern="x", rank=1, directions=1, layout=Layout())
+    rule = Rule(pattern="x", rank=1, directions=1)
     with pytest.raises(InputError, match="x: Layout"):
-        build_spec({"x": (2, 3, 4)}, {"x": STACKED}, {"x": rule}, get_method("tsd"))
+        build_spec({"x": (2, 3, 4)}, {"x": Layout()}, {"x": rule}, get_method("tsd"))
 
 
 def test_a_spec_is_static_under_jit():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +40,23 @@ def small_spec(
     return build_spec(shapes, layouts, matched, method_of(method))
 
 
-def _filled(seed: int, tree, scale: float):
+def filled(seed: int, shapes: Any, scale: float = 1.0) -> Any:
+    """Fill a tree of shapes with normal numbers, without compiling anything."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), tree
+        lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), shapes
+    )
+
+
+def zeros(shapes: Any) -> Any:
+    """Fill a tree of shapes with zeros, without compiling anything."""
+    return jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes)
+
+
+def pair_shapes(kernel: KernelSpec) -> tuple[Adapter, Directions]:
+    """Give the shapes of what lies beside one kernel."""
+    return jax.eval_shape(
+        lambda: init_kernel(jax.random.key(0), kernel, jnp.dtype("float32"))
     )
 
 
@@ -49,7 +64,7 @@ def random_pair(
     seed: int, kernel: KernelSpec, scale: float = 1.0
 ) -> tuple[Adapter, Directions]:
     """Fill everything beside one kernel, frozen factors too, with random numbers."""
-    return _filled(seed, init_kernel(jax.random.key(0), kernel, jnp.float32), scale)
+    return filled(seed, pair_shapes(kernel), scale)
 
 
 def random_all(seed: int, spec: Spec, scale: float = 1.0):
@@ -66,12 +81,9 @@ def random_all(seed: int, spec: Spec, scale: float = 1.0):
 
 def trained(seed: int, spec: Spec, scale: float = 0.1):
     """Fill A and B alone: what stands before launch, gains and directions zero."""
-    filled, _ = random_all(seed, spec, scale)
-    zeros = jax.tree.map(jnp.zeros_like, filled)
+    adapters, directions = random_all(seed, spec, scale)
     adapters = {
-        path: adapter.replace(gain=zeros[path].gain) for path, adapter in filled.items()
+        path: adapter.replace(gain=zeros(adapter.gain))
+        for path, adapter in adapters.items()
     }
-    pairs = {
-        k.path: init_kernel(jax.random.key(0), k, jnp.float32)[1] for k in spec.kernels
-    }
-    return adapters, pairs
+    return adapters, zeros(directions)

@@ -98,7 +98,12 @@ def make_spec(
 
 
 def _unused(path: str, owner: str | None, handlers: Mapping) -> str:
-    known = ", ".join(sorted(kind.__name__ for kind in handlers))
+    names = {kind.__name__ for kind in handlers}
+    known = ", ".join(sorted(names))
+    if owner in names:
+        return (
+            f"{path} is no kernel of its {owner}; narrow the rule's pattern to kernels"
+        )
     if owner:
         return (
             f"{path} belongs to a module of type {owner}, which has no low-rank path "
@@ -111,8 +116,13 @@ def _unused(path: str, owner: str | None, handlers: Mapping) -> str:
 
 
 def _overridden(path: str, wanted: Layout, traced: Layout) -> Layout:
-    """Take a rule's layout; inputs and outputs may only become batch axes."""
-    layout = Layout(wanted.batch, wanted.inputs, wanted.outputs, traced.lifted)
+    """Take a rule's layout; inputs and outputs may only become batch axes.
+
+    The order of flattening permutes rows or columns of the matrix and nothing else:
+    it is always the stored one, which the forward pass takes for granted.
+    """
+    inputs, outputs = tuple(sorted(wanted.inputs)), tuple(sorted(wanted.outputs))
+    layout = Layout(wanted.batch, inputs, outputs, traced.lifted)
     fits = set(layout.inputs) <= set(traced.inputs)
     if not (fits and set(layout.outputs) <= set(traced.outputs)):
         raise InputError(

@@ -41,11 +41,14 @@ def dense(module: nn.Dense, inputs: jax.Array) -> Call:
 
 
 def dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Call:
-    """Describe `nn.DenseGeneral`: `axis` contracted, `features` produced."""
+    """Describe `nn.DenseGeneral`: `axis` contracted, `features` produced.
+
+    Flax sorts the axes, so that (-1, -2) and (-2, -1) are the same module.
+    """
 
     def axes(value) -> tuple[int, ...]:
         values = (value,) if isinstance(value, int) else tuple(value)
-        return tuple(axis % inputs.ndim for axis in values)
+        return tuple(sorted(axis % inputs.ndim for axis in values))
 
     contracted, stacked = axes(module.axis), axes(module.batch_dims)
     features = (

@@ -210,12 +210,12 @@ def build_spec(
 
     Args:
       shapes: {path: stored shape}.
-      layouts: {path: layout}; a rule's own layout comes before it.
+      layouts: {path: layout}, a rule's own taken in where it has one.
       matched: {path: rule}, of `match_rules`.
       method: what happens at launch.
     """
     kernels = (
-        kernel_spec(path, shapes[path], rule.layout or layouts[path], rule, method)
+        kernel_spec(path, shapes[path], layouts[path], rule, method)
         for path, rule in matched.items()
     )
     return Spec(tuple(kernels), method)
