@@ -97,7 +97,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "targets": count,
         }
         new = state.replace(
