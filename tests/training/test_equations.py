@@ -10,7 +10,9 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.helpers.mlp import PATHS, RULES, Mlp, mlp_batch, mlp_params, mlp_spec
@@ -24,11 +26,11 @@ from tests.helpers.reference import (
 )
 from tests.helpers.trees import method_of
 from tsd_jax.binding.linen import adapted
-from tsd_jax.core.adapter import Adapters, delta, init
+from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.training.optimizer import make_optimizer, make_schedule
-from tsd_jax.training.state import create_state
+from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import launch_state, make_train_step
 
 METHODS = ["lora", "dash", "init", "tsd", "init+keep", "tsd+keep"]
@@ -61,34 +63,55 @@ def collect(figures: list, layers: list, seen: dict) -> Trace:
     return Trace(loss, norm, deltas, gains, seen)
 
 
+class Problem(NamedTuple):
+    """What both runs share; the state before the first step, as NumPy arrays."""
+
+    params: dict
+    spec: Spec
+    optimizer: optax.GradientTransformation
+    state: TrainState
+
+
 @functools.cache
-def problem(method: str) -> tuple[dict, Spec, Adapters]:
+def problem(method: str) -> Problem:
     params = mlp_params()
     spec = mlp_spec(params, method)
-    return params, spec, init(jax.random.key(0), spec)[0]
-
-
-@functools.cache
-def library_run(method: str) -> Trace:
-    params, spec, _ = problem(method)
-    rates = (
-        make_schedule(peak, steps=STEPS, warmup=WARMUP) for peak in (PEAK, GAIN_PEAK)
-    )
     optimizer = make_optimizer(
-        *rates,
+        make_schedule(PEAK, steps=STEPS, warmup=WARMUP),
+        make_schedule(GAIN_PEAK, steps=STEPS, warmup=WARMUP),
         b1=B1,
         b2=B2,
         eps=ADAM_EPSILON,
         weight_decay=DECAY,
         clip_norm=CLIP,
     )
-    state = create_state(jax.random.key(0), spec, optimizer)
+    create = functools.partial(create_state, spec=spec, optimizer=optimizer)
+    state = jax.jit(create)(jax.random.key(0))
+    return Problem(params, spec, optimizer, jax.tree.map(np.asarray, state))
+
+
+def change(adapter: Adapter, frozen: Directions) -> np.ndarray:
+    """Give gamma A B + L diag(g + o) R^T."""
+    a, b = np.asarray(adapter.a, np.float64), np.asarray(adapter.b)
+    total = adapter.kernel.scale * (a @ b)
+    if frozen.left is None:
+        return total
+    coordinates = np.array(frozen.offset)
+    if adapter.gain is not None:
+        coordinates[: len(adapter.gain)] += np.asarray(adapter.gain)
+    return total + (np.asarray(frozen.left) * coordinates) @ np.asarray(frozen.right).T
+
+
+@functools.cache
+def library_run(method: str) -> Trace:
+    params, spec, optimizer, start = problem(method)
+    state = jax.tree.map(jnp.array, start)  # a copy, for the step takes it
     step = make_train_step(next_token_loss(adapted(Mlp().apply)), optimizer)
 
     def layers():
         return {
             path: (
-                np.asarray(delta(adapter, state.directions[path])),
+                change(adapter, state.directions[path]),
                 np.zeros(0) if adapter.gain is None else np.asarray(adapter.gain),
             )
             for path, adapter in state.adapters.items()
@@ -111,13 +134,13 @@ def library_run(method: str) -> Trace:
 
 @functools.cache
 def reference_run(method: str) -> Trace:
-    params, _, adapters = problem(method)
+    params, _, _, start = problem(method)
     how = method_of(method)
     up, down = (
         Layer(
             params[path.split("/")[0]]["kernel"],
             params[path.split("/")[0]]["bias"],
-            adapters[path].a,
+            start.adapters[path].a,
             gamma=GAMMAS[path],
             s=rule.directions * how.gains,
         )
@@ -159,8 +182,7 @@ def test_every_step_equals_the_equations(method):
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_what_is_launched_equals_the_equations(method):
     got, want = library_run(method).seen, reference_run(method).seen
-    spec = problem(method)[1]
-    for kernel in spec.kernels:
+    for kernel in problem(method).spec.kernels:
         indices, sigma, rates = got[kernel.path]
         order, all_sigma, all_rates = want[kernel.path]
         np.testing.assert_array_equal(indices, order[: kernel.ranked])
