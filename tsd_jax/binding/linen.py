@@ -185,7 +185,8 @@ def bind(
 
 
 def _drop(x: jax.Array, key_data: jax.Array, rate: float) -> jax.Array:
-    key = jax.random.wrap_key_data(key_data.reshape(-1))
+    """Drop by one mask over all of x, also where the module itself sees a stack."""
+    key = jax.random.wrap_key_data(key_data.reshape(-1, key_data.shape[-1])[0])
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
@@ -194,7 +195,7 @@ def _low_rank(call: Call, bound: Bound, y_shape: tuple[int, ...]) -> jax.Array:
     """Compute what one module's output gains, in the factors' type."""
     x = call.x
     if bound.key is not None:
-        x = _drop(x, bound.key, bound.dropout)
+        x = _drop(x, _unplace(bound.key, bound.batch), bound.dropout)
     return low_rank(
         x,
         _unplace(bound.down, bound.batch),
