@@ -26,6 +26,8 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
+    "rms_norm_eps": 1e-4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 3000.0},
     "pad_token_id": 0,
 }
 VARIANTS = {

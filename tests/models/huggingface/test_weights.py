@@ -240,7 +240,12 @@ def test_more_entries_go_into_the_config(tmp_path, params):
     assert content["architectures"] == ["LlamaForCausalLM"]
     assert sorted(file.name for file in new.iterdir()) == ["config.json", WEIGHTS]
     with safe_open(new / WEIGHTS, framework="np") as opened:
-        assert opened.metadata() == {"format": "pt"}  # older transformers insist
+        # Older transformers insist on it.
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_both_files_may_be_read_by_the_same_people(folder):
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 def test_a_tree_that_does_not_fit_leaves_the_folder_as_it_was(folder, params):

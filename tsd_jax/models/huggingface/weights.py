@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,9 @@ def write_checkpoint(
     weights, settings = folder / SINGLE_FILE, folder / "config.json"
     # Under other names first: an interrupted write leaves the old files whole.
     new_weights, new_settings = (Path(f"{file}.new") for file in (weights, settings))
-    save_file(tensors, new_weights, metadata={"format": "pt"})
     new_settings.write_text(text + "\n", encoding="utf-8")
+    save_file(tensors, new_weights, metadata={"format": "pt"})
+    shutil.copymode(new_settings, new_weights)  # safetensors lets only the owner read
     os.replace(new_weights, weights)
     os.replace(new_settings, settings)
 
