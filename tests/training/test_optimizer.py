@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.helpers.trees import filled, method_of, pair_shapes, small_spec, zeros
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.methods import get_method
+from tsd_jax.training.optimizer import (
+    group_labels,
+    make_optimizer,
+    make_schedule,
+    reset_moments,
+)
+
+
+def hugging_face(kind: str, step: int, warmup: int, steps: int) -> float:
+    """Repeat `transformers.get_{kind}_schedule_with_warmup`, as a share of the peak."""
+    if step < warmup:
+        return step / max(1, warmup)
+    if kind == "constant":
+        return 1.0
+    if kind == "linear":
+        return max(0.0, (steps - step) / max(1, steps - warmup))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_schedules_are_those_of_hugging_face(kind, warmup):
+    schedule = make_schedule(3e-4, steps=20, warmup=warmup, decay=kind)
+    got = [np.asarray(schedule(jnp.asarray(step))) for step in range(20)]
+    want = [3e-4 * hugging_face(kind, step, warmup, 20) for step in range(20)]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay": "wsd"}, "unknown decay 'wsd'; choose one of constant, linear, cos"),
+        ({"warmup": 10}, r"warmup 10 must be in \[0, steps\), steps are 10"),
+        ({"warmup": -1}, "warmup -1 must be in"),
+    ],
+)
+def test_impossible_schedules_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        make_schedule(1e-3, steps=10, **settings)
+
+
+SPEC = small_spec("tsd", shape=(3, 4), rank=2, directions=2)
+RATE, GAIN_RATE = 1e-2, 3e-1
+
+
+def tree(seed: int | None) -> Any:
+    """Give {"k": Adapter} of random numbers, or of zeros."""
+    shapes = {"k": pair_shapes(SPEC.kernels[0])[0]}
+    return zeros(shapes) if seed is None else filled(seed, shapes)
+
+
+def without_gains(grads: Any) -> Any:
+    """Give the gradients before launch, where L = R = 0."""
+    adapter = grads["k"]
+    return {"k": adapter.replace(gain=jnp.zeros_like(adapter.gain))}
+
+
+@functools.cache
+def optimizer(**settings: Any) -> tuple[Any, Any]:
+    made = make_optimizer(
+        settings.pop("rate", RATE), settings.pop("gain_rate", GAIN_RATE), **settings
+    )
+    return made, jax.jit(made.update)
+
+
+def run(update, state, gradients, params=None):
+    """Give the updates of every step as {field: array}, and the last state."""
+    updates = []
+    for grads in gradients:
+        step, state = update(grads, state, tree(None) if params is None else params)
+        updates.append(
+            {f: np.asarray(getattr(step["k"], f)) for f in ("a", "b", "gain")}
+        )
+    return updates, state
+
+
+BEFORE = [without_gains(tree(seed)) for seed in range(100)]
+AFTER = [tree(1000)] * 40  # a constant gradient: the update is the rate exactly
+
+
+@functools.cache
+def before_launch() -> Any:
+    made, update = optimizer()
+    return run(update, made.init(tree(None)), BEFORE)
+
+
+def test_groups():
+    labels = group_labels(tree(None))["k"]
+    assert (labels.a, labels.b, labels.gain) == ("lora", "lora", "gain")
+    lora = {"k": tree(None)["k"].replace(gain=None)}
+    assert group_labels(lora)["k"].gain is None
+
+
+def test_each_group_has_its_learning_rate():
+    """A fresh Adam moves by its rate, against the sign of the gradient."""
+    made, update = optimizer()
+    grads = tree(5)
+    (step,), _ = run(update, made.init(tree(None)), [grads])
+    for field, rate in (("a", RATE), ("b", RATE), ("gain", GAIN_RATE)):
+        sign = np.sign(getattr(grads["k"], field))
+        np.testing.assert_allclose(step[field], -rate * sign, rtol=1e-5)
+
+
+def test_gains_stand_still_before_launch():
+    updates, _ = before_launch()
+    assert all((step["gain"] == 0).all() for step in updates)
+    assert all((step["a"] != 0).all() for step in updates)
+
+
+@pytest.mark.parametrize("method", ["dash", "tsd", "tsd+keep"])
+def test_gains_start_as_a_fresh_adam_does(method):
+    _, state = before_launch()
+    updates, _ = run(optimizer()[1], reset_moments(state, method_of(method)), AFTER)
+    want = -GAIN_RATE * np.sign(AFTER[0]["k"].gain)
+    for step in updates:
+        np.testing.assert_allclose(step["gain"], want, rtol=1e-4)
+
+
+def test_without_the_reset_the_gains_would_overshoot():
+    """What it is for: counts that ran on make of 100 zeros a small second moment."""
+    _, state = before_launch()
+    updates, _ = run(optimizer()[1], state, AFTER)
+    peak = max(np.abs(step["gain"]).max() for step in updates)
+    assert peak > 2 * GAIN_RATE
+
+
+def test_dash_goes_on_with_the_moments_of_a_and_b():
+    """To the bit: as if there had been no launch."""
+    _, state = before_launch()
+    update = optimizer()[1]
+    launched, _ = run(update, reset_moments(state, get_method("dash")), AFTER[:3])
+    unbroken, _ = run(update, state, AFTER[:3])
+    for ours, theirs in zip(launched, unbroken, strict=True):
+        np.testing.assert_array_equal(ours["a"], theirs["a"])
+        np.testing.assert_array_equal(ours["b"], theirs["b"])
+
+
+@pytest.mark.parametrize("method", ["init", "tsd", "init+keep", "tsd+keep"])
+def test_restarting_methods_forget_the_moments_of_a_and_b(method):
+    _, state = before_launch()
+    updates, _ = run(optimizer()[1], reset_moments(state, method_of(method)), AFTER[:3])
+    for step in updates:
+        for field in ("a", "b"):
+            want = -RATE * np.sign(getattr(AFTER[0]["k"], field))
+            np.testing.assert_allclose(step[field], want, rtol=1e-4)
+
+
+def test_schedules_read_on_over_the_launch():
+    """No second warm-up: the rate is that of the global step in both groups."""
+    rate = make_schedule(RATE, steps=200, warmup=20)
+    gain_rate = make_schedule(GAIN_RATE, steps=200, warmup=20)
+    made, update = optimizer(rate=rate, gain_rate=gain_rate)
+    _, state = run(update, made.init(tree(None)), BEFORE)
+    updates, _ = run(update, reset_moments(state, get_method("tsd")), AFTER)
+    for step, moved in enumerate(updates, start=100):
+        share = hugging_face("linear", step, 20, 200)
+        for field, peak in (("a", RATE), ("b", RATE), ("gain", GAIN_RATE)):
+            want = -share * peak * np.sign(getattr(AFTER[0]["k"], field))
+            np.testing.assert_allclose(moved[field], want, rtol=1e-4)
+
+
+def test_weight_decay_is_decoupled_and_spares_the_gains():
+    made, update = optimizer(weight_decay=0.1)
+    params, grads = tree(7), tree(8)
+    (step,), _ = run(update, made.init(tree(None)), [grads], params)
+    for field, rate, decay in (
+        ("a", RATE, 0.1),
+        ("b", RATE, 0.1),
+        ("gain", GAIN_RATE, 0.0),
+    ):
+        want = np.sign(getattr(grads["k"], field)) + decay * getattr(params["k"], field)
+        np.testing.assert_allclose(step[field], -rate * want, rtol=1e-4)
+
+
+def test_clipping_is_by_the_norm_of_both_groups():
+    """Adam hides the scale of a first gradient, so look at its first moment."""
+    made, update = optimizer(clip_norm=0.5)
+    for grads in (tree(9), without_gains(tree(9))):
+        _, state = run(update, made.init(tree(None)), [grads])
+        want = [np.asarray(grad) for grad in jax.tree.leaves(grads)]
+        norm = math.sqrt(sum(float(np.sum(grad**2)) for grad in want))
+        moments = [
+            m
+            for node in jax.tree.leaves(state, is_leaf=is_adam)
+            if is_adam(node)
+            for m in jax.tree.leaves(node.mu)
+        ]
+        assert norm > 1
+        assert len(moments) == len(want) == 3
+        order = zip(
+            sorted(moments, key=np.shape), sorted(want, key=np.shape), strict=True
+        )
+        for moment, grad in order:
+            np.testing.assert_allclose(moment, 0.1 * grad * 0.5 / norm, rtol=1e-5)
+
+
+def is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def adamw_chain(names: tuple[str, str]) -> Any:
+    """Write an optimizer of somebody's own: other names, adamw with a schedule."""
+    lora, gain = names
+    schedule = optax.linear_schedule(0.0, 1.0, 10)
+    labels = {"lora": lora, "gain": gain}
+
+    def label(adapters):
+        return jax.tree.map(labels.__getitem__, group_labels(adapters))
+
+    return optax.chain(
+        optax.zero_nans(),
+        optax.partition({lora: optax.adamw(schedule), gain: optax.adam(0.1)}, label),
+    )
+
+
+@pytest.mark.parametrize("wrap", [lambda made: made, optax.apply_if_finite])
+def test_a_chain_of_your_own(wrap):
+    """Only Adam starts again; the schedule inside adamw keeps its count."""
+    made = adamw_chain(("factors", "coordinates"))
+    if wrap is optax.apply_if_finite:
+        made = optax.apply_if_finite(made, 3)
+    update = jax.jit(made.update)
+    labels = {"lora": "factors", "gain": "coordinates"}
+    _, state = run(update, made.init(tree(None)), BEFORE[:4])
+    state = reset_moments(state, get_method("tsd"), labels)
+    (step,), _ = run(update, state, AFTER[:1])
+    sign = {f: np.sign(getattr(AFTER[0]["k"], f)) for f in ("a", "gain")}
+    np.testing.assert_allclose(step["a"], -0.4 * sign["a"], rtol=1e-3)
+    np.testing.assert_allclose(step["gain"], -0.1 * sign["gain"], rtol=1e-4)
+
+
+def test_a_state_without_the_groups_is_refused():
+    plain = optax.adam(1e-3).init(tree(None))
+    with pytest.raises(InputError, match=r"no optax.partition.*\['gain', 'lora'\]"):
+        reset_moments(plain, get_method("tsd"))
+    other = adamw_chain(("factors", "coordinates")).init(tree(None))
+    with pytest.raises(InputError, match=r"groups \['gain'\].*group_labels"):
+        reset_moments(other, get_method("dash"))
+
+
+def test_shapes_and_types_stay():
+    _, state = before_launch()
+    new = reset_moments(state, get_method("tsd"))
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    for ours, theirs in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
