@@ -66,7 +66,7 @@ class Parts:
 
     step: Any
     launch: Callable
-    batch: Callable[[int], Mapping[str, jax.Array]]
+    batch: Callable[[int], Mapping[str, Any]]
     evaluate: Callable[[TrainState], dict[str, float]]
     on_launch: Callable[[Mapping[str, Any]], None]
     rates: Mapping[str, optax.Schedule]
@@ -146,6 +146,16 @@ def _launch(
     return state
 
 
+def _check_finite(done: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Refuse to log, to save or to launch what is no longer a number."""
+    for name, key in (("loss", "loss"), ("gradient's norm", "grad_norm")):
+        if not math.isfinite(metrics[key]):
+            raise InputError(
+                f"the {name} is {float(metrics[key])} at step {done}: lower the "
+                "learning rate or look at the data; the last checkpoint is intact"
+            )
+
+
 def _log(
     done: int,
     metrics: Mapping[str, jax.Array],
@@ -154,13 +164,8 @@ def _log(
     recorder: Recorder,
     speed: float,
 ) -> None:
-    """Record one step; refuse to go on from a loss that is no number."""
+    """Record one step."""
     figures = {name: float(value) for name, value in metrics.items()}
-    if not math.isfinite(figures["loss"]):
-        raise InputError(
-            f"the loss is {figures['loss']} at step {done}: lower the learning rate "
-            "or look at the data; the last checkpoint is intact"
-        )
     # The schedules count from 0: this step used the rate of the one before.
     rates = {
         name: float(np.asarray(rate(done - 1))) for name, rate in parts.rates.items()
@@ -199,7 +204,7 @@ def run(
 
     Raises:
       StopRequested: SIGINT or SIGTERM came; the state is saved.
-      InputError: the loss is no longer finite.
+      InputError: the loss or its gradient is no longer finite.
     """
     start, watch = int(state.step), Stopwatch()
     if start == config.steps:
@@ -209,11 +214,14 @@ def run(
     step_fn = parts.step.lower(state, params, batch, key).compile()
     watch.compile_seconds = time.perf_counter() - begun
     positions = jax.tree.leaves(batch)[0].size
+    metrics: Mapping[str, jax.Array] = {}
     watch.go()
     with stop_signals() as stopping:
         for step in range(start, config.steps):
             if step == config.launch_step and not state.launched:
                 watch.stop(state)
+                if metrics:  # Init would start afresh from whatever was ranked.
+                    _check_finite(step, metrics)
                 state = _launch(state, parts, recorder, step)
                 watch.go()
             state, metrics = step_fn(state, params, parts.batch(step), key)
@@ -225,6 +233,7 @@ def run(
             if not (logging or evaluating or saving):
                 continue
             watch.stop(metrics)
+            _check_finite(done, metrics)
             if logging:
                 _log(done, metrics, parts, config, recorder, watch.lap())
             if evaluating:
