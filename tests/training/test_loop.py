@@ -55,6 +55,7 @@ def setup() -> Setup:
     spec = make_spec(Mlp().apply, {"params": params}, rules, tokens, method="tsd")
     optimizer = make_optimizer(*RATES.values(), clip_norm=0.3)
     create = functools.partial(create_state, spec=spec, optimizer=optimizer)
+    chex.clear_trace_counter()  # it tells functions apart by their source
     loss_fn = chex.assert_max_traces(next_token_loss(adapted(Mlp().apply)), n=1)
     parts = Parts(
         step=make_train_step(cast(LossFn, loss_fn), optimizer, dropout=True),
