@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; an empty one where there is no file or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -91,14 +91,15 @@ def claim_workdir(
       InputError: it is a file, a run of another config lies there, or its config
         cannot be read.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"workdir {workdir} is a file; name a folder")
+    for place in (workdir, *workdir.parents):
+        if place.exists() and not place.is_dir():
+            raise InputError(f"workdir {workdir}: {place} is a file; name a folder")
     path = workdir / "config.json"
     if not path.exists():
         return False
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        old = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no config of a run; use a new workdir") from None
     new = json.loads(json.dumps(dict(config)))
     names = sorted((old.keys() | new.keys()) - set(free))

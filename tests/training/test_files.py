@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.launch import Ranking
+from tsd_jax.training import files
+
+CONFIG = {"method.name": "tsd", "train.steps": 100, "mesh": (1, -1, 1), "seed": 0}
+
+
+def test_atomic_writes_leave_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_json(path, {"a": 1})
+
+    def fail(part):
+        part.write_text("half a f")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_atomically(path, fail)
+    assert files.read_json(path) == {"a": 1}
+    files.write_json(path, {"a": 2})
+    assert files.read_json(path) == {"a": 2}
+
+
+def test_a_file_is_only_seen_whole(tmp_path):
+    path = tmp_path / "x"
+
+    def write(part):
+        part.write_text("whole")
+        assert not path.exists()
+        assert part.parent == tmp_path  # on the same disk, or it would be copied
+
+    files.write_atomically(path, write)
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_sorted_and_ends_with_a_newline(tmp_path):
+    files.write_json(tmp_path / "x", {"b": [1, 2], "a": "é"})
+    text = (tmp_path / "x").read_text()
+    assert text.index('"a"') < text.index('"b"')
+    assert text.endswith("}\n")
+    assert files.read_json(tmp_path / "x") == {"b": [1, 2], "a": "é"}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"3", b"\xff"])
+def test_what_is_no_json_object_reads_as_an_empty_one(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x").write_bytes(content)
+    assert files.read_json(tmp_path / "x") == {}
+
+
+def test_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert files.read_lines(path) == []
+    rows = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 1e-30}]
+    files.write_lines(path, rows)
+    assert files.read_lines(path) == rows
+    assert path.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_cut_off_last_line_is_left_out(tmp_path, cut):
+    path = tmp_path / "metrics.jsonl"
+    files.write_lines(path, [{"step": 1}, {"step": 23}])
+    path.write_text(path.read_text()[:-cut])
+    want = [{"step": 1}, {"step": 23}] if cut == 1 else [{"step": 1}]
+    assert files.read_lines(path) == want
+
+
+def test_rankings(tmp_path):
+    """One matrix a row, stacked or not; plain arrays under the kernel's path."""
+    one = Ranking(jnp.arange(3.0), jnp.arange(3.0) + 5, jnp.array([2, 0], jnp.int32))
+    stack = np.arange(12.0, dtype=np.float32).reshape(2, 2, 3)
+    report = {
+        "head/kernel": one,
+        "layers/q/kernel": Ranking(stack, -stack, np.zeros((2, 2, 2), np.int32)),
+    }
+    files.write_rankings(tmp_path / "directions.npz", report)
+    with np.load(tmp_path / "directions.npz", allow_pickle=False) as arrays:
+        assert set(arrays) == {
+            f"{kernel}/{field}"
+            for kernel in report
+            for field in ("sigma", "rates", "indices")
+        }
+        np.testing.assert_array_equal(arrays["head/kernel/sigma"], [[0, 1, 2]])
+        np.testing.assert_array_equal(arrays["head/kernel/rates"], [[5, 6, 7]])
+        np.testing.assert_array_equal(arrays["head/kernel/indices"], [[2, 0]])
+        assert arrays["head/kernel/indices"].dtype == np.int32
+        np.testing.assert_array_equal(
+            arrays["layers/q/kernel/sigma"], np.arange(12).reshape(4, 3)
+        )
+        assert arrays["layers/q/kernel/indices"].shape == (4, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["directions.npz"]
+
+
+def claim(workdir, free=(), **changes):
+    return files.claim_workdir(workdir, {**CONFIG, **changes}, free)
+
+
+@pytest.fixture
+def used(tmp_path):
+    """Leave a run's config behind."""
+    files.write_json(tmp_path / "config.json", {"config": CONFIG, "jax": "1.2"})
+    return tmp_path
+
+
+def test_a_fresh_workdir_is_not_touched(tmp_path):
+    assert not claim(tmp_path / "new" / "run")
+    assert not claim(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_of_the_same_config_goes_on(used):
+    """Tuples come back from JSON as lists, and are the same."""
+    before = (used / "config.json").read_bytes()
+    assert claim(used)
+    assert (used / "config.json").read_bytes() == before
+
+
+def test_free_keys_may_differ(used):
+    assert claim(used, free=("mesh", "new"), mesh=(8, 1, 1), new=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.steps": 200}, r"train\.steps was 100, now 200; use a new --workdir"),
+        ({"method.name": "lora"}, r"method\.name was 'tsd', now 'lora'; use"),
+        ({"mesh": (2, 2, 2)}, r"mesh was \[1, -1, 1\], now \[2, 2, 2\]; use"),
+        ({"new.key": 1}, r"new\.key was None, now 1; use"),
+        ({"seed": 1, "train.steps": 1}, r"seed was 0, now 1 \(and 1 more\); use"),
+    ],
+)
+def test_another_config_is_refused_by_key(used, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        claim(used, **changes)
+    assert str(used) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_gone_is_named(used):
+    config = {key: value for key, value in CONFIG.items() if key != "seed"}
+    with pytest.raises(InputError, match="seed was 0, now None"):
+        files.claim_workdir(used, config, ())
+
+
+def test_a_file_in_the_place_of_the_workdir(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match=r"run is a file; name a folder"):
+        claim(tmp_path / "run")
+    with pytest.raises(InputError, match=r"run is a file; name a folder"):
+        claim(tmp_path / "run" / "below")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{}", b"[1]", b"null", b'{"config": [1]}', b"\xff\xfe\x00"],
+    ids=["empty", "cut", "no config", "list", "null", "config a list", "binary"],
+)
+def test_an_unreadable_config_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json is no config of a run"):
+        claim(tmp_path)
+
+
+def test_a_folder_in_the_place_of_the_config(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(InputError, match=r"config\.json is no config of a run"):
+        claim(tmp_path)
+
+
+def test_configs_are_compared_as_they_are_written(used):
+    """A config that JSON changes is the same after a round trip."""
+    text = json.loads((used / "config.json").read_text())
+    assert text["config"]["mesh"] == [1, -1, 1]
+    assert claim(used, mesh=[1, -1, 1])

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tsd_jax.training.recorder import Recorder
+
+
+def recorder(workdir, *, start=0, launched=False, active=True) -> Recorder:
+    return Recorder(workdir, steps=9, start=start, launched=launched, active=active)
+
+
+def steps(rows) -> list[tuple[str, int]]:
+    return [(row["kind"], row["step"]) for row in rows]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Leave a run behind that got to step 4, with its launch after step 3."""
+    with recorder(tmp_path) as log:
+        log.evaluation(0, {"nll": 2.5, "count": 7})
+        for step in (1, 2, 3):
+            log.train(step, "prelaunch", loss=1 / step, tokens_per_second=10.0)
+        log.log("launch", 3, extract_seconds=0.5)
+        log.train(4, "dash", loss=0.25, tokens_per_second=10.0)
+        log.evaluation(4, {"nll": 2.0, "count": 7})
+    return tmp_path
+
+
+def read(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+OLD = [("eval", 0), ("train", 1), ("train", 2), ("train", 3)]
+LAUNCH, NEW = ("launch", 3), [("train", 4), ("eval", 4)]
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    with recorder(tmp_path) as log:
+        log.train(1, "prelaunch", loss=0.5, tokens_per_second=2.0)
+        row = {"kind": "train", "step": 1, "phase": "prelaunch", "loss": 0.5}
+        assert read(tmp_path) == [{**row, "tokens_per_second": 2.0}]
+        assert log.rows == read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("start", "launched", "kept"),
+    [
+        (0, False, OLD[:1]),
+        (2, False, OLD[:3]),
+        (3, False, OLD),
+        (3, True, [*OLD, LAUNCH]),
+        (4, True, [*OLD, LAUNCH, *NEW]),
+    ],
+    ids=["start", "before launch", "at launch", "just launched", "end"],
+)
+def test_rows_after_the_state_gone_on_from_are_dropped(workdir, start, launched, kept):
+    with recorder(workdir, start=start, launched=launched) as log:
+        assert steps(log.rows) == kept
+        assert read(workdir) == log.rows
+        log.train(start + 1, "dash", loss=0.125, tokens_per_second=10.0)
+    assert steps(read(workdir)) == [*kept, ("train", start + 1)]
+
+
+def test_a_line_cut_off_by_a_crash_is_dropped(workdir):
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "train", "st')
+    with recorder(workdir, start=4, launched=True) as log:
+        assert steps(log.rows) == [*OLD, LAUNCH, *NEW]
+        log.train(5, "dash", loss=0.125, tokens_per_second=10.0)
+    assert steps(read(workdir)) == [*OLD, LAUNCH, *NEW, ("train", 5)]
+
+
+def test_find(workdir):
+    with recorder(workdir, start=4, launched=True) as log:
+        assert log.find("eval", 0) == {"nll": 2.5, "count": 7}
+        assert log.find("eval", 4) == {"nll": 2.0, "count": 7}
+        assert log.find("eval", 3) is None
+        assert log.find("launch", 3) == {"extract_seconds": 0.5}
+
+
+def test_lines_on_a_terminal_without_a_bar(tmp_path, capsys):
+    with recorder(tmp_path) as log:
+        log.train(3, "prelaunch", loss=1.23456, tokens_per_second=12345.6)
+        log.evaluation(4, {"nll": 0.5, "tokens": 12345})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step      3  prelaunch  loss 1.2346  12,346 tokens/s"
+    assert lines[1] == "step      4  evaluation  nll 0.5000  tokens 12,345"
+
+
+def test_only_the_first_process_writes(tmp_path, capsys):
+    with recorder(tmp_path, active=False) as log:
+        log.train(1, "prelaunch", loss=0.5, tokens_per_second=2.0)
+        log.say("something")
+        assert log.find("train", 1) is None
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_figures_reach_tensorboard(workdir):
+    """One event file for each part of the run, with every figure's tag in it."""
+    (events,) = workdir.glob("events.out.*")
+    content = events.read_bytes()
+    for tag in (b"train/loss", b"train/tokens_per_second", b"eval/nll", b"launch/"):
+        assert tag in content
+    assert b"train/phase" not in content
