@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tsd_jax.app.artifacts import on_host
 from tsd_jax.core.errors import InputError
 from tsd_jax.data import encoding
 from tsd_jax.data.encoding import Batch
@@ -252,7 +253,9 @@ def _generate(judge: Judge) -> Evaluate:
         judge.records, judge.tokenizer, _template(judge.settings)
     )
     answers = [record.answer or record.output for record in judge.records]
-    pattern, eos = answer_pattern(answers), judge.tokenizer.eos_token_id
+    pattern = answer_pattern(answers)
+    # Some models end a text by beginning another.
+    ends = {judge.tokenizer.eos_token_id, judge.tokenizer.bos_token_id} - {None}
 
     def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
         texts = []
@@ -269,9 +272,9 @@ def _generate(judge: Judge) -> Evaluate:
                 batch["tokens"],
                 batch["mask"],
                 max_new_tokens=judge.eval.max_new_tokens,
-                eos_ids=(eos,),
+                eos_ids=tuple(sorted(ends)),
             )
-            ids, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
+            ids, lengths = on_host((made.tokens, made.lengths))
             fresh = range(min(judge.eval.batch_size, len(answers) - start))
             texts += [judge.tokenizer.decode(ids[r][: lengths[r]]) for r in fresh]
         return exact_match(texts, answers, pattern)

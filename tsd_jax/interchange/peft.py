@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
@@ -68,7 +68,8 @@ def to_peft(
     ranks = {name: down.shape[1] for name, (down, _) in factors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_tensors(factors), folder / "adapter_model.safetensors", {"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(save(_tensors(factors), {"format": "pt"}))
     config = _config(ranks, targets, base_model)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return max(ranks.values())
