@@ -124,6 +124,7 @@ def new_state(method: str, optimizer: Any) -> tuple[TrainState, Spec]:
 
 def test_one_trace_and_one_executable_serve_both_phases():
     made = make_optimizer(1e-2, 1e-2, clip_norm=1.0)
+    chex.clear_trace_counter()
     update: Any = chex.assert_max_traces(made.update, n=1)
     optimizer = optax.GradientTransformation(made.init, update)
     state, spec = new_state("tsd", optimizer)
