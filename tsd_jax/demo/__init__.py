@@ -1,0 +1,1 @@
+"""The embedded demo: its world, its tokenizer, its pretrained model, its task."""
