@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import orbax.checkpoint as ocp
 from tsd_jax.core.errors import InputError
 from tsd_jax.training.state import TrainState
 
+_UNREADABLE = (ValueError, KeyError, TypeError, OSError)
+
 
 def _named(state: Any) -> dict[str, Any]:
     """Name every leaf by its place, independent of the classes around it."""
@@ -19,6 +25,17 @@ def _named(state: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf
         for path, leaf in leaves
     }
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Say nothing of the reads Orbax gives up on; each complains over many lines."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -67,15 +84,23 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise InputError(f"no checkpoint in {self._folder}")
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.StandardRestore(_named(template))
-            )
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = str(error).splitlines()[0]
+        with _quietly():
+            restored, reason = self._read(step, _named(template))
+        if restored is None:
             raise InputError(
                 f"checkpoint {self._folder / str(step)} cannot be restored ({reason}); "
                 "remove that folder to go on from the one before, or use a new workdir"
-            ) from error
+            )
         leaves = [restored[name] for name in _named(template)]
         return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+    def _read(self, step: int, template: dict[str, Any]) -> tuple[Any, str]:
+        """Give what a step holds, or None and why it cannot be read."""
+        try:
+            args = ocp.args.StandardRestore(template)
+            return self._manager.restore(step, args=args), ""
+        except Exception as error:
+            # Where an array cannot be read, Orbax raises a bare Exception from it.
+            if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+                raise
+            return None, str(error.__cause__ or error).splitlines()[0]
