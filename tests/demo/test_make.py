@@ -15,7 +15,7 @@ def figures():
 
 @pytest.mark.parametrize("fact", [fact.field for fact in world.FACTS])
 def test_the_committed_model_knows_its_world(figures, fact):
-    assert figures[fact] >= 0.98  # chance: 0.125
+    assert figures[fact] >= 0.95  # chance: 0.125
 
 
 def test_the_committed_model_only_guesses_at_the_task(figures):
