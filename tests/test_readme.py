@@ -28,6 +28,10 @@ def test_methods_named_are_those_there_are():
 
 
 def test_files_named_exist():
-    for name in ("configs/llama_tsd.py", "configs/default.py", "tests/test_own_loop.py"):
+    for name in (
+        "configs/llama_tsd.py",
+        "configs/default.py",
+        "tests/test_own_loop.py",
+    ):
         assert name in README
         assert (ROOT / name).exists()

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from configs import default, demo, llama_tsd, stories_tsd
+from tsd_jax.app.run import execute
+from tsd_jax.app.task import DataSettings
+from tsd_jax.core.errors import InputError
+from tsd_jax.training.loop import StopRequested
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_train():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train = load_train()
+
+
+def small_config(**changes):
+    """Give the demo's config, cut to 6 steps on few kernels, with changes by key."""
+    config = demo.get_config()
+    config.mesh = (2, 2, 2)
+    config.model.path = str(ROOT / config.model.path)
+    config.data.path = str(ROOT / config.data.path)
+    config.data.eval_path = str(ROOT / config.data.eval_path)
+    config.adapter.pattern = r"layers/.*/q_proj/kernel"
+    config.adapter.rank = 4
+    config.adapter.dropout = 0.1
+    config.method.launch_step = 2
+    config.eval.limit = 8
+    config.eval.batch_size = 8
+    config.train.batch_size = 8
+    config.train.micro_batches = 2
+    config.train.steps = 6
+    config.train.log_every = 1
+    config.cache_dir = "off"
+    with config.unlocked():
+        for key, value in changes.items():
+            section, _, name = key.rpartition("__")
+            setattr(config[section] if section else config, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "tsd"
+    execute(train.prepare(small_config(), workdir))
+    return workdir
+
+
+def test_run_leaves_every_file_of_its_contract(finished):
+    expected = {
+        *("config.json", "metrics.jsonl", "summary.json", "directions.npz"),
+        *("adapter", "checkpoints", "plots"),
+    }
+    found = {path.name for path in finished.iterdir()}
+    assert expected <= found
+    assert [name for name in found if name.startswith("events.out")]
+    assert {path.name for path in (finished / "plots").iterdir()} == {
+        *("loss.png", "spectra.png", "overlap.png")
+    }
+    assert not [name for name in found if name.endswith(".part")]
+
+
+def test_summary_and_metrics_tell_the_run(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["method"], summary["launch_step"], summary["steps"]) == (
+        "tsd",
+        2,
+        6,
+    )
+    assert summary["before"]["count"] == summary["after"]["count"] == 8
+    # r (in + out) for A and B and 8 gains, in each of 4 layers.
+    assert summary["trainable_params"] == 4 * (4 * (96 + 96) + 8)
+    assert summary["adapter_rank"] == 4 + 8
+    for name in ("train_tokens_per_second", "compile_seconds", "extract_seconds"):
+        assert summary[name] > 0
+    assert summary["peak_memory_bytes"] > 1e8
+    rows = [
+        json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()
+    ]
+    steps = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert [row["phase"] for row in steps] == ["prelaunch"] * 2 + ["dash"] * 4
+    assert {"loss", "grad_norm", "learning_rate", "tokens_per_second"} <= set(steps[0])
+
+
+def test_directions_hold_what_was_launched(finished):
+    with np.load(finished / "directions.npz") as arrays:
+        sigma = arrays["layers/self_attn/q_proj/kernel/sigma"]
+        rates = arrays["layers/self_attn/q_proj/kernel/rates"]
+        indices = arrays["layers/self_attn/q_proj/kernel/indices"]
+    assert (sigma.shape, rates.shape, indices.shape) == ((4, 96), (4, 96), (4, 8))
+    for layer in range(4):
+        assert set(indices[layer]) == set(np.argsort(-rates[layer])[:8])
+
+
+def test_finished_run_started_again_changes_nothing(finished, capsys):
+    before = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
+    summary = json.loads((finished / "summary.json").read_text())
+    execute(train.prepare(small_config(), finished))
+    assert (finished / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    again = json.loads((finished / "summary.json").read_text())
+    assert again["train_tokens_per_second"] == summary["train_tokens_per_second"]
+    assert "step      1" not in capsys.readouterr().out
+
+
+def test_stopped_and_gone_on_equals_uninterrupted(finished, tmp_path):
+    run = train.prepare(small_config(), tmp_path / "cut")
+
+    def batch(step):
+        if step == 3:  # one step after launch; the step in hand still ends
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run.batch(step)
+
+    with pytest.raises(StopRequested):
+        execute(dataclasses.replace(run, batch=batch))
+    execute(run)
+    name = Path("adapter") / "adapter_model.safetensors"
+    whole, parts = load_file(finished / name), load_file(tmp_path / "cut" / name)
+    assert whole.keys() == parts.keys()
+    for key, value in whole.items():
+        np.testing.assert_array_equal(value, parts[key])
+
+
+def test_workdir_of_another_config_is_refused_and_left_alone(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(InputError, match=r"adapter.rank was 4, now 2"):
+        execute(train.prepare(small_config(adapter__rank=2), finished))
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_truncated_weights_are_refused_before_the_workdir_is_made(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in (ROOT / demo.ASSETS / "model").iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        execute(train.prepare(small_config(model__path=str(model)), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+BAD = {
+    "model__path": ("no/such/folder", r"model folder no/such/folder does not exist"),
+    "model__dtype": ("float16", r"model.dtype 'float16'"),
+    "adapter__pattern": ("nothing.*", r"rule 'nothing\.\*' matches no parameter"),
+    "adapter__rank": (97, r"rank 97 is larger .* at most 96"),
+    "adapter__directions": (100, r"directions 100 is larger"),
+    "adapter__dropout": (1.5, r"dropout must be in"),
+    "method__name": ("best", r"unknown method 'best'"),
+    "method__launch_step": (6, r"launch_step 6 must lie in \[1, steps\)"),
+    "train__steps": (0, r"steps"),
+    "train__batch_size": (9, r"train.batch_size 9 must be a multiple"),
+    "train__micro_batches": (4, r"micro-batch of 2 examples does not divide"),
+    "optimizer__decay": ("step", r"unknown decay 'step'"),
+    "optimizer__warmup": (6, r"warmup 6 must be in"),
+    "data__kind": ("csv", r"unknown data.kind 'csv'"),
+    "data__path": ("no.json", r"data file no.json does not exist"),
+    "data__template": ("chat", r"unknown data.template 'chat'"),
+    "data__length": (3, r"nothing to train on"),
+    "eval__metric": ("bleu", r"unknown eval.metric 'bleu'"),
+    "eval__batch_size": (3, r"does not divide"),
+    "mesh": ((3, 1, 1), r"mesh \(3, 1, 1\) needs 3 devices, but there are 8"),
+}
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_bad_value_gets_one_line_before_anything_starts(key, tmp_path):
+    value, message = BAD[key]
+    with pytest.raises(InputError, match=message) as caught:
+        train.prepare(small_config(**{key: value}), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '[{"instruction": "a", "output": "b"}, {"output": "c"}]',
+            r"row 2 .*instruction",
+        ),
+        ("[]", r"holds no rows"),
+        ("", r"is empty"),
+        ("{", r"is not JSON"),
+    ],
+)
+def test_bad_data_file_is_named_with_its_row(content, message, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        train.prepare(small_config(data__path=str(path)), tmp_path / "run")
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", ["nll", "choices", "generate"])
+def test_every_metric_scores_the_untouched_model(metric, tmp_path):
+    config = small_config(eval__metric=metric, eval__max_new_tokens=2, mesh=(8, 1, 1))
+    config.train.micro_batches = 1
+    run = train.prepare(config, tmp_path)
+    params = train.huggingface.load_params(run.base.folder, run.base.network.config)
+    figures = run.evaluate({"params": params})
+    assert all(np.isfinite(value) for value in figures.values())
+
+
+def command(*arguments):
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_unknown_key_ends_with_code_2_and_the_nearest_key(tmp_path):
+    run = ("--config=configs/demo.py", f"--workdir={tmp_path / 'run'}")
+    done = command(*run, "--config.optimizer.learning_rte=1e-3")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "no key 'optimizer.learning_rte'" in line
+    assert "did you mean 'optimizer.learning_rate'?" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_type_ends_with_code_2():
+    done = command("--config=configs/demo.py", "--dry-run", "--config.train.steps=many")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "config.train.steps=many" in line
+
+
+def test_dry_run_prints_the_plan_and_stops(tmp_path):
+    done = command(
+        "--config=configs/demo.py", f"--workdir={tmp_path / 'r'}", "--dry-run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"layers/mlp/up_proj/kernel +4x96x256 +0 \| 1 \| 2", done.stdout)
+    assert "trainable" in done.stdout
+    assert not (tmp_path / "r").exists()
+
+
+def test_configs_change_only_keys_of_the_default():
+    known = train.flat_config(default.get_config()).keys()
+    for module in (demo, stories_tsd, llama_tsd):
+        assert train.flat_config(module.get_config()).keys() == known
+
+
+def test_every_key_is_read_by_the_command_line():
+    source = (ROOT / "train.py").read_text()
+    fields = {field.name for field in dataclasses.fields(DataSettings)}
+    for key in train.flat_config(default.get_config()):
+        section, _, name = key.rpartition(".")
+        read = section == "data" and name in fields
+        assert read or re.search(rf"[.\"]{name}\b", source), key
