@@ -233,8 +233,6 @@ def finish(
     }
     files.write_json(run.workdir / "summary.json", summary if timed else summary | old)
     artifacts.write_plots(run.workdir, recorder.rows, state)
-    recorder.say(
-        f"adapter of rank {rank} in {run.workdir / 'adapter'} "
-        "(vLLM serves up to rank 16 unless --max-lora-rank is set)"
-    )
+    cap = " (vLLM serves it with --max-lora-rank)" if rank > 16 else ""
+    recorder.say(f"adapter of rank {rank}{cap} in {run.workdir / 'adapter'}")
     recorder.say(f"summary.json and plots/ in {run.workdir}")
