@@ -214,7 +214,7 @@ def test_crashed_and_resumed_is_whole(whole, setup, tmp_path, every):
 
 def test_a_finished_run_is_left_alone(whole, setup, tmp_path):
     go(tmp_path, setup)
-    again = go(tmp_path, setup, batch=crash_at(STEPS - 1))
+    again = go(tmp_path, setup, batch=crash_at(STEPS))
     assert_equal(again, whole[0])
     assert rows(tmp_path) == whole[1]
 
