@@ -89,7 +89,8 @@ def read(folder: str) -> list[Import]:
 
 
 LIBRARY = read("tsd_jax")
-PROGRAM = [*LIBRARY, *read("train.py"), *read("configs"), *read("bench")]
+BENCH = read("bench") if (ROOT / "bench").is_dir() else []
+PROGRAM = [*LIBRARY, *read("train.py"), *read("configs"), *BENCH]
 
 
 def top(imported: str) -> str:
