@@ -4,7 +4,8 @@ Command:  python train.py --config configs/stories_tsd.py --workdir runs/stories
 Hardware: two CPU cores, about two minutes.
 Needs a model folder and a text file; give your own with
   --config.model.path=FOLDER --config.data.path=FILE
-Expected: NLL per token on the last 10 % of the text, see the README's table.
+Expected: NLL per token on the last 10 % of the text, 5.888 before; plain LoRA
+  (--config.method.name=lora) ends at 3.910 with seed 0.
 """
 
 from configs import default
@@ -24,7 +25,8 @@ def get_config():
     config.data.held_out = 0.1
     config.optimizer.learning_rate = 3e-3
     config.optimizer.gain_learning_rate = 3e-3
-    config.optimizer.decay = "constant"
+    config.optimizer.warmup = 10
+    config.optimizer.decay = "linear"
     config.train.steps = 150
     config.train.log_every = 5
     config.train.batch_size = 8
