@@ -104,9 +104,6 @@ def test_two_kernels_of_one_shape_draw_apart():
     assert 0.35 < (np.asarray(first) == np.asarray(second)).mean() < 0.65
 
 
-PER_HEAD = Layout((0, 2), (1,), (3,))
-
-
 @pytest.mark.parametrize(
     ("lift", "pattern", "dtype"),
     [
@@ -132,10 +129,13 @@ def test_every_kind_of_module_can_drop(lift, pattern, dtype):
     assert np.abs(run(jax.random.key(1)) - dropped).max() > 1e-3
 
 
-def test_a_kernel_split_by_head_can_drop():
+@pytest.mark.parametrize("stacked", [2, 3])
+def test_a_kernel_split_by_a_rule_can_drop(stacked):
+    """(layers, 6, 2, 4), a matrix for each head or for each place in the head."""
+    layout = Layout((0, stacked), (1,), (5 - stacked,))
     model, params, _ = net("scan", "lora")
     path = "body/heads/kernel"
-    rules = [Rule(pattern=path, rank=2, layout=PER_HEAD, dropout=RATE)]
+    rules = [Rule(pattern=path, rank=2, layout=layout, dropout=RATE)]
     x = inputs("scan")
     spec = make_spec(model.apply, {"params": params}, rules, x, method="lora")
     pairs = random_all(0, spec)

@@ -89,7 +89,7 @@ def test_the_first_rule_that_matches_in_full_wins(mesh):
     params = {
         "embed": {"embedding": shape(8, 4)},
         "layers": {
-            "q": {"kernel": shape(3, 4, 6), "bias": shape(3, 6)},
+            "q": {"kernel": shape(3, 4, 6), "kernel_scale": shape(3, 4, 6)},
             "odd": {"kernel": shape(3, 5, 6)},
         },
         "norm": {"scale": shape(4)},
@@ -100,7 +100,7 @@ def test_the_first_rule_that_matches_in_full_wins(mesh):
         "layers": {
             "q": {
                 "kernel": NamedSharding(mesh, P(None, "fsdp", "tensor")),
-                "bias": NamedSharding(mesh, P(None, None)),
+                "kernel_scale": NamedSharding(mesh, P(None, None, None)),
             },
             # 5 rows do not divide over two devices: whole, but columns still split.
             "odd": {"kernel": NamedSharding(mesh, P(None, None, "tensor"))},
@@ -156,6 +156,14 @@ ADAPTERS = {
         P(None, "tensor", "fsdp"),
         None,
         "fsdp",
+        (),
+    ),
+    "heads in, split both ways": (
+        Layout((), (0, 1), (2,)),
+        (2, 4, 6),
+        P("fsdp", "tensor"),
+        None,
+        None,
         (),
     ),
     "a kernel axis over two": (
@@ -218,18 +226,20 @@ def test_moments_lie_beside_what_they_are_of(mesh, method):
     assert got.step == got.launched == NamedSharding(mesh, P())
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6)])
-def test_launch_gives_its_results_the_shardings_of_the_adapter(mesh, shape):
-    """Called by itself, without anything pinned."""
-    layout = Layout((0,), (1,), (2,), (0,)) if len(shape) == 3 else Layout()
-    spec = small_spec("tsd", shape=shape, layout=layout)
-    axes = P(*(None,) * (len(shape) - 2), "fsdp", "tensor")
-    at = NamedSharding(mesh, axes)
-    kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    want = adapter_shardings(spec.kernels[0], at)
+@pytest.mark.parametrize(
+    ("sizes", "axes"),
+    [((4, 6), P("fsdp", "tensor")), ((4, 4, 6), P("fsdp", None, "tensor"))],
+)
+def test_launch_gives_its_results_the_shardings_of_the_adapter(mesh, sizes, axes):
+    """Called by itself, nothing pinned, and beside a kernel that is replicated."""
+    layout = Layout((0,), (1,), (2,), (0,)) if len(sizes) == 3 else Layout()
+    spec = small_spec("tsd", shape=sizes, layout=layout)
+    kernel = np.random.default_rng(0).normal(size=sizes).astype(np.float32)
+    want = adapter_shardings(spec.kernels[0], NamedSharding(mesh, axes))
     adapters, directions = init(jax.random.key(0), spec)
     put = jax.device_put((adapters["k"], directions["k"]), want)
-    got = launch({"k": jax.device_put(kernel, at)}, {"k": put[0]}, spec)
+    whole = jax.device_put(kernel, NamedSharding(mesh, P()))
+    got = launch({"k": whole}, {"k": put[0]}, spec)
     for leaf, sharding in zip(
         jax.tree.leaves((got[0]["k"], got[1]["k"])), jax.tree.leaves(want), strict=True
     ):
