@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ def _quietly() -> Iterator[None]:
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
-        gc.collect()
     finally:
         sys.unraisablehook = hook
 
@@ -86,6 +86,10 @@ class Checkpoints:
             raise InputError(f"no checkpoint in {self._folder}")
         with _quietly():
             restored, reason = self._read(step, _named(template))
+            if restored is None:
+                # Reads still under way must end before what they report to is freed.
+                time.sleep(0.5)
+                gc.collect()
         if restored is None:
             raise InputError(
                 f"checkpoint {self._folder / str(step)} cannot be restored ({reason}); "
