@@ -49,7 +49,9 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int = 2):
         self._folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -84,6 +86,12 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise InputError(f"no checkpoint in {self._folder}")
+        reason = self._mismatch(step, _named(template))
+        if reason:
+            raise InputError(
+                f"checkpoint {self._folder / str(step)} cannot be restored ({reason}): "
+                "it is of another model or other settings; use a new workdir"
+            )
         with _quietly():
             restored, reason = self._read(step, _named(template))
             if restored is None:
@@ -97,6 +105,19 @@ class Checkpoints:
             )
         leaves = [restored[name] for name in _named(template)]
         return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+    def _mismatch(self, step: int, template: dict[str, Any]) -> str | None:
+        """Say what a step holds otherwise than wanted, before anything is read."""
+        try:
+            held = {k: v.shape for k, v in self._manager.item_metadata(step).items()}
+        except Exception:  # Unreadable: reading the arrays will say why.
+            return None
+        if odd := sorted(held.keys() ^ template.keys()):
+            return f"{odd[0]} is {'not wanted' if odd[0] in held else 'missing'}"
+        for name, leaf in template.items():
+            if tuple(held[name]) != tuple(leaf.shape):
+                return f"{name} has shape {tuple(held[name])}, not {tuple(leaf.shape)}"
+        return None
 
     def _read(self, step: int, template: dict[str, Any]) -> tuple[Any, str]:
         """Give what a step holds, or None and why it cannot be read."""
