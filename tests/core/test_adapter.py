@@ -11,13 +11,15 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Spec
 
+start = jax.jit(init, static_argnums=(1, 2))
+
 METHODS = ["lora", "dash", "init", "tsd", "init+keep", "tsd+keep"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_shapes_and_start(method):
     spec = small_spec(method)
-    adapters, directions = init(jax.random.key(0), spec)
+    adapters, directions = start(jax.random.key(0), spec)
     assert list(adapters) == list(directions) == ["k", "stack"]
     for path, batch in (("k", ()), ("stack", (3,))):
         adapter, frozen = adapters[path], directions[path]
@@ -41,15 +43,15 @@ def test_shapes_and_start(method):
 def test_a_is_uniform_in_one_over_the_root_of_the_inputs():
     """As PEFT's kaiming_uniform_(a=sqrt(5)): bound 1/sqrt(in), whatever comes out."""
     spec = small_spec("lora", shape=(16, 300), rank=16)
-    a = np.asarray(init(jax.random.key(0), spec)[0]["k"].a)
+    a = np.asarray(start(jax.random.key(0), spec)[0]["k"].a)
     assert 0.24 < np.abs(a).max() <= 0.25
     np.testing.assert_allclose([a.mean(), a.std()], [0, 0.25 / 3**0.5], atol=0.02)
 
 
 def test_leaves_are_float32_unless_asked():
-    pairs = init(jax.random.key(0), small_spec("tsd"))
+    pairs = start(jax.random.key(0), small_spec("tsd"))
     assert {leaf.dtype for leaf in jax.tree.leaves(pairs)} == {jnp.dtype("float32")}
-    pairs = init(jax.random.key(0), small_spec("tsd"), jnp.bfloat16)
+    pairs = start(jax.random.key(0), small_spec("tsd"), jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(pairs)} == {jnp.dtype("bfloat16")}
 
 
@@ -58,23 +60,23 @@ def test_init_changes_no_function():
     params = {
         k.path: jax.random.normal(jax.random.key(1), k.shape) for k in spec.kernels
     }
-    merged = merge(params, *init(jax.random.key(0), spec))
+    merged = merge(params, *start(jax.random.key(0), spec))
     for path, kernel in params.items():
         np.testing.assert_array_equal(merged[path], kernel)
 
 
 def test_a_kernels_start_depends_on_key_and_path_alone():
     spec = small_spec("dash")
-    both, _ = init(jax.random.key(0), spec)
-    alone, _ = init(jax.random.key(0), Spec(spec.kernels[1:], spec.method))
+    both, _ = start(jax.random.key(0), spec)
+    alone, _ = start(jax.random.key(0), Spec(spec.kernels[1:], spec.method))
     np.testing.assert_array_equal(both["stack"].a, alone["stack"].a)
     assert not np.array_equal(both["k"].a, both["stack"].a[0])
-    other, _ = init(jax.random.key(1), spec)
+    other, _ = start(jax.random.key(1), spec)
     assert not np.array_equal(both["k"].a, other["k"].a)
 
 
 def test_layers_of_a_stack_start_apart():
-    adapters, _ = init(jax.random.key(0), small_spec("lora"))
+    adapters, _ = start(jax.random.key(0), small_spec("lora"))
     first, second, third = np.asarray(adapters["stack"].a)
     assert not np.array_equal(first, second)
     assert not np.array_equal(second, third)

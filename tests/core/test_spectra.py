@@ -15,7 +15,7 @@ SHAPES = {"square": (40, 40), "wide": (40, 72), "tall": (72, 40)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "epsilon"))
+@functools.partial(jax.jit, static_argnames="count")
 def _rank(kernel, a, b, *, count, epsilon):
     return rank_directions(kernel, a, b, scale=SCALE, count=count, epsilon=epsilon)
 
@@ -79,8 +79,10 @@ def test_signs_do_not_hang_on_the_solver(shape):
     assert (largest > 0).all()
 
 
-@shapes
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, jnp.float32) for shape in SHAPES.values()), ((40, 72), jnp.bfloat16)],
+)
 def test_the_null_space_ranks_last(shape, dtype):
     """Half the directions are null; the change lies in them most of all."""
     sigma = np.where(np.arange(40) < 20, geometric(40, 10, 1), 0.0)

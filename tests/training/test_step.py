@@ -66,7 +66,7 @@ def distance(got: Any, want: Any) -> float:
     return norms[0] / norms[1]
 
 
-@pytest.mark.parametrize("micro_batches", [2, 3, 12])
+@pytest.mark.parametrize("micro_batches", [3, 12])
 def test_unequal_micro_batches_give_the_gradient_of_the_whole(micro_batches):
     batch = whole_batch()
     want = accumulate(filled_state(), PARAMS, batch, None)
