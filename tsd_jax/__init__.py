@@ -14,8 +14,8 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import Ranking, launch
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
+from tsd_jax.core.ranking import rank_directions
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
-from tsd_jax.core.spectra import rank_directions
 from tsd_jax.interchange.peft import to_peft
 from tsd_jax.training.optimizer import (
     group_labels,

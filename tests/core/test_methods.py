@@ -34,9 +34,32 @@ def test_tsd_ranks_once_for_both():
 
 
 def test_unknown_methods_name_the_known_ones():
-    with pytest.raises(InputError, match=r"'pissa'.*lora, dash, init, tsd"):
-        get_method("pissa")
-    assert list(METHODS) == ["lora", "dash", "init", "tsd"]
+    with pytest.raises(InputError, match=r"'olora'.*lora, dash, init, tsd, pissa"):
+        get_method("olora")
+    assert list(METHODS)[:4] == ["lora", "dash", "init", "tsd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranking"),
+    [("pissa", "largest"), ("milora", "smallest"), ("random", "random")],
+)
+def test_rivals_are_init_by_another_ranking(name, ranking):
+    method = get_method(name)
+    assert (method.ranking, method.restart, method.gains) == (ranking, True, False)
+    assert not method.needs_change
+    assert get_method(name, start="sigma+p").needs_change
+    assert get_method("init", ranking=ranking, start="zero").ranking == ranking
+
+
+def test_readings_are_refused_by_name():
+    with pytest.raises(InputError, match="unknown ranking 'best'; choose one of rates"):
+        get_method("tsd", ranking="best")
+    with pytest.raises(InputError, match="unknown start 'p'; choose one of sigma,"):
+        get_method("tsd", start="p")
+    with pytest.raises(InputError, match=r"start='zero' has no meaning for.*'dash'"):
+        get_method("dash", start="zero")
+    with pytest.raises(InputError, match=r"ranking='random' has no meaning.*'lora'"):
+        get_method("lora", ranking="random")
 
 
 @pytest.mark.parametrize("name", ["lora", "dash"])

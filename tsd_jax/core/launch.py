@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tsd_jax.core import paths
+from tsd_jax.core import paths, stacks
 from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
-from tsd_jax.core.spec import Spec
-from tsd_jax.core.spectra import Ranked, rank_directions
+from tsd_jax.core.ranking import EPSILON, Ranked, rank_directions
+from tsd_jax.core.spec import KernelSpec, Spec
+from tsd_jax.core.spectra import Dense
+from tsd_jax.core.starts import STARTS
 
-EPSILON = 1e-6
+Progress = Callable[[int, int], None]
+"""(matrices launched so far, of how many) -> None."""
 
 
 class Ranking(struct.PyTreeNode):
@@ -36,73 +42,85 @@ class Ranking(struct.PyTreeNode):
     indices: Leaf
 
 
-def _start(
-    ranked: Ranked, a: jax.Array, b: jax.Array, *, method: Method, scale: float
-) -> tuple[jax.Array, jax.Array, Directions]:
-    """Give A, B and the frozen factors of one matrix right after launch.
+@dataclass(frozen=True)
+class MatrixLaunch:
+    """Launch one matrix: float64 inside, the adapter's type outside.
 
-    Init: A = P_I sqrt(sigma_I / gamma), B = sqrt(sigma_I / gamma) Q_I^T, with the
-    offset o = -sigma_I taking the same out of the untouched kernel again. Keep: the
-    old gamma A B stays beside it, frozen, with offset 1.
+    Attributes:
+      method: what is started. scale: gamma. count: directions to launch.
+      epsilon: of the change rate. solver: see `rank_directions`.
     """
-    rank = a.shape[-1]
-    left, right = ranked.left, ranked.right
-    offset = jnp.zeros_like(ranked.chosen)
-    kept = (a, scale * b.T)
-    if method.restart:
-        sigma = ranked.chosen[:rank]
-        root = jnp.sqrt(sigma / scale)
-        a, b = left[:, :rank] * root[None], root[:, None] * right[:, :rank].T
-        offset = offset.at[:rank].set(-sigma)
-    if method.keep:
-        left = jnp.concatenate([left, kept[0]], -1)
-        right = jnp.concatenate([right, kept[1]], -1)
-        offset = jnp.concatenate([offset, jnp.ones(rank, offset.dtype)])
-    return a, b, Directions(left, right, offset)
+
+    method: Method
+    scale: float
+    count: int
+    epsilon: float
+    solver: str = "auto"
+
+    def __call__(
+        self,
+        kernel: jax.Array,
+        a: jax.Array,
+        b: jax.Array,
+        noise: jax.Array,
+        spectrum: Dense | None = None,
+    ) -> tuple[tuple[jax.Array, jax.Array, Directions], Ranking]:
+        """Give A, B and the frozen factors right after launch, and what was seen."""
+        dtype = a.dtype
+        a, b = a.astype(jnp.float64), b.astype(jnp.float64)
+        ranked = rank_directions(
+            kernel,
+            a,
+            b,
+            scale=self.scale,
+            count=self.count,
+            epsilon=self.epsilon,
+            ranking=self.method.ranking,
+            noise=noise,
+            solver=self.solver,
+            spectrum=spectrum,
+        )
+        started = self._start(ranked, a, b)
+        report = Ranking(
+            ranked.sigma.astype(jnp.float32),
+            ranked.rates.astype(jnp.float32),
+            ranked.indices,
+        )
+        return jax.tree.map(lambda x: x.astype(dtype), started), report
+
+    def _start(
+        self, ranked: Ranked, a: jax.Array, b: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Directions]:
+        """Start A and B again where the method says so, and freeze the directions.
+
+        Keep: the old gamma A B stays beside the new one, frozen, with offset 1.
+        """
+        rank = a.shape[-1]
+        left, right = ranked.left, ranked.right
+        offset = jnp.zeros_like(ranked.chosen)
+        kept = (a, self.scale * b.T)
+        if self.method.restart:
+            a, b, first = STARTS[self.method.start](ranked, rank, self.scale)
+            offset = offset.at[:rank].set(first)
+        if self.method.keep:
+            left = jnp.concatenate([left, kept[0]], -1)
+            right = jnp.concatenate([right, kept[1]], -1)
+            offset = jnp.concatenate([offset, jnp.ones(rank, offset.dtype)])
+        return a, b, Directions(left, right, offset)
 
 
-def _launch_matrix(
-    matrices: tuple[jax.Array, jax.Array, jax.Array],
-    *,
-    method: Method,
-    scale: float,
-    count: int,
-    epsilon: float,
-):
-    """Launch one matrix: float64 inside, the adapter's type outside."""
-    kernel, a, b = matrices
-    dtype = a.dtype
-    ranked = rank_directions(kernel, a, b, scale=scale, count=count, epsilon=epsilon)
-    a, b = a.astype(jnp.float64), b.astype(jnp.float64)
-    started = _start(ranked, a, b, method=method, scale=scale)
-    report = Ranking(
-        ranked.sigma.astype(jnp.float32),
-        ranked.rates.astype(jnp.float32),
-        ranked.indices,
-    )
-    return jax.tree.map(lambda x: x.astype(dtype), started), report
+@functools.partial(jax.jit, static_argnames=("chunks", "program"))
+def _launch_chunk(kernel, a, b, noise, start, *, chunks, program):
+    """Launch a chunk where its matrices lie."""
+    rows = (chunks.rows(x, start) for x in (a, b, noise))
+    return chunks.map(program, chunks.matrices(kernel, start), *rows)
 
 
-def _launch_stack(
-    kernel: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    *,
-    layout: Layout,
-    method: Method,
-    scale: float,
-    count: int,
-    epsilon: float,
-):
-    """Launch a stored kernel, one matrix of its stack after the other."""
-    matrices = layout.to_matrices(kernel)
-    batch = matrices.shape[:-2]
-    one = functools.partial(
-        _launch_matrix, method=method, scale=scale, count=count, epsilon=epsilon
-    )
-    flat = (x.reshape(math.prod(batch), *x.shape[-2:]) for x in (matrices, a, b))
-    results = jax.lax.map(one, tuple(flat))
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
+@functools.partial(jax.jit, static_argnames="chunks")
+def _spread_chunk(kernel, a, b, noise, start, *, chunks):
+    """Give a chunk's matrices, and what is beside them, to the devices in turn."""
+    rows = (chunks.rows(x, start) for x in (a, b, noise))
+    return chunks.matrices(kernel, start), *rows
 
 
 def _out_shardings(a: jax.Array, b: jax.Array):
@@ -124,17 +142,90 @@ def _out_shardings(a: jax.Array, b: jax.Array):
     return started, Ranking(named(None), named(None), named(None))
 
 
+def _noise(kernel: KernelSpec, seed: int) -> np.ndarray:
+    """Give what the ranking "random" ranks by, float32 (*batch, k)."""
+    generator = np.random.default_rng((zlib.crc32(kernel.path.encode()), seed))
+    size = min(kernel.fan_in, kernel.fan_out)
+    return generator.random((*kernel.batch_shape, size), np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """Say how directions are extracted; the result does not depend on it.
+
+    Attributes:
+      where: "devices", where the kernels lie; "hosts", on the hosts' CPUs, each host
+        its share; "auto", on the devices if they compute in float64.
+      solver: see `rank_directions`.
+      memory_budget: bytes of whole matrices a device may hold at a time.
+    """
+
+    where: str = "auto"
+    solver: str = "auto"
+    memory_budget: int = stacks.MEMORY_BUDGET
+
+    def __post_init__(self):
+        """Refuse what could not be carried out."""
+        if self.where not in ("auto", "devices", "hosts"):
+            raise InputError(
+                f"extraction on {self.where!r}: choose 'auto', 'devices' or 'hosts'"
+            )
+        if self.solver not in ("auto", "dense", "tridiagonal"):
+            raise InputError(
+                f"solver {self.solver!r}: choose 'auto', 'dense' or 'tridiagonal'"
+            )
+
+    def on_hosts(self, kernel: Any) -> bool:
+        """Tell whether a kernel's matrices are decomposed on the hosts."""
+        if self.where != "auto" or isinstance(kernel, Tracer):
+            return self.where == "hosts"
+        devices = getattr(kernel, "devices", lambda: set(jax.devices()))()
+        return not all(stacks.has_float64(device.platform) for device in devices)
+
+
+def _launch_kernel(
+    kernel: jax.Array,
+    adapter: Adapter,
+    program: MatrixLaunch,
+    extraction: Extraction,
+    seed: int,
+    progress: Callable[[int], None],
+):
+    """Launch a stored kernel, a chunk of its stack after the other."""
+    chunks = stacks.cut(
+        kernel, adapter.kernel.layout, memory_budget=extraction.memory_budget
+    )
+    arrays = (kernel, adapter.a, adapter.b, _noise(adapter.kernel, seed))
+    results = []
+    with jax.enable_x64(True):
+        for start in chunks.starts:
+            begin = np.int32(start)
+            if extraction.on_hosts(kernel):
+                parts = _spread_chunk(*arrays, begin, chunks=chunks)
+                results.append(stacks.on_hosts(program, *parts))
+            else:
+                results.append(
+                    _launch_chunk(*arrays, begin, chunks=chunks, program=program)
+                )
+            progress(min(start + chunks.width, chunks.count))
+        return chunks.join(results, _out_shardings(adapter.a, adapter.b))
+
+
 def launch(
     params: Mapping,
     adapters: Mapping[str, Adapter],
     spec: Spec,
     *,
     epsilon: float = EPSILON,
+    seed: int = 0,
+    extraction: Extraction | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Adapters, AllDirections, dict[str, Ranking]]:
     """Rank every kernel's directions and start the dash phase from them.
 
     Call it once, between two steps. Extraction runs jit-compiled in float64
-    whatever the global settings; results come back in the adapters' types and
+    whatever the global settings; sharded kernels are spread over all devices a few
+    whole matrices at a time; results come back in the adapters' types and
     shardings. Resetting optimizer moments is the optimizer's part: see
     `tsd_jax.training.optimizer.reset_moments`.
 
@@ -143,6 +234,9 @@ def launch(
       adapters: {path: Adapter} as trained so far.
       spec: of `make_spec`; its method says what is started.
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).
+      seed: of the ranking "random".
+      extraction: where and how to decompose.
+      progress: called after every chunk with the matrices done and their number.
 
     Returns:
       adapters (gains zero; A, B new where the method restarts them), directions, and
@@ -155,26 +249,25 @@ def launch(
     """
     if not spec.method.launches:
         raise InputError(f"method {spec.method.name!r} has no launch")
+    extraction = extraction or Extraction()
     kernels = paths.select(params, spec.paths)
+    total = sum(int(np.prod(kernel.batch_shape)) for kernel in spec.kernels)
+    before = 0
     new_adapters, new_directions, report = {}, {}, {}
     for kernel in spec.kernels:
         adapter = adapters[kernel.path]
-        run = jax.jit(
-            _launch_stack,
-            static_argnames=("layout", "method", "scale", "count", "epsilon"),
-            out_shardings=_out_shardings(adapter.a, adapter.b),
+        program = MatrixLaunch(
+            spec.method, kernel.scale, kernel.ranked, epsilon, extraction.solver
         )
-        with jax.enable_x64(True):
-            (a, b, frozen), ranking = run(
-                kernels[kernel.path],
-                adapter.a,
-                adapter.b,
-                layout=kernel.layout,
-                method=spec.method,
-                scale=kernel.scale,
-                count=kernel.ranked,
-                epsilon=epsilon,
-            )
+
+        def tell(done: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        (a, b, frozen), ranking = _launch_kernel(
+            kernels[kernel.path], adapter, program, extraction, seed, tell
+        )
+        before += int(np.prod(kernel.batch_shape))
         if not spec.method.restart:
             a, b = adapter.a, adapter.b
         gain = None if adapter.gain is None else jnp.zeros_like(adapter.gain)

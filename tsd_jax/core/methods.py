@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.ranking import check_ranking
+from tsd_jax.core.starts import check_start
 
 
 @dataclass(frozen=True)
@@ -17,17 +19,26 @@ class Method:
       restart: restart A and B from the top-r directions (Init).
       keep: with `restart`, keep what pre-launch learned as frozen factors; without,
         it is dropped and the model is the pretrained one right after launch.
+      ranking: which directions come first, a name of `ranking.RANKINGS`.
+      start: with `restart`, what A and B start from, a name of `starts.STARTS`.
     """
 
     name: str
     gains: bool = False
     restart: bool = False
     keep: bool = False
+    ranking: str = "rates"
+    start: str = "sigma"
 
     @property
     def launches(self) -> bool:
         """Whether there is a launch at all."""
         return self.gains or self.restart
+
+    @property
+    def needs_change(self) -> bool:
+        """Whether the ranking looks at what training has changed."""
+        return self.launches and (self.ranking == "rates" or self.start == "sigma+p")
 
     def ranked(self, rank: int, directions: int) -> int:
         """Count the directions that launch takes from the ranking of one kernel."""
@@ -45,19 +56,31 @@ METHODS = {
         Method("dash", gains=True),
         Method("init", restart=True),
         Method("tsd", gains=True, restart=True),
+        # Rivals and a control, which differ from Init in their directions only.
+        Method("pissa", restart=True, ranking="largest"),
+        Method("milora", restart=True, ranking="smallest"),
+        Method("random", restart=True, ranking="random"),
     )
 }
 
 
-def get_method(name: str, *, keep: bool = False) -> Method:
-    """Look a method up by name, in the reading that drops or keeps pre-launch.
+def get_method(
+    name: str,
+    *,
+    keep: bool = False,
+    ranking: str | None = None,
+    start: str | None = None,
+) -> Method:
+    """Look a method up by name, in the reading asked for.
 
     Args:
-      name: "lora", "dash", "init" or "tsd" (paper sections 2 to 4).
+      name: "lora", "dash", "init" or "tsd" (paper sections 2 to 4); "pissa", "milora"
+        or "random".
       keep: see `Method.keep`.
+      ranking, start: see `Method`; None leaves the method's own.
 
     Raises:
-      InputError: the name is unknown, or `keep` fits no method without restart.
+      InputError: the name is unknown, or a reading fits no method of this kind.
     """
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
@@ -67,4 +90,21 @@ def get_method(name: str, *, keep: bool = False) -> Method:
             f"keep=True has no meaning for method {name!r}, which never drops what "
             "pre-launch learned; use it with 'init' or 'tsd'"
         )
-    return replace(method, keep=keep)
+    if start is not None and not method.restart:
+        raise InputError(
+            f"start={start!r} has no meaning for method {name!r}, which restarts "
+            "nothing; use it with 'init' or 'tsd'"
+        )
+    if ranking is not None and not method.launches:
+        raise InputError(
+            f"ranking={ranking!r} has no meaning for method {name!r}, which launches "
+            "nothing"
+        )
+    check_ranking(ranking or method.ranking)
+    check_start(start or method.start)
+    return replace(
+        method,
+        keep=keep,
+        ranking=ranking or method.ranking,
+        start=start or method.start,
+    )

@@ -1,4 +1,4 @@
-"""Spectra, change rates and the directions they rank first, in float64."""
+"""Spectra of kernels in float64: the short side's Gram matrix and its eigenvectors."""
 
 from __future__ import annotations
 
@@ -7,24 +7,41 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+_ROWS, _COLUMNS = 512, 4096  # of a block of the Gram matrix's product
 
 
-class Ranked(NamedTuple):
-    """Hold what the ranking of one matrix gives; float64.
+class Dense(NamedTuple):
+    """Hold G = P diag(eigenvalues) P^T, n x n, with all of P; float64.
+
+    Answers what `tridiagonal.Tridiagonal` answers, whatever the eigenvalues' gaps.
 
     Attributes:
-      sigma: all singular values, descending, (k,), k = min(in, out).
-      rates: change rate of every core direction, (k,); 0 in the numerical null space.
-      indices: the directions ranked first, best first, (c,), int32.
-      left: P_I, (in, c). right: Q_I, (out, c). chosen: sigma_I, (c,).
+      eigenvalues: descending, (n,). all_vectors: P, (n, n).
     """
 
-    sigma: jax.Array
-    rates: jax.Array
-    indices: jax.Array
-    left: jax.Array
-    right: jax.Array
-    chosen: jax.Array
+    eigenvalues: jax.Array
+    all_vectors: jax.Array
+
+    def project(self, columns: jax.Array) -> jax.Array:
+        """Give P^T columns, (n, c)."""
+        return self.all_vectors.T @ columns
+
+    def vectors(self, indices: jax.Array) -> jax.Array:
+        """Give eigenvectors P[:, indices], (n, c)."""
+        return self.all_vectors[:, indices]
+
+    def correct(self, residual: jax.Array, indices: jax.Array) -> jax.Array:
+        """Solve (lambda_i - G) x_i = residual_i for x_i orthogonal to P_i, (n, c).
+
+        Directions whose eigenvalues cannot be told apart are not mixed.
+        """
+        gaps = self.eigenvalues[indices][None] - self.eigenvalues[:, None]
+        size, eps = len(self.eigenvalues), jnp.finfo(gaps.dtype).eps
+        apart = jnp.abs(gaps) > size * eps * self.eigenvalues[0]
+        shares = self.project(residual) / jnp.where(apart, gaps, 1.0)
+        return self.all_vectors @ jnp.where(apart, shares, 0.0)
 
 
 def null_threshold(sigma: jax.Array, shape: tuple[int, ...], eps: float) -> jax.Array:
@@ -40,75 +57,33 @@ def null_threshold(sigma: jax.Array, shape: tuple[int, ...], eps: float) -> jax.
     return max(stored, math.sqrt(size * float(jnp.finfo(jnp.float64).eps))) * sigma[0]
 
 
-def _short_side(
-    kernel: jax.Array, a: jax.Array, b: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Decompose K K^T (in <= out), and project AB on every core direction.
+def gram(kernel: jax.Array) -> jax.Array:
+    """Give the lower triangle of K K^T (n, n) in float64, for K (n, m) of any type.
 
-    G = K K^T = P diag(sigma^2) P^T and p_i = (P_i^T A)(B K^T P_i) / sigma_i: the long
-    side's singular vectors are never formed.
-
-    Returns:
-      sigma (k,) descending, P (in, k), and sigma_i p_i (k,).
+    Blocks above the diagonal are left zero, which saves almost half of the product;
+    K is widened a block of columns at a time.
     """
-    squares, vectors = jnp.linalg.eigh(kernel @ kernel.T)
-    sigma = jnp.sqrt(jnp.maximum(squares, 0.0))[::-1]
-    vectors = vectors[:, ::-1]
-    return sigma, vectors, jnp.sum((vectors.T @ a) * ((b @ kernel.T) @ vectors).T, -1)
+    n, m = kernel.shape
+    rows = range(0, n, max(_ROWS, -(-n // 8)))
+
+    def product(columns: jax.Array) -> jax.Array:
+        wide = columns.astype(jnp.float64)
+        blocks = []
+        for start in rows:
+            stop = min(start + rows.step, n)
+            block = wide[start:stop] @ wide[:stop].T
+            blocks.append(jnp.pad(block, ((0, 0), (0, n - stop))))
+        return jnp.concatenate(blocks)
+
+    total = product(kernel[:, :_COLUMNS])
+    for start in range(_COLUMNS, m, _COLUMNS):
+        # One block after the other: otherwise all of them are widened at once.
+        total, rest = lax.optimization_barrier((total, kernel))
+        total = total + product(rest[:, start : start + _COLUMNS])
+    return total
 
 
-def _signed(vectors: jax.Array) -> jax.Array:
-    """Make the largest entry of every column positive: a sign to rely on."""
-    negative = -jnp.min(vectors, axis=0) > jnp.max(vectors, axis=0)
-    return vectors * jnp.where(negative, -1.0, 1.0)[None]
-
-
-def rank_directions(
-    kernel: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    *,
-    scale: float,
-    count: int,
-    epsilon: float,
-) -> Ranked:
-    """Rank a matrix's core directions by change rate and give the first ones.
-
-        K = P diag(sigma) Q^T,  p_i = gamma P_i^T A B Q_i,
-        rho_i = |p_i| / (sigma_i + epsilon)
-
-    Works on the short side's Gram matrix in float64, where squaring still leaves
-    small singular values enough digits; in float32 it ranks noise. Directions with
-    sigma_i <= `null_threshold` come last.
-
-    Args:
-      kernel: K, (in, out), any float type.
-      a: A, (in, r). b: B, (r, out). scale: gamma.
-      count: how many directions to give.
-      epsilon: keeps the rate finite (paper, section 3).
-
-    Raises:
-      TypeError: 64-bit types are off, so that float64 would silently be float32.
-
-    Source: arXiv:2409.01035, definitions 3 and 4.
-    """
-    if jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
-        raise TypeError("rank_directions needs `with jax.enable_x64(True):` around it")
-    eps = float(jnp.finfo(kernel.dtype).eps)
-    kernel, a, b = (x.astype(jnp.float64) for x in (kernel, a, b))
-    shape = kernel.shape
-    wide = shape[0] <= shape[1]
-    if not wide:
-        kernel, a, b = kernel.T, b.T, a.T
-    sigma, vectors, raw = _short_side(kernel, a, b)
-    null = sigma <= null_threshold(sigma, shape, eps)
-    safe = jnp.where(null, 1.0, sigma)
-    rates = jnp.where(null, 0.0, jnp.abs(scale * raw / safe) / (sigma + epsilon))
-    _, indices = jax.lax.top_k(jnp.where(null, -1.0, rates), count)
-    short = _signed(vectors[:, indices])
-    long = kernel.T @ short
-    chosen = jnp.where(null[indices], 0.0, jnp.linalg.norm(long, axis=0))
-    inverse = jnp.where(chosen > 0, 1 / jnp.where(chosen > 0, chosen, 1.0), 0.0)
-    long = long * inverse[None]
-    left, right = (short, long) if wide else (long, short)
-    return Ranked(sigma, rates, indices.astype(jnp.int32), left, right, chosen)
+def diagonalize(lower: jax.Array) -> Dense:
+    """Decompose a symmetric matrix (n, n) in full; only its lower triangle is read."""
+    vectors, eigenvalues = lax.linalg.eigh(lower, lower=True, symmetrize_input=False)
+    return Dense(eigenvalues[::-1], vectors[:, ::-1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
-from tsd_jax.core.spectra import Ranked, rank_directions
+from tsd_jax.core.ranking import Ranked, rank_directions
 
 SCALE, EPSILON = 2.0, 1e-6
 SHAPES = {"square": (40, 40), "wide": (40, 72), "tall": (72, 40)}

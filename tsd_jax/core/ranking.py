@@ -1,0 +1,253 @@
+"""Change rates of core directions, and the directions ranked first, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.spectra import Dense, diagonalize, gram, null_threshold
+from tsd_jax.core.tridiagonal import Tridiagonal, tridiagonalize
+
+EPSILON = 1e-6
+_SPARE = 8  # directions looked at closely beyond those asked for
+_STEPS = 2  # of refinement; each squares the error
+_SMALL = 512  # up to here a full decomposition takes no time worth saving
+
+Spectrum = Dense | Tridiagonal
+
+
+class Ranked(NamedTuple):
+    """Hold what the ranking of one matrix gives; float64.
+
+    Attributes:
+      sigma: all singular values, descending, (k,), k = min(in, out).
+      rates: change rate of every core direction, (k,); 0 in the numerical null space.
+      indices: the directions ranked first, best first, (c,), int32.
+      left: P_I, (in, c). right: Q_I, (out, c); orthonormal, null directions too.
+      chosen: sigma_I, (c,); 0 in the numerical null space.
+      moved: p_I = P_I^T dK Q_I, (c,).
+    """
+
+    sigma: jax.Array
+    rates: jax.Array
+    indices: jax.Array
+    left: jax.Array
+    right: jax.Array
+    chosen: jax.Array
+    moved: jax.Array
+
+
+Score = Callable[[jax.Array, jax.Array, Any], Any]
+"""(sigma, rates, noise) -> what directions are ranked by, highest first; all (k,)."""
+
+RANKINGS: dict[str, Score] = {
+    # Task-specific directions: arXiv:2409.01035, definition 4.
+    "rates": lambda sigma, rates, noise: rates,
+    # PiSSA, arXiv:2404.02948: the principal directions.
+    "largest": lambda sigma, rates, noise: sigma,
+    # MiLoRA, arXiv:2406.09044: the minor ones.
+    "smallest": lambda sigma, rates, noise: -sigma,
+    # A control: any directions.
+    "random": lambda sigma, rates, noise: noise,
+}
+
+
+def refine(spectrum: Spectrum, kernel: jax.Array, indices: jax.Array) -> jax.Array:
+    """Give eigenvectors (n, c) to the accuracy of K itself, not of its square.
+
+    Forming G = K K^T rounds by eps sigma_1^2, which turns directions of small sigma
+    into their neighbours by eps sigma_1^2 / gap. The residual K (K^T v) - sigma^2 v
+    has no such error, and G's decomposition solves for the correction.
+
+    Args:
+      spectrum: of K K^T. kernel: K, (n, m), float64. indices: (c,).
+    """
+    short = spectrum.vectors(indices)
+    for _ in range(_STEPS):
+        long = kernel.T @ short
+        residual = kernel @ long - short * jnp.sum(long**2, 0)[None]
+        short = short + spectrum.correct(residual, indices)
+        short = short / jnp.linalg.norm(short, axis=0)[None]
+    return 1.5 * short - 0.5 * short @ (short.T @ short)  # orthonormal to second order
+
+
+def _signed(vectors: jax.Array) -> jax.Array:
+    """Make the largest entry of every column positive: a sign to rely on."""
+    negative = -jnp.min(vectors, axis=0) > jnp.max(vectors, axis=0)
+    return vectors * jnp.where(negative, -1.0, 1.0)[None]
+
+
+def _complete(
+    spectrum: Dense, kernel: jax.Array, long: jax.Array, null: jax.Array
+) -> jax.Array:
+    """Fill the columns of `long` (m, c) marked null from the null space of K.
+
+    Cosines, less their share in the row space of K, made orthogonal to each other
+    and to the columns before them.
+    """
+    rows, columns = (jnp.arange(size, dtype=long.dtype) for size in long.shape)
+    filler = jnp.cos(jnp.outer(rows + 0.5, columns + 1) * (jnp.pi / len(rows)))
+    values = spectrum.eigenvalues
+    some = values > len(values) * jnp.finfo(values.dtype).eps * values[0]
+    shares = spectrum.project(kernel @ filler) / jnp.where(some, values, 1.0)[:, None]
+    inside = spectrum.all_vectors @ jnp.where(some[:, None], shares, 0.0)
+    orthonormal, _ = jnp.linalg.qr(
+        jnp.where(null[None], filler - kernel.T @ inside, long)
+    )
+    return jnp.where(null[None], orthonormal, long)
+
+
+def _rank_wide(
+    spectrum: Spectrum,
+    kernel: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    noise: jax.Array | None,
+    *,
+    scale: float,
+    count: int,
+    epsilon: float,
+    eps: float,
+    ranking: str,
+) -> Ranked:
+    """Rank a matrix (n, m), n <= m, whose K K^T is decomposed.
+
+    p_i = gamma (P_i^T A)(B K^T P_i) / sigma_i for every i from one projection; those
+    that may come first are refined and ranked again.
+    """
+    rank = a.shape[1]
+    sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
+    null = sigma <= null_threshold(sigma, kernel.shape, eps)
+    seen = spectrum.project(jnp.concatenate([a, kernel @ b.T], 1))
+
+    def rate(products: jax.Array, sigma: jax.Array, null: jax.Array):
+        moved = jnp.where(null, 0.0, scale * products / jnp.where(null, 1.0, sigma))
+        return moved, jnp.abs(moved) / (sigma + epsilon)
+
+    def score(sigma: jax.Array, rates: jax.Array) -> jax.Array:
+        scores = RANKINGS[ranking](sigma, rates, noise)
+        return jnp.where(null, -jnp.inf, scores)
+
+    _, rates = rate(jnp.sum(seen[:, :rank] * seen[:, rank:], 1), sigma, null)
+    spare = min(count + _SPARE, len(sigma))
+    _, near = jax.lax.top_k(score(sigma, rates), spare)
+    short = refine(spectrum, kernel, near)
+    long = kernel.T @ short
+    norms = jnp.linalg.norm(long, axis=0)
+    products = jnp.sum((short.T @ a) * (b @ long).T, 1)
+    moved, close = rate(products, norms, null[near])
+    sigma, rates = sigma.at[near].set(norms), rates.at[near].set(close)
+
+    _, order = jax.lax.top_k(score(sigma, rates)[near], count)
+    indices, empty = near[order], null[near][order]
+    short = _signed(short[:, order])
+    # Its own sign, so that a product of both sides is that of the core direction.
+    long = kernel.T @ short / jnp.where(empty, 1.0, norms[order])[None]
+    if isinstance(spectrum, Dense):
+        long = _complete(spectrum, kernel, long, empty)
+    chosen = jnp.where(empty, 0.0, norms[order])
+    return Ranked(
+        sigma, rates, indices.astype(jnp.int32), short, long, chosen, moved[order]
+    )
+
+
+def check_ranking(name: str) -> None:
+    """Raise InputError unless `name` is one of RANKINGS."""
+    if name not in RANKINGS:
+        choices = ", ".join(RANKINGS)
+        raise InputError(f"unknown ranking {name!r}; choose one of {choices}")
+
+
+def rank_directions(
+    kernel: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    scale: float,
+    count: int,
+    epsilon: float = EPSILON,
+    ranking: str = "rates",
+    noise: jax.Array | None = None,
+    solver: str = "auto",
+    spectrum: Dense | None = None,
+) -> Ranked:
+    """Rank a matrix's core directions by change rate and give the first ones.
+
+        K = P diag(sigma) Q^T,  p_i = gamma P_i^T A B Q_i,
+        rho_i = |p_i| / (sigma_i + epsilon)
+
+    Works on the short side's Gram matrix in float64, where squaring still leaves
+    small singular values enough digits; in float32 it ranks noise. The directions
+    that may come first are then refined against K itself. Those with sigma_i <=
+    `null_threshold` come last.
+
+    Args:
+      kernel: K, (in, out), any float type.
+      a: A, (in, r). b: B, (r, out). scale: gamma.
+      count: how many directions to give.
+      epsilon: keeps the rate finite (paper, section 3).
+      ranking: a name of RANKINGS. noise: (k,), what "random" ranks by.
+      solver: "dense", a full eigendecomposition; "tridiagonal", which forms only the
+        eigenvectors asked for, and falls back to "dense" where eigenvalues cannot be
+        told apart; "auto", the faster of them at this size on a CPU.
+      spectrum: of the short side's Gram matrix, where it is known already.
+
+    Raises:
+      TypeError: 64-bit types are off, so that float64 would silently be float32.
+      InputError: no such ranking.
+
+    Source: arXiv:2409.01035, definitions 3 and 4.
+    """
+    if jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
+        raise TypeError("rank_directions needs `with jax.enable_x64(True):` around it")
+    check_ranking(ranking)
+    eps = float(jnp.finfo(kernel.dtype).eps)
+    wide = kernel.shape[0] <= kernel.shape[1]
+    a, b = a.astype(jnp.float64), b.astype(jnp.float64)
+    if not wide:
+        kernel, a, b = kernel.T, b.T, a.T
+
+    def finish(spectrum: Spectrum) -> Ranked:
+        return _rank_wide(
+            spectrum,
+            kernel.astype(jnp.float64),
+            a,
+            b,
+            noise,
+            scale=scale,
+            count=count,
+            epsilon=epsilon,
+            eps=eps,
+            ranking=ranking,
+        )
+
+    if solver == "auto":
+        solver = "tridiagonal" if len(kernel) > _SMALL else "dense"
+    if spectrum is not None:
+        ranked = finish(spectrum)
+    elif solver == "dense":
+        ranked = finish(diagonalize(gram(kernel)))
+    else:
+        few = tridiagonalize(gram(kernel))
+        ranked = jax.lax.cond(
+            _trusted(few, kernel.shape, eps, count),
+            lambda: finish(few),
+            lambda: finish(diagonalize(gram(kernel))),
+        )
+    if not wide:
+        ranked = ranked._replace(left=ranked.right, right=ranked.left)
+    return ranked
+
+
+def _trusted(
+    spectrum: Tridiagonal, shape: tuple[int, ...], eps: float, count: int
+) -> jax.Array:
+    """Tell whether the directions to be looked at are not null and stand apart."""
+    sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
+    used = sigma > null_threshold(sigma, shape, eps)
+    enough = jnp.sum(used) >= min(count + _SPARE, len(sigma))
+    return enough & spectrum.distinct(used)

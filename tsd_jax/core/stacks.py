@@ -1,0 +1,251 @@
+"""Stacked kernels over all devices: a chunk of whole matrices at a time, each on one.
+
+A kernel may be sharded along any of its axes; decompositions want whole matrices. The
+axes are exchanged one mesh axis at a time by all-to-all, so that no device ever holds
+more than its own matrices of one chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tsd_jax.core.layout import Layout
+
+MEMORY_BUDGET = 2**30
+"""Bytes of whole matrices that a device may hold for extraction at a time."""
+
+Program = Callable[..., Any]
+"""Arrays of one matrix each -> a tree of arrays; hashable, static under jit."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Say how a stack is cut: hashable, static under jit.
+
+    Attributes:
+      layout: of the stored kernel. shape: its shape.
+      width: matrices of a chunk, a multiple of the number of devices.
+      mesh: of the devices, or None for a single one. spec: of the stored kernel.
+    """
+
+    layout: Layout
+    shape: tuple[int, ...]
+    width: int
+    mesh: Mesh | None
+    spec: PartitionSpec
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Shape of the stack."""
+        return tuple(self.shape[axis] for axis in self.layout.batch)
+
+    @property
+    def count(self) -> int:
+        """Number of matrices."""
+        return math.prod(self.batch)
+
+    @property
+    def starts(self) -> range:
+        """First matrix of every chunk; the last one may reach past the end."""
+        return range(0, self.count, self.width)
+
+    @property
+    def sharding(self) -> NamedSharding | None:
+        """Where a chunk's results lie: matrix by matrix over all devices."""
+        if self.mesh is None:
+            return None
+        return NamedSharding(self.mesh, PartitionSpec(self._order))
+
+    def indices(self, start: jax.Array) -> jax.Array:
+        """Give the matrices of a chunk, the last one again past the end; (width,)."""
+        return jnp.minimum(start + jnp.arange(self.width), self.count - 1)
+
+    def rows(self, stacked: jax.Array, start: jax.Array) -> jax.Array:
+        """Give a chunk (width, ...) of a small array (*batch, ...)."""
+        rest = stacked.shape[len(self.batch) :]
+        rows = stacked.reshape(self.count, *rest)[self.indices(start)]
+        if self.sharding is None:
+            return rows
+        return lax.with_sharding_constraint(rows, self.sharding)
+
+    def matrices(self, kernel: jax.Array, start: jax.Array) -> jax.Array:
+        """Give a chunk (width, in, out) of the stored kernel."""
+        if self.mesh is None:
+            return self._local(kernel, start)
+        spread = jax.shard_map(
+            self._local,
+            mesh=self.mesh,
+            in_specs=(self.spec, PartitionSpec()),
+            out_specs=PartitionSpec(self._order),
+            check_vma=False,
+        )
+        return spread(kernel, start)
+
+    def map(self, program: Program, *chunks: jax.Array) -> Any:
+        """Run `program` on every matrix of a chunk, each where it lies."""
+
+        def local(*parts: jax.Array) -> Any:
+            return lax.map(lambda one: program(*one), parts)
+
+        if self.mesh is None:
+            return local(*chunks)
+        place = PartitionSpec(self._order)
+        spread = jax.shard_map(
+            local, mesh=self.mesh, in_specs=place, out_specs=place, check_vma=False
+        )
+        return spread(*chunks)
+
+    def join(self, chunks: list[Any], shardings: Any = None) -> Any:
+        """Put the results of all chunks together, (*batch, ...), where they shall lie.
+
+        Args:
+          chunks: trees of arrays (width, ...). shardings: a tree like one of them.
+        """
+
+        def together(parts: list[Any]) -> Any:
+            def leaf(*rows: jax.Array) -> jax.Array:
+                whole = jnp.concatenate(rows)[: self.count]
+                return whole.reshape(*self.batch, *whole.shape[1:])
+
+            return jax.tree.map(leaf, *parts)
+
+        return jax.jit(together, out_shardings=shardings)(chunks)
+
+    @property
+    def _names(self) -> list[tuple[str, ...]]:
+        """Name the mesh axes of every axis of the kernel."""
+        spec = (*self.spec, *(None,) * len(self.shape))[: len(self.shape)]
+        return [
+            () if names is None else (names,) if isinstance(names, str) else names
+            for names in spec
+        ]
+
+    @property
+    def _moves(self) -> list[tuple[str, int]]:
+        """List (mesh axis, kernel axis) to exchange, the minor one of an axis first."""
+        return [
+            (name, axis)
+            for axis in range(len(self.shape))
+            if axis not in self.layout.batch
+            for name in reversed(self._names[axis])
+        ]
+
+    @property
+    def _order(self) -> tuple[str, ...]:
+        """Order the mesh axes as the chunk's first axis is cut by them."""
+        assert self.mesh is not None
+        moved = [name for name, _ in self._moves]
+        rest = [name for name in self.mesh.axis_names if name not in moved]
+        return (*moved, *rest)
+
+    def _local(self, block: jax.Array, start: jax.Array) -> jax.Array:
+        """Give this device's matrices of a chunk, from its block of the kernel."""
+        x = self._take(block, self.indices(start))
+        kept = [axis for axis in range(block.ndim) if axis not in self.layout.batch]
+        if self.mesh is not None:
+            for name, axis in self._moves:
+                x = lax.all_to_all(x, name, 0, 1 + kept.index(axis), tiled=True)
+            for name in self._order[len(self._moves) :]:
+                size = x.shape[0] // self.mesh.shape[name]
+                x = lax.dynamic_slice_in_dim(x, lax.axis_index(name) * size, size)
+        inputs = tuple(1 + kept.index(axis) for axis in self.layout.inputs)
+        outputs = tuple(1 + kept.index(axis) for axis in self.layout.outputs)
+        return Layout((0,), inputs, outputs).to_matrices(x)
+
+    def _take(self, block: jax.Array, indices: jax.Array) -> jax.Array:
+        """Give matrices of the stack, where the stack itself is sharded too."""
+        batch = self.layout.batch
+        block = jnp.moveaxis(block, batch, range(len(batch)))
+        if not batch:
+            return jnp.broadcast_to(block, (len(indices), *block.shape))
+        sharded = [name for axis in batch for name in self._names[axis]]
+        places, here = [], jnp.ones(indices.shape, bool)
+        for dimension, place in enumerate(jnp.unravel_index(indices, self.batch)):
+            names, size = self._names[batch[dimension]], block.shape[dimension]
+            if names:
+                place = place - lax.axis_index(names) * size
+                here &= (place >= 0) & (place < size)
+            places.append(jnp.clip(place, 0, size - 1))
+        rows = block[tuple(places)]
+        if not sharded:
+            return rows
+        mask = here.reshape(-1, *(1,) * (rows.ndim - 1))
+        return lax.psum(jnp.where(mask, rows, 0), tuple(sharded))
+
+
+def cut(
+    kernel: jax.Array, layout: Layout, *, memory_budget: int = MEMORY_BUDGET
+) -> Chunks:
+    """Cut a stored kernel's stack into chunks of whole matrices.
+
+    Args:
+      kernel: sharded or not, or traced.
+      layout: of its axes.
+      memory_budget: bytes a device may hold of a chunk; one matrix is the least.
+    """
+    shape = tuple(kernel.shape)
+    *batch, fan_in, fan_out = layout.shape(shape)
+    count = math.prod(batch)
+    sharding = None
+    if not isinstance(kernel, Tracer):
+        sharding = getattr(kernel, "sharding", None)
+    mesh, spec = None, PartitionSpec()
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        mesh, spec = sharding.mesh, sharding.spec
+    if mesh is not None and mesh.size == 1:
+        mesh = None
+    devices = 1 if mesh is None else mesh.size
+    matrix = fan_in * fan_out * kernel.dtype.itemsize
+    each = max(1, min(-(-count // devices), memory_budget // matrix))
+    return Chunks(layout, shape, each * devices, mesh, spec)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _map_here(program: Program, *parts: jax.Array) -> Any:
+    return lax.map(lambda one: program(*one), parts)
+
+
+def on_hosts(program: Program, *chunks: jax.Array) -> Any:
+    """Run `program` on every matrix of a chunk on the CPU of the host that has it.
+
+    For devices without float64. Every process computes its own devices' matrices;
+    nothing is exchanged and nothing compiled for the devices.
+
+    Args:
+      program: of one matrix. chunks: arrays (width, ...), sharded along the first.
+    """
+    cpu = jax.local_devices(backend="cpu")[0]
+    results = []
+    for shards in zip(*(x.addressable_shards for x in chunks), strict=True):
+        local = [jax.device_put(jax.device_get(shard.data), cpu) for shard in shards]
+        results.append((shards[0].device, _map_here(program, *local)))
+    sharding, width = chunks[0].sharding, chunks[0].shape[0]
+    single = not isinstance(sharding, NamedSharding)
+
+    def joined(*leaves: jax.Array) -> jax.Array:
+        pieces = [
+            jax.device_put(jax.device_get(leaf), device)
+            for (device, _), leaf in zip(results, leaves, strict=True)
+        ]
+        if single:
+            return pieces[0]
+        shape = (width, *leaves[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+    return jax.tree.map(joined, *(result for _, result in results))
+
+
+@functools.cache
+def has_float64(platform: str) -> bool:
+    """Tell whether a platform's devices compute and decompose in float64."""
+    return platform in ("cpu", "gpu", "cuda", "rocm")
