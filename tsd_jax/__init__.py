@@ -11,7 +11,7 @@ from tsd_jax.core.adapter import (
     merge,
 )
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import Ranking, launch
+from tsd_jax.core.launch import Extraction, Ranking, launch
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.ranking import rank_directions
@@ -23,6 +23,7 @@ from tsd_jax.training.optimizer import (
     make_schedule,
     reset_moments,
 )
+from tsd_jax.training.spectra_store import SpectraFolder
 
 __all__ = [
     "HANDLERS",
@@ -30,6 +31,7 @@ __all__ = [
     "Adapter",
     "Call",
     "Directions",
+    "Extraction",
     "InputError",
     "KernelSpec",
     "Layout",
@@ -37,6 +39,7 @@ __all__ = [
     "Ranking",
     "Rule",
     "Spec",
+    "SpectraFolder",
     "adapted",
     "bind",
     "delta",

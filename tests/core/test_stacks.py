@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from tsd_jax.core.launch import (
     launch,
 )
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.stacks import cut, has_float64, on_hosts
+from tsd_jax.core.stacks import cut, has_float64, map_here, on_hosts
 from tsd_jax.training.sharding import make_mesh
 
 MESH = (2, 2, 2)
@@ -131,7 +132,8 @@ def test_a_program_runs_where_the_matrix_lies(case):
         spread = jax.jit(
             lambda k, r: (chunks.matrices(k, start), chunks.rows(r, start))
         )
-        return on_hosts(Twice(), *spread(kernel, row))
+        run = functools.partial(map_here, Twice())
+        return on_hosts(run, *spread(kernel, row))
 
     want = matrices_of(layout, values)
     for run in (lambda start: on_devices(kernel, row, start), hosted):

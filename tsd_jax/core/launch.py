@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tsd_jax.core import paths, stacks
 from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.known_spectra import SpectraStore, spectra_of
 from tsd_jax.core.methods import Method
 from tsd_jax.core.ranking import EPSILON, Ranked, rank_directions
 from tsd_jax.core.spec import KernelSpec, Spec
@@ -116,6 +118,12 @@ def _launch_chunk(kernel, a, b, noise, start, *, chunks, program):
     return chunks.map(program, chunks.matrices(kernel, start), *rows)
 
 
+@functools.partial(jax.jit, static_argnames=("chunks", "program"))
+def _rank_chunk(matrices, a, b, noise, spectra, *, chunks, program):
+    """Launch a chunk whose spectra are known."""
+    return chunks.map(program, matrices, a, b, noise, spectra)
+
+
 @functools.partial(jax.jit, static_argnames="chunks")
 def _spread_chunk(kernel, a, b, noise, start, *, chunks):
     """Give a chunk's matrices, and what is beside them, to the devices in turn."""
@@ -158,11 +166,13 @@ class Extraction:
         its share; "auto", on the devices if they compute in float64.
       solver: see `rank_directions`.
       memory_budget: bytes of whole matrices a device may hold at a time.
+      store: where spectra of the base are kept for the next launch, or None.
     """
 
     where: str = "auto"
     solver: str = "auto"
     memory_budget: int = stacks.MEMORY_BUDGET
+    store: SpectraStore | None = None
 
     def __post_init__(self):
         """Refuse what could not be carried out."""
@@ -193,22 +203,47 @@ def _launch_kernel(
 ):
     """Launch a stored kernel, a chunk of its stack after the other."""
     chunks = stacks.cut(
-        kernel, adapter.kernel.layout, memory_budget=extraction.memory_budget
+        kernel,
+        adapter.kernel.layout,
+        memory_budget=extraction.memory_budget if extraction.store is None else 1,
     )
     arrays = (kernel, adapter.a, adapter.b, _noise(adapter.kernel, seed))
     results = []
     with jax.enable_x64(True):
         for start in chunks.starts:
-            begin = np.int32(start)
-            if extraction.on_hosts(kernel):
-                parts = _spread_chunk(*arrays, begin, chunks=chunks)
-                results.append(stacks.on_hosts(program, *parts))
-            else:
-                results.append(
-                    _launch_chunk(*arrays, begin, chunks=chunks, program=program)
-                )
+            run = _chunk_runner(extraction, kernel)
+            results.append(run(arrays, np.int32(start), chunks, program))
             progress(min(start + chunks.width, chunks.count))
         return chunks.join(results, _out_shardings(adapter.a, adapter.b))
+
+
+def _where_they_lie(arrays, start, chunks, program):
+    return _launch_chunk(*arrays, start, chunks=chunks, program=program)
+
+
+def _on_hosts(arrays, start, chunks, program, store):
+    alone = dataclasses.replace(chunks, mesh=None)
+
+    def here(matrices, *rest):
+        known = () if store is None else (spectra_of(matrices, alone, store),)
+        return stacks.map_here(program, matrices, *rest, *known)
+
+    return stacks.on_hosts(here, *_spread_chunk(*arrays, start, chunks=chunks))
+
+
+def _by_store(arrays, start, chunks, program, store):
+    matrices, *rest = _spread_chunk(*arrays, start, chunks=chunks)
+    spectra = spectra_of(matrices, chunks, store)
+    return _rank_chunk(matrices, *rest, spectra, chunks=chunks, program=program)
+
+
+def _chunk_runner(extraction: Extraction, kernel: Any) -> Callable:
+    """Choose how a chunk is launched: (arrays, start, chunks, program) -> results."""
+    if extraction.on_hosts(kernel):
+        return functools.partial(_on_hosts, store=extraction.store)
+    if extraction.store is not None:
+        return functools.partial(_by_store, store=extraction.store)
+    return _where_they_lie
 
 
 def launch(

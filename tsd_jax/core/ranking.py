@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.spectra import Dense, diagonalize, gram, null_threshold
+from tsd_jax.core.spectra import Dense, diagonalize, null_threshold
 from tsd_jax.core.tridiagonal import Tridiagonal, tridiagonalize
+from tsd_jax.core.wide import Wide
 
 EPSILON = 1e-6
 _SPARE = 8  # directions looked at closely beyond those asked for
-_STEPS = 2  # of refinement; each squares the error
 _SMALL = 512  # up to here a full decomposition takes no time worth saving
 
 Spectrum = Dense | Tridiagonal
@@ -56,7 +56,9 @@ RANKINGS: dict[str, Score] = {
 }
 
 
-def refine(spectrum: Spectrum, kernel: jax.Array, indices: jax.Array) -> jax.Array:
+def refine(
+    spectrum: Spectrum, kernel: Wide, indices: jax.Array, steps: int = 1
+) -> jax.Array:
     """Give eigenvectors (n, c) to the accuracy of K itself, not of its square.
 
     Forming G = K K^T rounds by eps sigma_1^2, which turns directions of small sigma
@@ -64,25 +66,26 @@ def refine(spectrum: Spectrum, kernel: jax.Array, indices: jax.Array) -> jax.Arr
     has no such error, and G's decomposition solves for the correction.
 
     Args:
-      spectrum: of K K^T. kernel: K, (n, m), float64. indices: (c,).
+      spectrum: of K K^T. kernel: K, (n, m). indices: (c,).
+      steps: each squares the error.
     """
     short = spectrum.vectors(indices)
-    for _ in range(_STEPS):
-        long = kernel.T @ short
-        residual = kernel @ long - short * jnp.sum(long**2, 0)[None]
+    for _ in range(steps):
+        long = kernel.transposed_times(short)
+        residual = kernel.times(long) - short * jnp.sum(long**2, 0)[None]
         short = short + spectrum.correct(residual, indices)
         short = short / jnp.linalg.norm(short, axis=0)[None]
     return 1.5 * short - 0.5 * short @ (short.T @ short)  # orthonormal to second order
 
 
-def _signed(vectors: jax.Array) -> jax.Array:
-    """Make the largest entry of every column positive: a sign to rely on."""
+def _signs(vectors: jax.Array) -> jax.Array:
+    """Give what makes the largest entry of every column positive, (1, c)."""
     negative = -jnp.min(vectors, axis=0) > jnp.max(vectors, axis=0)
-    return vectors * jnp.where(negative, -1.0, 1.0)[None]
+    return jnp.where(negative, -1.0, 1.0)[None]
 
 
 def _complete(
-    spectrum: Dense, kernel: jax.Array, long: jax.Array, null: jax.Array
+    spectrum: Dense, kernel: Wide, long: jax.Array, null: jax.Array
 ) -> jax.Array:
     """Fill the columns of `long` (m, c) marked null from the null space of K.
 
@@ -93,17 +96,18 @@ def _complete(
     filler = jnp.cos(jnp.outer(rows + 0.5, columns + 1) * (jnp.pi / len(rows)))
     values = spectrum.eigenvalues
     some = values > len(values) * jnp.finfo(values.dtype).eps * values[0]
-    shares = spectrum.project(kernel @ filler) / jnp.where(some, values, 1.0)[:, None]
-    inside = spectrum.all_vectors @ jnp.where(some[:, None], shares, 0.0)
-    orthonormal, _ = jnp.linalg.qr(
-        jnp.where(null[None], filler - kernel.T @ inside, long)
+    shares = (
+        spectrum.project(kernel.times(filler)) / jnp.where(some, values, 1.0)[:, None]
     )
+    inside = spectrum.all_vectors @ jnp.where(some[:, None], shares, 0.0)
+    outside = filler - kernel.transposed_times(inside)
+    orthonormal, _ = jnp.linalg.qr(jnp.where(null[None], outside, long))
     return jnp.where(null[None], orthonormal, long)
 
 
 def _rank_wide(
     spectrum: Spectrum,
-    kernel: jax.Array,
+    kernel: Wide,
     a: jax.Array,
     b: jax.Array,
     noise: jax.Array | None,
@@ -122,7 +126,7 @@ def _rank_wide(
     rank = a.shape[1]
     sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
     null = sigma <= null_threshold(sigma, kernel.shape, eps)
-    seen = spectrum.project(jnp.concatenate([a, kernel @ b.T], 1))
+    seen = spectrum.project(jnp.concatenate([a, kernel.times(b.T)], 1))
 
     def rate(products: jax.Array, sigma: jax.Array, null: jax.Array):
         moved = jnp.where(null, 0.0, scale * products / jnp.where(null, 1.0, sigma))
@@ -136,7 +140,7 @@ def _rank_wide(
     spare = min(count + _SPARE, len(sigma))
     _, near = jax.lax.top_k(score(sigma, rates), spare)
     short = refine(spectrum, kernel, near)
-    long = kernel.T @ short
+    long = kernel.transposed_times(short)
     norms = jnp.linalg.norm(long, axis=0)
     products = jnp.sum((short.T @ a) * (b @ long).T, 1)
     moved, close = rate(products, norms, null[near])
@@ -144,15 +148,20 @@ def _rank_wide(
 
     _, order = jax.lax.top_k(score(sigma, rates)[near], count)
     indices, empty = near[order], null[near][order]
-    short = _signed(short[:, order])
-    # Its own sign, so that a product of both sides is that of the core direction.
-    long = kernel.T @ short / jnp.where(empty, 1.0, norms[order])[None]
+    signs = _signs(short[:, order])
+    short = signs * short[:, order]
+    long = signs * long[:, order] / jnp.where(empty, 1.0, norms[order])[None]
     if isinstance(spectrum, Dense):
         long = _complete(spectrum, kernel, long, empty)
     chosen = jnp.where(empty, 0.0, norms[order])
     return Ranked(
         sigma, rates, indices.astype(jnp.int32), short, long, chosen, moved[order]
     )
+
+
+def decompose(kernel: jax.Array) -> Dense:
+    """Decompose the short side's Gram matrix of K (in, out) in full, in float64."""
+    return diagonalize(Wide(kernel).gram())
 
 
 def check_ranking(name: str) -> None:
@@ -206,15 +215,15 @@ def rank_directions(
         raise TypeError("rank_directions needs `with jax.enable_x64(True):` around it")
     check_ranking(ranking)
     eps = float(jnp.finfo(kernel.dtype).eps)
-    wide = kernel.shape[0] <= kernel.shape[1]
     a, b = a.astype(jnp.float64), b.astype(jnp.float64)
-    if not wide:
-        kernel, a, b = kernel.T, b.T, a.T
+    wide = Wide(kernel)
+    if wide.tall:
+        a, b = b.T, a.T
 
     def finish(spectrum: Spectrum) -> Ranked:
         return _rank_wide(
             spectrum,
-            kernel.astype(jnp.float64),
+            wide,
             a,
             b,
             noise,
@@ -226,19 +235,19 @@ def rank_directions(
         )
 
     if solver == "auto":
-        solver = "tridiagonal" if len(kernel) > _SMALL else "dense"
+        solver = "tridiagonal" if wide.shape[0] > _SMALL else "dense"
     if spectrum is not None:
-        ranked = finish(spectrum)
+        ranked = finish(Dense(*(x.astype(jnp.float64) for x in spectrum)))
     elif solver == "dense":
-        ranked = finish(diagonalize(gram(kernel)))
+        ranked = finish(diagonalize(wide.gram()))
     else:
-        few = tridiagonalize(gram(kernel))
+        few = tridiagonalize(wide.gram())
         ranked = jax.lax.cond(
             _trusted(few, kernel.shape, eps, count),
             lambda: finish(few),
-            lambda: finish(diagonalize(gram(kernel))),
+            lambda: finish(diagonalize(wide.gram())),
         )
-    if not wide:
+    if wide.tall:
         ranked = ranked._replace(left=ranked.right, right=ranked.left)
     return ranked
 

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_ROWS, _COLUMNS = 512, 4096  # of a block of the Gram matrix's product
-
 
 class Dense(NamedTuple):
     """Hold G = P diag(eigenvalues) P^T, n x n, with all of P; float64.
@@ -55,32 +53,6 @@ def null_threshold(sigma: jax.Array, shape: tuple[int, ...], eps: float) -> jax.
     size = max(shape)
     stored = size * min(eps, float(jnp.finfo(jnp.float32).eps))
     return max(stored, math.sqrt(size * float(jnp.finfo(jnp.float64).eps))) * sigma[0]
-
-
-def gram(kernel: jax.Array) -> jax.Array:
-    """Give the lower triangle of K K^T (n, n) in float64, for K (n, m) of any type.
-
-    Blocks above the diagonal are left zero, which saves almost half of the product;
-    K is widened a block of columns at a time.
-    """
-    n, m = kernel.shape
-    rows = range(0, n, max(_ROWS, -(-n // 8)))
-
-    def product(columns: jax.Array) -> jax.Array:
-        wide = columns.astype(jnp.float64)
-        blocks = []
-        for start in rows:
-            stop = min(start + rows.step, n)
-            block = wide[start:stop] @ wide[:stop].T
-            blocks.append(jnp.pad(block, ((0, 0), (0, n - stop))))
-        return jnp.concatenate(blocks)
-
-    total = product(kernel[:, :_COLUMNS])
-    for start in range(_COLUMNS, m, _COLUMNS):
-        # One block after the other: otherwise all of them are widened at once.
-        total, rest = lax.optimization_barrier((total, kernel))
-        total = total + product(rest[:, start : start + _COLUMNS])
-    return total
 
 
 def diagonalize(lower: jax.Array) -> Dense:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core.layout import Layout
 
-MEMORY_BUDGET = 2**30
+MEMORY_BUDGET = 2**26
 """Bytes of whole matrices that a device may hold for extraction at a time."""
 
 Program = Callable[..., Any]
@@ -91,17 +91,14 @@ class Chunks:
         )
         return spread(kernel, start)
 
-    def map(self, program: Program, *chunks: jax.Array) -> Any:
+    def map(self, program: Program, *chunks: Any) -> Any:
         """Run `program` on every matrix of a chunk, each where it lies."""
-
-        def local(*parts: jax.Array) -> Any:
-            return lax.map(lambda one: program(*one), parts)
-
+        run = functools.partial(_each, program)
         if self.mesh is None:
-            return local(*chunks)
+            return run(*chunks)
         place = PartitionSpec(self._order)
         spread = jax.shard_map(
-            local, mesh=self.mesh, in_specs=place, out_specs=place, check_vma=False
+            run, mesh=self.mesh, in_specs=place, out_specs=place, check_vma=False
         )
         return spread(*chunks)
 
@@ -210,25 +207,38 @@ def cut(
     return Chunks(layout, shape, each * devices, mesh, spec)
 
 
+def _each(program: Program, *parts: Any) -> Any:
+    """Run `program` on one matrix after the other."""
+    if jax.tree.leaves(parts)[0].shape[0] > 1:
+        return lax.map(lambda one: program(*one), parts)
+    alone = program(*jax.tree.map(lambda x: x[0], parts))  # no loop, and no copy
+    return jax.tree.map(lambda x: x[None], alone)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _map_here(program: Program, *parts: jax.Array) -> Any:
-    return lax.map(lambda one: program(*one), parts)
+def map_here(program: Program, *parts: Any) -> Any:
+    """Run `program` on every matrix of arrays (k, ...), on the device they are on."""
+    return _each(program, *parts)
 
 
-def on_hosts(program: Program, *chunks: jax.Array) -> Any:
-    """Run `program` on every matrix of a chunk on the CPU of the host that has it.
+def on_hosts(run: Callable[..., Any], *chunks: jax.Array) -> Any:
+    """Run a chunk's matrices on the CPUs of the hosts that have them.
 
     For devices without float64. Every process computes its own devices' matrices;
     nothing is exchanged and nothing compiled for the devices.
 
     Args:
-      program: of one matrix. chunks: arrays (width, ...), sharded along the first.
+      run: arrays (k, ...) of some matrices, on the CPU -> a tree of arrays (k, ...).
+      chunks: arrays (width, ...), sharded along the first axis.
     """
     cpu = jax.local_devices(backend="cpu")[0]
     results = []
-    for shards in zip(*(x.addressable_shards for x in chunks), strict=True):
-        local = [jax.device_put(jax.device_get(shard.data), cpu) for shard in shards]
-        results.append((shards[0].device, _map_here(program, *local)))
+    with jax.default_device(cpu):
+        for shards in zip(*(x.addressable_shards for x in chunks), strict=True):
+            local = [
+                jax.device_put(jax.device_get(shard.data), cpu) for shard in shards
+            ]
+            results.append((shards[0].device, run(*local)))
     sharding, width = chunks[0].sharding, chunks[0].shape[0]
     single = not isinstance(sharding, NamedSharding)
 

@@ -23,7 +23,8 @@ class Tridiagonal(NamedTuple):
     """Hold G = Q T Q^T = P diag(eigenvalues) P^T, n x n; float64.
 
     Attributes:
-      reflectors: Q as LAPACK's sytrd leaves it, below the subdiagonal, (n, n).
+      reflectors: Q without its first row and column, which are those of the identity,
+        as LAPACK's sytrd leaves it, (n - 1, n - 1).
       taus: its factors, (n - 1,).
       diagonal: of T, (n,). off: beside it, (n - 1,).
       eigenvalues: descending, (n,).
@@ -80,9 +81,9 @@ class Tridiagonal(NamedTuple):
         return jnp.all(apart | ~used[1:]) & (self.eigenvalues[0] > 0)
 
     def _rotate(self, columns: jax.Array, *, transpose: bool = False) -> jax.Array:
-        """Give Q columns, or Q^T columns; Q leaves the first row alone."""
+        """Give Q columns, or Q^T columns."""
         rest = lax.linalg.ormqr(
-            self.reflectors[1:, :-1], self.taus, columns[1:], transpose=transpose
+            self.reflectors, self.taus, columns[1:], transpose=transpose
         )
         return jnp.concatenate([columns[:1], rest])
 
@@ -142,4 +143,4 @@ def tridiagonalize(gram: jax.Array) -> Tridiagonal:
     """Reduce a symmetric matrix (n, n), n >= 2; only its lower triangle is read."""
     reflectors, diagonal, off, taus = lax.linalg.tridiagonal(gram, lower=True)
     ascending = eigh_tridiagonal(diagonal, off, eigvals_only=True)
-    return Tridiagonal(reflectors, taus, diagonal, off, ascending[::-1])
+    return Tridiagonal(reflectors[1:, :-1], taus, diagonal, off, ascending[::-1])
