@@ -61,23 +61,24 @@ class Wide(NamedTuple):
         Blocks above the diagonal are left zero, which saves almost half the product.
         """
         n = self.shape[0]
-        starts = range(0, n, max(_ROWS, -(-n // 8)))
+        height = max(_ROWS, -(-n // 8))
+        total = jnp.zeros((n, n))
+        for row in range(0, n, height):
+            stop = min(row + height, n)
 
-        def add(total: jax.Array, start: jax.Array, size: int) -> jax.Array:
-            columns = self._block(start, size)
-            for row in starts:
-                stop = min(row + starts.step, n)
-                part = total[row:stop, :stop] + columns[row:stop] @ columns[:stop].T
-                total = total.at[row:stop, :stop].set(part)
-            return total
+            def add(part: jax.Array, start: jax.Array, size: int) -> jax.Array:
+                columns = self._block(start, size, stop)  # noqa: B023 - called here
+                return part + columns[row:] @ columns.T  # noqa: B023
 
-        return self._over(add, jnp.zeros((n, n)), _GRAM)
+            part = self._over(add, jnp.zeros((stop - row, stop)), _GRAM)
+            total = lax.dynamic_update_slice(total, part, (row, 0))
+        return total
 
-    def _block(self, start: jax.Array, size: int) -> jax.Array:
-        """Widen columns start to start + size, (n, size)."""
+    def _block(self, start: jax.Array, size: int, rows: int | None = None) -> jax.Array:
+        """Widen columns start to start + size of the first rows, (rows, size)."""
         block = lax.dynamic_slice_in_dim(self.stored, start, size, 1 - self.tall)
-        block = block.astype(jnp.float64)
-        return block.T if self.tall else block
+        block = (block.T if self.tall else block)[:rows]
+        return block.astype(jnp.float64)
 
     def _over(
         self,
