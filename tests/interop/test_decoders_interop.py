@@ -1,0 +1,199 @@
+"""Every family is the one of transformers: same files, same logits."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from tests.helpers.decoders import PUBLISHED, inputs
+from tsd_jax.models import huggingface
+from tsd_jax.models.decoder import Decoder
+
+torch = pytest.importorskip("torch")
+
+TOLERANCE = 2e-4
+TOKENS, MASK, POSITIONS = inputs()
+LLAMA3 = PUBLISHED["llama"]["rope_scaling"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [1.0, 3.0, 7.0, 9.0],
+}
+# {id: (family, changes of its published config)}; None takes an entry away.
+CASES = {
+    **{family: (family, {}) for family in PUBLISHED},
+    "llama plain": ("llama", {"rope_scaling": None, "num_key_value_heads": 1}),
+    "llama linear": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 3.0}, "head_dim": 6},
+    ),
+    "llama dynamic": (
+        "llama",
+        {
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+            "max_position_embeddings": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama yarn": ("llama", {"rope_scaling": YARN, "num_key_value_heads": 4}),
+    "llama yarn with all": (
+        "llama",
+        {
+            "rope_scaling": YARN
+            | {"beta_fast": 4, "beta_slow": 0.5, "mscale": 0.7, "truncate": False}
+            | {"mscale_all_dim": 0.4},
+            "rope_theta": 100.0,
+            "attention_bias": True,
+        },
+    ),
+    "llama 3.2": ("llama", {"rope_scaling": LLAMA3 | {"factor": 32.0}, "head_dim": 16}),
+    "llama gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh", "mlp_bias": True}),
+    "mistral without window": ("mistral", {"sliding_window": None, "head_dim": 12}),
+    "mistral of a wide window": ("mistral", {"sliding_window": 24}),
+    "mixtral with window": ("mixtral", {"sliding_window": 5, "num_experts_per_tok": 1}),
+    "qwen2 without window": (
+        "qwen2",
+        {"use_sliding_window": False, "tie_word_embeddings": True},
+    ),
+    "qwen2 yarn": ("qwen2", {"use_sliding_window": False, "rope_scaling": YARN}),
+    "qwen3 with window": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen2_moe with window": (
+        "qwen2_moe",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 3,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3_moe with window": (
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 4, "norm_topk_prob": False},
+    ),
+    "gemma2 without caps": (
+        "gemma2",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma2 of types": (
+        "gemma2",
+        {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+    ),
+    "gemma3_text linear": (
+        "gemma3_text",
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "gemma3_text of one type": (
+        "gemma3_text",
+        {"layer_types": ["sliding_attention"] * 4, "sliding_window": 30},
+    ),
+    "phi3 short": (
+        "phi3",
+        {
+            "rope_scaling": {**LONG, "type": "su"},
+            "original_max_position_embeddings": 60,
+            "max_position_embeddings": 240,
+        },
+    ),
+    "phi3 long": (
+        "phi3",
+        {
+            "rope_scaling": LONG,
+            "original_max_position_embeddings": 16,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3 partial": (
+        "phi3",
+        {"partial_rotary_factor": 0.75, "num_key_value_heads": 4},
+    ),
+    "smollm3 with window": (
+        "smollm3",
+        {
+            "no_rope_layers": None,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "no_rope_layer_interval": 2,
+        },
+    ),
+}
+
+
+def published(case):
+    """Give a family and the config.json of a case."""
+    family, changes = CASES[case]
+    merged = {**PUBLISHED[family], **changes}
+    nulls = {"no_rope_layers", "rope_scaling"}
+    return family, {
+        name: value
+        for name, value in merged.items()
+        if value is not None or name not in nulls
+    }
+
+
+def random_torch_model(folder):
+    """The stock model of a config.json; norms and biases too are random."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.initializer_range = 0.3
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.normal_(0.5, 0.5)
+            elif parameter.std() < 0.1 or "gate.weight" in name:
+                parameter.normal_(0, 0.3)
+    return model.float().eval()
+
+
+def torch_logits(model, tokens, mask=None, positions=None):
+    arguments = {"attention_mask": mask, "position_ids": positions}
+    given = {k: torch.from_numpy(v) for k, v in arguments.items() if v is not None}
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens), **given).logits.numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(tmp_path, case, record_property):
+    family, content = published(case)
+    first, saved = tmp_path / "published", tmp_path / "saved"
+    first.mkdir()
+    (first / "config.json").write_text(json.dumps(content))
+    model = random_torch_model(first)
+    model.save_pretrained(saved)
+    config = huggingface.read_config(saved)
+    # What transformers 5 writes says the same as the published form.
+    assert config == huggingface.read_config(first)
+    assert config.model_type == family
+    params = huggingface.load_params(saved, config)
+    apply = jax.jit(Decoder(config).apply)
+
+    expected = torch_logits(model, TOKENS)
+    found = np.asarray(apply({"params": params}, TOKENS))
+    masked = torch_logits(model, TOKENS, MASK.astype(int), POSITIONS)
+    padded = np.asarray(apply({"params": params}, TOKENS, POSITIONS, MASK))
+    assert np.abs(expected).max() > 1
+    assert np.abs(masked - expected)[MASK].max() > 100 * TOLERANCE
+    errors = np.abs(found - expected).max(), np.abs(padded - masked)[MASK].max()
+    record_property("error", f"{family} {max(errors):.1e}")
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(padded[MASK], masked[MASK], atol=TOLERANCE, rtol=0)
