@@ -31,7 +31,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -101,12 +101,12 @@ class _Placement:
             cos = jnp.where(kind.windowed, tables[0], cos)
             sin = jnp.where(kind.windowed, tables[1], sin)
         if kind.windowed is not None and window is not None:
-            visible = window if visible is None else visible
+            assert visible is not None
             visible = jnp.where(kind.windowed, window, visible)
         if kind.turned is not None:
             cos = jnp.where(kind.turned, cos, 1)
             sin = jnp.where(kind.turned, sin, 0)
-        return self.replace(cos=cos, sin=sin, visible=visible, near=(None, None))
+        return _Placement(cos, sin, visible, self.index)
 
 
 @struct.dataclass
@@ -248,11 +248,11 @@ class MoE(nn.Module):
         assert experts is not None
         settings = (self.config, self.dtype, self.param_dtype)
         weights = self._route(x)
-        every: Any = nn.vmap(
+        every = nn.vmap(
             MLP,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=None,
+            in_axes=cast(Any, None),
             out_axes=0,
             axis_size=experts.num_experts,
         )
@@ -401,12 +401,11 @@ class Decoder(nn.Module):
                 kind = jax.tree.map(lambda each, layer=layer: each[layer], kinds)
                 x, _ = block(*settings, name=f"layers_{layer}")(x, placement, kind)
             return x
-        everywhere: Any = nn.broadcast  # the placement is not scanned over
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
-            in_axes=(everywhere, 0),
+            in_axes=cast(Any, (nn.broadcast, 0)),  # the placement is not scanned over
             length=number,
         )
         x, _ = scanned(*settings, name="layers")(x, placement, kinds)
@@ -440,8 +439,10 @@ class Decoder(nn.Module):
             counted = lax.dynamic_slice_in_dim(counted, start, length, axis=1)
         positions = counted if positions is None else positions
         wide, near = self._tables(positions), self._near_tables(positions)
-        visible = None if known is None else _visible(known, start, length)
         window = self._window(known, start, length)
+        if known is None and window is not None:
+            known = jnp.ones((1, length), bool)
+        visible = None if known is None else _visible(known, start, length)
         if all(self.config.windowed):
             wide, near = wide if near is None else near, None
             visible, window = visible if window is None else window, None

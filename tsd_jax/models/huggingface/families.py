@@ -303,6 +303,7 @@ def _read_gemma3(fields: Fields) -> Values:
         | windows
         | _read_gemma(fields)
         | {"qk_norm": True, "rope_local_theta": local}
+        | {"attn_logit_softcapping": None}  # transformers reads it, and never uses it
     )
 
 
@@ -358,7 +359,7 @@ def _write_smollm3(config: DecoderConfig) -> Values:
 
 def _defaults(
     theta: float = 1e4, length: int = 32768, *, tied: bool = False, **more: Any
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     return {
         "rms_norm_eps": 1e-6,
         "rope_theta": theta,
@@ -368,13 +369,13 @@ def _defaults(
     }
 
 
-_GEMMA = {
+_GEMMA: Mapping[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 256,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
-_QWEN = {"sliding_window": 4096, "max_window_layers": 28}
+_QWEN: Mapping[str, Any] = {"sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
