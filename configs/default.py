@@ -30,7 +30,7 @@ def get_config() -> Any:
     config.method.epsilon = 1e-6  # of the change rate
 
     config.adapter = ConfigDict()
-    config.adapter.pattern = r"layers.*/(q|k|v|up|down)_proj/kernel"
+    config.adapter.pattern = r"layers.*/(q|k|v|qkv|up|gate_up|down)_proj/kernel"
     config.adapter.rank = 8
     config.adapter.alpha = 16.0
     config.adapter.directions = 8

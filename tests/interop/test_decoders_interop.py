@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -10,6 +11,11 @@ import pytest
 import transformers
 
 from tests.helpers.decoders import PUBLISHED, inputs, write_decoder
+from tests.helpers.trees import random_all
+from tsd_jax.binding.linen import make_spec
+from tsd_jax.core.adapter import merge
+from tsd_jax.core.spec import Rule
+from tsd_jax.interchange.peft import to_peft
 from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import Decoder
 
@@ -219,3 +225,48 @@ def test_transformers_reads_what_we_write(tmp_path, family):
         assert not any(info.values()), info
         logits.append(torch_logits(model.eval(), TOKENS, MASK.astype(int), POSITIONS))
     np.testing.assert_array_equal(*logits)
+
+
+# Experts are exported layer by layer; PEFT itself warns of what it does to them.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("family", "scan_layers", "pattern", "modules"),
+    [
+        ("phi3", True, r"layers/.*_proj/kernel", 4 * 4),
+        ("gemma3_text", True, r"layers/.*_proj/kernel", 4 * 7),
+        ("qwen2_moe", True, r"layers/self_attn/.*_proj/kernel", 4 * 4),
+        ("mixtral", False, r"layers_\d/.*_proj/kernel", 4 * 4 + 4 * 2),
+        ("qwen3_moe", False, r"layers_\d/mlp/experts/.*/kernel", 4 * 2),
+    ],
+)
+def test_peft_gives_our_logits(tmp_path, family, scan_layers, pattern, modules):
+    peft = pytest.importorskip("peft")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    write_decoder(base, PUBLISHED[family])
+    config = huggingface.read_config(base)
+    params = huggingface.load_params(base, config, scan_layers=scan_layers)
+    model = Decoder(config, scan_layers=scan_layers)
+    rules = [Rule(pattern=pattern, rank=2, directions=2)]
+    spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method="tsd")
+    pairs = random_all(0, spec, scale=0.2)
+    to_peft(
+        adapter,
+        *pairs,
+        functools.partial(huggingface.module_name, model_type=config.model_type),
+        base_model=str(base),
+        params=params,
+    )
+    stock = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    plain = torch_logits(stock, TOKENS)
+    loaded = peft.PeftModel.from_pretrained(stock, adapter).eval()
+    adapted_modules = [
+        name for name, _ in loaded.named_modules() if name.endswith("lora_A.default")
+    ]
+    assert len(adapted_modules) == modules
+    expected = torch_logits(loaded, TOKENS)
+    merged = merge(params, *pairs)
+    found = np.asarray(jax.jit(model.apply)({"params": merged}, TOKENS))
+    assert np.abs(expected - plain).max() > 0.3
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)

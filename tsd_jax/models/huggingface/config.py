@@ -8,12 +8,8 @@ from typing import Any
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.models.config import DecoderConfig
-from tsd_jax.models.huggingface.families import (
-    FAMILIES,
-    Family,
-    read_common,
-    write_common,
-)
+from tsd_jax.models.huggingface.common import read_common, write_common
+from tsd_jax.models.huggingface.families import FAMILIES, Family
 from tsd_jax.models.huggingface.fields import Fields
 from tsd_jax.models.huggingface.tensors import read_json
 

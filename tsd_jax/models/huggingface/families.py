@@ -10,10 +10,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tsd_jax.models.config import DecoderConfig, Experts
-from tsd_jax.models.huggingface.fields import Fields, rope_settings
-
-Values = dict[str, Any]
-_WINDOWED, _WIDE = "sliding_attention", "full_attention"
+from tsd_jax.models.huggingface.common import (
+    WIDE,
+    WINDOWED,
+    Values,
+    check_layers,
+    read_biases,
+    read_chosen_windows,
+    read_part,
+    read_period,
+    read_rope,
+    read_scaling,
+    read_window,
+    read_windows,
+    same_names,
+    write_chosen_windows,
+    write_windows,
+)
+from tsd_jax.models.huggingface.fields import Fields, checked
 
 
 class Family(NamedTuple):
@@ -33,134 +47,29 @@ class Family(NamedTuple):
     renamed: Mapping[str, str] = {}
 
 
-def read_common(fields: Fields) -> Values:
-    """Read what every family has."""
-    heads = fields.get("num_attention_heads", "int")
-    hidden = fields.get("hidden_size", "int")
-    fits = heads > 0 and hidden % heads == 0
-    wholes = ("vocab_size", "intermediate_size", "num_hidden_layers")
-    head_dim = {"default": hidden // heads} if fits else {}
-    return {
-        **{name: fields.get(name, "int") for name in wholes},
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("num_key_value_heads", "int", heads),
-        "head_dim": fields.get("head_dim", "int", **head_dim),
-        "rms_norm_eps": fields.get("rms_norm_eps", "float"),
-        "max_position_embeddings": fields.get("max_position_embeddings", "int"),
-        "tie_word_embeddings": fields.get("tie_word_embeddings", "bool"),
-        "hidden_act": fields.get("hidden_act", "str", "silu"),
-    }
-
-
-def write_common(config: DecoderConfig) -> Values:
-    """Give the entries of config.json that every family has."""
-    names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers "
-        "num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta "
-        "max_position_embeddings tie_word_embeddings hidden_act"
-    )
-    return {name: getattr(config, name) for name in names.split()} | rope_settings(
-        config.rope_scaling
-    )
-
-
-def _rope(fields: Fields) -> Values:
-    """Read the one rotary embedding of all layers, which turns whole heads."""
-    settings = fields.rope()
-    part = settings.get("partial_rotary_factor")
-    part = fields.get("partial_rotary_factor", "float", 1.0) if part is None else part
-    if part != 1:
-        raise fields.refuse("partial_rotary_factor", part, "1")
-    return _turned(fields, settings)
-
-
-def _turned(fields: Fields, settings: Mapping[str, Any]) -> Values:
-    return {
-        "rope_theta": settings["rope_theta"],
-        "rope_scaling": fields.scaling(settings),
-    }
-
-
-def _window(fields: Fields) -> Values:
-    """Read the window that all layers have, if any."""
-    return {"sliding_window": fields.get("sliding_window", "int", None)}
-
-
-def _windows(fields: Fields, presumed: Callable[[int], bool]) -> Values:
-    """Read which layers are windowed; where nothing tells, `presumed` does."""
-    number = fields.get("num_hidden_layers", "int")
-    types = fields.get("layer_types", "list", None)
-    if types is None:
-        layers = [presumed(layer) for layer in range(number)]
-    else:
-        for each in types:
-            if each not in (_WINDOWED, _WIDE):
-                raise fields.refuse("layer type", each, f"{_WINDOWED} or {_WIDE}")
-        layers = [each == _WINDOWED for each in types]
-    if not any(layers):
-        return {}
-    return {
-        "sliding_window": fields.get("sliding_window", "int"),
-        "window_layers": () if all(layers) else tuple(layers),
-    }
-
-
-def _chosen_windows(fields: Fields, presumed: Callable[[int], bool]) -> Values:
-    """Read the windows of a family that turns them on by `use_sliding_window`."""
-    if not fields.get("use_sliding_window", "bool", False):
-        return {}
-    if fields.get("sliding_window", "int", None) is None:
-        return {}
-    return _windows(fields, presumed)
-
-
-def _layer_types(config: DecoderConfig) -> Values:
-    """Give the entries that tell which layers are windowed."""
-    return {
-        "sliding_window": config.sliding_window,
-        "layer_types": [_WINDOWED if each else _WIDE for each in config.windowed],
-    }
-
-
-def _chosen_layer_types(config: DecoderConfig) -> Values:
-    used = config.sliding_window is not None
-    return {"use_sliding_window": used, **_layer_types(config)}
-
-
-def _biases(fields: Fields) -> Values:
-    names = ("attention_bias", "mlp_bias")
-    return {name: fields.get(name, "bool", False) for name in names}
-
-
-def _written(*names: str) -> Callable[[DecoderConfig], Values]:
-    """Make the function that writes fields of the same name on both sides."""
-    return lambda config: {name: getattr(config, name) for name in names}
-
-
 def _read_llama(fields: Fields) -> Values:
-    return _rope(fields) | _biases(fields)
+    return read_rope(fields) | read_biases(fields)
 
 
 def _read_mistral(fields: Fields) -> Values:
-    return _rope(fields) | _window(fields)
+    return read_rope(fields) | read_window(fields)
 
 
 def _read_qwen2(fields: Fields) -> Values:
     first = fields.get("max_window_layers", "int")
-    windows = _chosen_windows(fields, lambda layer: layer >= first)
-    return _rope(fields) | windows | {"qkv_bias": True}
+    windows = read_chosen_windows(fields, lambda layer: layer >= first)
+    return read_rope(fields) | windows | {"qkv_bias": True}
 
 
 def _read_qwen3(fields: Fields) -> Values:
     first = fields.get("max_window_layers", "int")
-    windows = _chosen_windows(fields, lambda layer: layer >= first)
+    windows = read_chosen_windows(fields, lambda layer: layer >= first)
     bias = fields.get("attention_bias", "bool", False)
-    return _rope(fields) | windows | {"attention_bias": bias, "qk_norm": True}
+    return read_rope(fields) | windows | {"attention_bias": bias, "qk_norm": True}
 
 
 def _write_qwen3(config: DecoderConfig) -> Values:
-    return {"attention_bias": config.attention_bias, **_chosen_layer_types(config)}
+    return {"attention_bias": config.attention_bias, **write_chosen_windows(config)}
 
 
 def _read_mixtral(fields: Fields) -> Values:
@@ -169,7 +78,7 @@ def _read_mixtral(fields: Fields) -> Values:
         num_experts_per_tok=fields.get("num_experts_per_tok", "int"),
         intermediate_size=fields.get("intermediate_size", "int"),
     )
-    return _rope(fields) | _window(fields) | {"experts": experts}
+    return read_rope(fields) | read_window(fields) | {"experts": experts}
 
 
 def _write_mixtral(config: DecoderConfig) -> Values:
@@ -216,11 +125,11 @@ def _write_qwen_experts(config: DecoderConfig) -> Values:
 
 def _read_qwen2_moe(fields: Fields) -> Values:
     last = fields.get("max_window_layers", "int")
-    windows = _chosen_windows(fields, lambda layer: layer % 2 == 0 and layer < last)
+    windows = read_chosen_windows(fields, lambda layer: layer % 2 == 0 and layer < last)
     shared = fields.get("shared_expert_intermediate_size", "int")
     bias = fields.get("qkv_bias", "bool", True)
     experts = _qwen_experts(fields, shared)
-    return _rope(fields) | windows | {"qkv_bias": bias, "experts": experts}
+    return read_rope(fields) | windows | {"qkv_bias": bias, "experts": experts}
 
 
 def _write_qwen2_moe(config: DecoderConfig) -> Values:
@@ -229,18 +138,18 @@ def _write_qwen2_moe(config: DecoderConfig) -> Values:
         "qkv_bias": config.qkv_bias,
         "shared_expert_intermediate_size": config.experts.shared_intermediate_size,
         **_write_qwen_experts(config),
-        **_chosen_layer_types(config),
+        **write_chosen_windows(config),
     }
 
 
 def _read_qwen3_moe(fields: Fields) -> Values:
-    values = _rope(fields) | {
+    values = read_rope(fields) | {
         "attention_bias": fields.get("attention_bias", "bool", False),
         "qk_norm": True,
         "experts": _qwen_experts(fields, None),
     }
     used = fields.get("use_sliding_window", "bool", False)
-    return values | (_window(fields) if used else {})
+    return values | (read_window(fields) if used else {})
 
 
 def _write_qwen3_moe(config: DecoderConfig) -> Values:
@@ -268,8 +177,8 @@ def _read_gemma(fields: Fields) -> Values:
 
 
 def _read_gemma2(fields: Fields) -> Values:
-    windows = _windows(fields, lambda layer: layer % 2 == 0)
-    return _rope(fields) | windows | _read_gemma(fields)
+    windows = read_windows(fields, lambda layer: layer % 2 == 0)
+    return read_rope(fields) | windows | _read_gemma(fields)
 
 
 def _write_gemma2(config: DecoderConfig) -> Values:
@@ -277,29 +186,29 @@ def _write_gemma2(config: DecoderConfig) -> Values:
     names += ("attn_logit_softcapping", "final_logit_softcapping")
     return {
         "hidden_activation": config.hidden_act,
-        **_written(*names)(config),
-        **_layer_types(config),
+        **same_names(*names)(config),
+        **write_windows(config),
     }
 
 
 def _read_gemma3(fields: Fields) -> Values:
-    every = fields.get("sliding_window_pattern", "int", None)
-    every = fields.get("_sliding_window_pattern", "int", 6) if every is None else every
-    windows = _windows(fields, lambda layer: (layer + 1) % every != 0)
+    every = read_period(fields, "sliding_window_pattern", 6)
+    windows = read_windows(fields, lambda layer: (layer + 1) % every != 0)
     settings = fields.values.get("rope_parameters")
     local = fields.get("rope_local_base_freq", "float")
-    if isinstance(settings, dict) and {_WINDOWED, _WIDE} & settings.keys():
-        wide, near = (settings.get(kind) or {} for kind in (_WIDE, _WINDOWED))
+    if isinstance(settings, dict) and {WINDOWED, WIDE} & settings.keys():
+        wide, near = (settings.get(kind) or {} for kind in (WIDE, WINDOWED))
         if near.get("rope_type", "default") != "default":
             raise fields.refuse("rope type of windows", near["rope_type"], "'default'")
         local = near.get("rope_theta", local)
+        checked(f"{fields.file}: 'rope_theta' of windows", local, "float")
         theta = fields.get("rope_theta", "float")
         wide = {"rope_type": "default", "rope_theta": theta, **wide}
     else:
         wide = fields.rope()
     # Without the scaling, the published files say attn_logit_softcapping: null.
     return (
-        _turned(fields, wide)
+        read_scaling(fields, wide)
         | windows
         | _read_gemma(fields)
         | {"qk_norm": True, "rope_local_theta": local}
@@ -314,19 +223,17 @@ def _write_gemma3(config: DecoderConfig) -> Values:
 def _read_phi3(fields: Fields) -> Values:
     # Older files say "su" or "yarn" and mean what is now "longrope".
     settings = fields.rope(aliases={"su": "longrope", "yarn": "longrope"})
-    part = settings.get("partial_rotary_factor")
-    part = fields.get("partial_rotary_factor", "float", 1.0) if part is None else part
     return {
-        **_turned(fields, settings),
-        **_window(fields),
-        "partial_rotary_factor": part,
+        **read_scaling(fields, settings),
+        **read_window(fields),
+        "partial_rotary_factor": read_part(fields, settings),
         "fused_projections": True,
     }
 
 
 def _write_phi3(config: DecoderConfig) -> Values:
     trained = getattr(config.rope_scaling, "original_max_position_embeddings", None)
-    values = _written("partial_rotary_factor", "sliding_window")(config)
+    values = same_names("partial_rotary_factor", "sliding_window")(config)
     return values | (
         {} if trained is None else {"original_max_position_embeddings": trained}
     )
@@ -334,16 +241,17 @@ def _write_phi3(config: DecoderConfig) -> Values:
 
 def _read_smollm3(fields: Fields) -> Values:
     number = fields.get("num_hidden_layers", "int")
-    every = fields.get("no_rope_layer_interval", "int")
+    every = read_period(fields, "no_rope_layer_interval")
     turned: Sequence[Any] = fields.get(
         "no_rope_layers", "list", [(n + 1) % every for n in range(number)]
     )
-    layers = tuple(bool(each) for each in turned)
-    windows = _chosen_windows(fields, lambda layer: not layers[layer])
+    layers = tuple(bool(each) for each in turned[: max(number, 0)])  # may tell of more
+    check_layers(fields, "no_rope_layers", layers)
+    windows = read_chosen_windows(fields, lambda layer: not layers[layer])
     return {
-        **_rope(fields),
+        **read_rope(fields),
         **windows,
-        **_biases(fields),
+        **read_biases(fields),
         "rope_layers": () if all(layers) else layers,
     }
 
@@ -352,8 +260,8 @@ def _write_smollm3(config: DecoderConfig) -> Values:
     turned = config.rope_layers or (True,) * config.num_hidden_layers
     return {
         "no_rope_layers": [int(each) for each in turned],
-        **_written("attention_bias", "mlp_bias")(config),
-        **_chosen_layer_types(config),
+        **same_names("attention_bias", "mlp_bias")(config),
+        **write_chosen_windows(config),
     }
 
 
@@ -382,13 +290,13 @@ FAMILIES: Mapping[str, Family] = {
         "LlamaForCausalLM",
         _defaults(length=2048),
         _read_llama,
-        _written("attention_bias", "mlp_bias"),
+        same_names("attention_bias", "mlp_bias"),
     ),
     "mistral": Family(
         "MistralForCausalLM",
         _defaults(length=131072, num_key_value_heads=8, sliding_window=4096),
         _read_mistral,
-        _written("sliding_window"),
+        same_names("sliding_window"),
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -403,7 +311,7 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen2ForCausalLM",
         _defaults(num_key_value_heads=32, **_QWEN),
         _read_qwen2,
-        _chosen_layer_types,
+        write_chosen_windows,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",

@@ -66,9 +66,9 @@ class Fields:
             raise self.refuse("rope type", found, "a table of settings")
         kind = found.get("rope_type", found.get("type", "default"))
         kind = (aliases or {}).get(kind, kind)
-        return {"rope_theta": self.get("rope_theta", "float"), **found} | {
-            "rope_type": kind
-        }
+        given = {name: value for name, value in found.items() if value is not None}
+        theta = self.get("rope_theta", "float")
+        return {"rope_theta": theta, **given, "rope_type": kind}
 
     def scaling(self, settings: Mapping[str, Any]) -> RopeScaling | None:
         """Read the scaling of the rotary positions from their settings.

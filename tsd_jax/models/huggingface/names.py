@@ -68,9 +68,14 @@ def module_name(
     return ".".join(names[1:] if names[1] == "lm_head" else names)
 
 
+def is_stacked(path: str) -> bool:
+    """Tell whether the leaf at `path` has the layers as its first axis."""
+    return path.startswith("layers/")
+
+
 def stacked_axes(path: str) -> int:
     """Count the first axes of the leaf at `path` that stack layers and experts."""
-    return path.startswith("layers/") + ("/experts/" in path)
+    return is_stacked(path) + ("/experts/" in path)
 
 
 def is_transposed(path: str) -> bool:
