@@ -118,7 +118,7 @@ PUBLISHED: Mapping[str, dict[str, Any]] = {
         "Gemma3ForCausalLM",
         "gemma3_text",
         rope_theta=1e6,
-        rope_local_base_freq=1e4,
+        rope_local_base_freq=50.0,
         sliding_window_pattern=3,
         **_GEMMA,
     ),

@@ -67,7 +67,14 @@ CASES = {
         "qwen2",
         {"use_sliding_window": False, "tie_word_embeddings": True},
     ),
-    "qwen2 yarn": ("qwen2", {"use_sliding_window": False, "rope_scaling": YARN}),
+    "qwen2 yarn": (
+        "qwen2",
+        {
+            "use_sliding_window": False,
+            "rope_scaling": YARN | {"original_max_position_embeddings": 24},
+            "rope_theta": 4.0,
+        },
+    ),
     "qwen3 with window": (
         "qwen3",
         {
