@@ -140,6 +140,7 @@ CASES = {
         "phi3",
         {"partial_rotary_factor": 0.75, "num_key_value_heads": 4},
     ),
+    "smollm3 without rope": ("smollm3", {"no_rope_layers": [0] * 4}),
     "smollm3 with window": (
         "smollm3",
         {

@@ -74,6 +74,16 @@ def test_logits_are_those_of_transformers(loaded, family, scan_layers):
     np.testing.assert_allclose(found, expected, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_stream_keeps_its_type_and_logits_are_float32(loaded, family):
+    """A scan refuses a block that changes the type of what it is given."""
+    config, _ = loaded(family)
+    half = huggingface.abstract_params(config, dtype=jnp.bfloat16)
+    model = Decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    shape = jax.eval_shape(model.apply, {"params": half}, TOKENS, POSITIONS, MASK)
+    assert (shape.shape, shape.dtype) == ((3, 24, 67), jnp.float32)
+
+
 @pytest.mark.parametrize(
     "family", ["mistral", "gemma2", "gemma3_text", "qwen2", "smollm3", "qwen2_moe"]
 )
