@@ -1,4 +1,4 @@
-"""Fine-tune a Llama-family model with LoRA, LoRA-Dash, LoRA-Init or LoRA-TSD.
+"""Fine-tune a decoder with LoRA, LoRA-Dash, LoRA-Init or LoRA-TSD.
 
     python train.py --config configs/demo.py --workdir runs/demo
     python train.py --config configs/llama_tsd.py --config.model.path=FOLDER --dry-run
@@ -37,7 +37,7 @@ from tsd_jax.app.task import (
 )
 from tsd_jax.core.errors import InputError
 from tsd_jax.models import huggingface
-from tsd_jax.models.llama import Llama
+from tsd_jax.models.decoder import Decoder
 from tsd_jax.training import loop, sharding
 
 Config = Any  # a ConfigDict; type checkers know nothing of its fields
@@ -60,11 +60,11 @@ def open_model(config: Config) -> Base:
         raise InputError(f"model.dtype {config.dtype!r} must be float32 or bfloat16")
     dtype = jnp.dtype(config.dtype)
     folder = huggingface.resolve(config.path)
-    llama = huggingface.read_config(folder)
-    network = Llama(
-        llama, dtype, dtype, scan_layers=config.scan_layers, remat=config.remat
+    decoder = huggingface.read_config(folder)
+    network = Decoder(
+        decoder, dtype, dtype, scan_layers=config.scan_layers, remat=config.remat
     )
-    shapes = huggingface.abstract_params(llama, scan_layers=config.scan_layers)
+    shapes = huggingface.abstract_params(decoder, scan_layers=config.scan_layers)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     tokenizer = huggingface.load_tokenizer(folder)
     local = Path(config.path).expanduser().is_dir()
@@ -85,7 +85,15 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
     )
     tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
     variables = {"params": base.params}
-    return tsd.make_spec(base.network.apply, variables, [rule], tokens, method=method)
+    spec = tsd.make_spec(base.network.apply, variables, [rule], tokens, method=method)
+    deep = [each.path for each in spec.kernels if len(each.layout.batch) > 1]
+    if deep:
+        raise InputError(
+            f"{deep[0]} is stacked over layers and experts, which the export to PEFT "
+            "cannot hold; set model.scan_layers to False, or leave it out of "
+            "adapter.pattern"
+        )
+    return spec
 
 
 def optimizer_of(config: Config) -> tuple[Any, dict[str, Callable]]:

@@ -30,7 +30,10 @@ def get_config() -> Any:
     config.method.epsilon = 1e-6  # of the change rate
 
     config.adapter = ConfigDict()
-    config.adapter.pattern = r"layers.*/(q|k|v|up|down)_proj/kernel"
+    # All but o and gate (qkv and gate_up are Phi-3's), and not the experts of mixtures.
+    config.adapter.pattern = (
+        r"layers[^/]*/(self_attn|mlp)/(q|k|v|qkv|up|gate_up|down)_proj/kernel"
+    )
     config.adapter.rank = 8
     config.adapter.alpha = 16.0
     config.adapter.directions = 8

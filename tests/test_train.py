@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import default, demo, llama_tsd, stories_tsd
+from tests.helpers.decoders import PUBLISHED, write_decoder
 from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
 from tsd_jax.core.errors import InputError
@@ -159,6 +160,26 @@ def test_truncated_weights_are_refused_before_the_workdir_is_made(tmp_path):
     with pytest.raises(InputError, match=r"model\.safetensors"):
         execute(train.prepare(small_config(model__path=str(model)), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_experts_that_could_not_be_exported_are_refused_before_the_run(tmp_path):
+    for path in (ROOT / demo.ASSETS / "model").glob("*token*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_decoder(tmp_path, PUBLISHED["mixtral"])
+    everything, default_rule = r"layers.*_proj/kernel", default.get_config().adapter
+
+    def kernels(scan_layers, pattern):
+        config = small_config(
+            model__path=str(tmp_path),
+            model__scan_layers=scan_layers,
+            adapter__pattern=pattern,
+        )
+        return train.make_spec(config, train.open_model(config.model)).kernels
+
+    with pytest.raises(InputError, match=r"layers/mlp/experts.*scan_layers"):
+        kernels(True, everything)
+    assert len(kernels(True, default_rule.pattern)) == 3
+    assert len(kernels(False, everything)) == 4 * 7
 
 
 BAD = {

@@ -19,7 +19,7 @@ from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.interchange.peft import to_peft
 from tsd_jax.models import huggingface
-from tsd_jax.models.llama import LLAMA_RULES, Llama
+from tsd_jax.models.decoder import DECODER_RULES, Decoder
 from tsd_jax.training import files, loop, sharding
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.recorder import Recorder
@@ -50,7 +50,7 @@ class Base:
 
     name: str
     folder: Path
-    network: Llama
+    network: Decoder
     tokenizer: Any
     params: Mapping[str, Any]
     apply: Callable
@@ -99,7 +99,7 @@ def execute(run: Run) -> None:
         the model's config; nothing on disk has changed then.
     """
     goes_on = files.claim_workdir(run.workdir, run.settings, _FREE)
-    places = sharding.param_shardings(run.base.params, LLAMA_RULES, run.mesh)
+    places = sharding.param_shardings(run.base.params, DECODER_RULES, run.mesh)
     params = huggingface.load_params(
         run.base.folder,
         run.base.network.config,
@@ -210,7 +210,9 @@ def finish(
         run.workdir / "adapter",
         state.adapters,
         state.directions,
-        huggingface.module_name,
+        functools.partial(
+            huggingface.module_name, model_type=run.base.network.config.model_type
+        ),
         base_model=run.base.name,
         params=run.base.params,
     )

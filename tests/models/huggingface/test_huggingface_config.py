@@ -95,7 +95,7 @@ def test_an_integer_will_do_for_a_float(tmp_path):
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "linear"}}, "linear"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"rope_scaling": "linear"}, "rope"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -1,4 +1,4 @@
-"""Llama checkpoints in Hugging Face format, to and from our parameter trees."""
+"""Decoders' checkpoints in Hugging Face format, to and from our parameter trees."""
 
 from tsd_jax.models.huggingface.config import read_config as read_config
 from tsd_jax.models.huggingface.names import abstract_params as abstract_params

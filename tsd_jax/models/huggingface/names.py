@@ -1,7 +1,8 @@
 """Parameter names and layouts: Hugging Face's beside ours.
 
-A `weight` there is (out, in), one per layer; a `kernel` here is (in, out), stacked over
-the layers where the model scans them.
+A `weight` there is (out, in), one per layer and expert; a `kernel` here is (in, out),
+stacked over the layers where the model scans them, and over the experts. Modules have
+the names they have in published files, some of which transformers 5 changes on loading.
 """
 
 from __future__ import annotations
@@ -17,38 +18,54 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.llama import Llama, LlamaConfig
+from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import Decoder
+from tsd_jax.models.huggingface.families import FAMILIES
 
 
 def abstract_params(
-    config: LlamaConfig, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = True
+    config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = True
 ) -> dict[str, Any]:
-    """Give the shapes and dtypes of a Llama's parameters, and no arrays."""
-    model = Llama(config, param_dtype=dtype, scan_layers=scan_layers)
+    """Give the shapes and dtypes of a decoder's parameters, and no arrays."""
+    model = Decoder(config, param_dtype=dtype, scan_layers=scan_layers)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
-def module_name(path: str, layer: int | None = None) -> str:
+def module_name(
+    path: str,
+    index: int | tuple[int, ...] | None = None,
+    model_type: str = "llama",
+) -> str:
     """Name the torch module that owns the parameter at `path`.
 
-    "layers/self_attn/q_proj/kernel", 3 gives "model.layers.3.self_attn.q_proj".
+    "layers/self_attn/q_proj/kernel", 3 gives "model.layers.3.self_attn.q_proj", and
+    "layers/mlp/experts/up_proj/kernel", (3, 5) "model.layers.3.mlp.experts.5.up_proj".
 
     Args:
       path: of a leaf of the parameter tree, scanned ("layers/...") or not
         ("layers_3/...").
-      layer: which one of a stacked leaf; None for every other leaf.
+      index: which one of a stacked leaf, an integer for each stacked axis; None for
+        every other leaf.
+      model_type: the family, for some have other names.
     """
-    first, *inner = path.split("/")[:-1]
-    numbered = re.fullmatch(r"layers_(\d+)", first)
-    if (first == "layers") != (layer is not None):
-        raise ValueError(f"{path!r}, layer {layer}: stacked leaves alone have layers")
-    if first == "lm_head":
-        return first
-    if numbered:
-        first, layer = "layers", int(numbered[1])
-    number = [] if layer is None else [str(layer)]
-    return ".".join(["model", first, *number, *inner])
+    numbers = list(index) if isinstance(index, tuple) else [index]
+    numbers = [number for number in numbers if number is not None]
+    if len(numbers) != stacked_axes(path):
+        raise ValueError(
+            f"{path!r}, {index}: stacked leaves alone have an index for each axis"
+        )
+    renamed = FAMILIES[model_type].renamed
+    names = ["model"]
+    for part in path.split("/")[:-1]:
+        layer = re.fullmatch(r"layers_(\d+)", part)
+        if layer:
+            names += ["layers", layer[1]]
+        elif part in ("layers", "experts"):
+            names += [part, str(numbers.pop(0))]
+        else:
+            names.append(renamed.get(part, part))
+    return ".".join(names[1:] if names[1] == "lm_head" else names)
 
 
 def is_stacked(path: str) -> bool:
@@ -56,30 +73,41 @@ def is_stacked(path: str) -> bool:
     return path.startswith("layers/")
 
 
+def stacked_axes(path: str) -> int:
+    """Count the first axes of the leaf at `path` that stack layers and experts."""
+    return is_stacked(path) + ("/experts/" in path)
+
+
 def is_transposed(path: str) -> bool:
     """Tell whether the leaf at `path` is stored the other way round."""
     return path.endswith("/kernel")
 
 
-def tensor_names(path: str, shape: tuple[int, ...]) -> list[str]:
-    """Name the tensors that make up a parameter: one, or one a layer."""
-    layers = range(shape[0]) if is_stacked(path) else [None]
+def tensor_names(
+    path: str, shape: tuple[int, ...], model_type: str = "llama"
+) -> list[str]:
+    """Name the tensors that make up a parameter, in the order of its stacked axes."""
     kind = "bias" if path.endswith("/bias") else "weight"
-    return [f"{module_name(path, layer)}.{kind}" for layer in layers]
+    return [
+        f"{module_name(path, index or None, model_type)}.{kind}"
+        for index in np.ndindex(shape[: stacked_axes(path)])
+    ]
 
 
-def tensor_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(
+    params: Mapping[str, Any], model_type: str = "llama"
+) -> dict[str, tuple[int, ...]]:
     """Give name and shape of every tensor that makes up `params`, flat by path."""
     shapes = {}
     for path, leaf in params.items():
-        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
+        shape = leaf.shape[stacked_axes(path) :]
         shape = shape[::-1] if is_transposed(path) else shape
-        shapes |= dict.fromkeys(tensor_names(path, leaf.shape), shape)
+        shapes |= dict.fromkeys(tensor_names(path, leaf.shape, model_type), shape)
     return shapes
 
 
 def to_huggingface(
-    params: Mapping[str, Any], config: LlamaConfig
+    params: Mapping[str, Any], config: DecoderConfig
 ) -> dict[str, np.ndarray]:
     """Give the parameters their Hugging Face names and layouts.
 
@@ -91,16 +119,17 @@ def to_huggingface(
       Contiguous arrays under their tensors' names, in the parameters' dtypes.
 
     Raises:
-      InputError: if the tree is not that of a Llama with this config.
+      InputError: if the tree is not that of a model with this config.
     """
     flat = flatten(params)
     _check_tree(flat, flatten(abstract_params(config, scan_layers="layers" in params)))
     tensors = {}
     for path, leaf in flat.items():
         array = np.asarray(leaf)
-        layers = array if is_stacked(path) else array[None]
-        for name, layer in zip(tensor_names(path, array.shape), layers, strict=True):
-            stored = layer.T if is_transposed(path) else layer
+        matrices = array.reshape(-1, *array.shape[stacked_axes(path) :])
+        owners = tensor_names(path, array.shape, config.model_type)
+        for name, matrix in zip(owners, matrices, strict=True):
+            stored = matrix.T if is_transposed(path) else matrix
             tensors[name] = np.ascontiguousarray(stored)
     return tensors
 
@@ -117,6 +146,6 @@ def _check_tree(flat: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         there = wanted[path].shape if path in wanted else "nothing"
         if here != there:
             raise InputError(
-                f"parameter {path!r}: found {here}, but this Llama has {there}: give "
+                f"parameter {path!r}: found {here}, but this model has {there}: give "
                 "its plain parameters (merge adapters first)"
             )

@@ -20,17 +20,17 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.huggingface import names
 from tsd_jax.models.huggingface.config import config_json
 from tsd_jax.models.huggingface.tensors import SINGLE_FILE, StoredTensor, open_tensors
-from tsd_jax.models.llama import LlamaConfig
 
 Index = tuple[slice, ...]
 
 
 def load_params(
     folder: str | Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     dtype: DTypeLike | None = None,
     scan_layers: bool = True,
@@ -45,7 +45,7 @@ def load_params(
       folder: holds `model.safetensors`, or an index and its shards.
       config: of the model, from `read_config`.
       dtype: to cast to on the way; by default the stored one.
-      scan_layers: stack the layers, as `Llama(scan_layers=True)` wants them.
+      scan_layers: stack the layers, as `Decoder(scan_layers=True)` wants them.
       shardings: a NamedSharding for every parameter, in the parameters' tree; by
         default whole arrays on the default device.
 
@@ -58,7 +58,7 @@ def load_params(
     """
     stored = open_tensors(folder)
     wanted = names.flatten(names.abstract_params(config, scan_layers=scan_layers))
-    _check_tensors(Path(folder), stored, names.tensor_shapes(wanted))
+    _check_tensors(Path(folder), stored, names.tensor_shapes(wanted, config.model_type))
     places = dict.fromkeys(wanted) if shardings is None else names.flatten(shardings)
     odd = places.keys() ^ wanted.keys()
     if odd:
@@ -67,7 +67,8 @@ def load_params(
         )
     params = {}
     for path, leaf in wanted.items():
-        tensors = [stored[name] for name in names.tensor_names(path, leaf.shape)]
+        owners = names.tensor_names(path, leaf.shape, config.model_type)
+        tensors = [stored[name] for name in owners]
         read = _reader(path, leaf.shape, tensors, dtype)
         params[path] = _place(read, leaf.shape, places[path])
     return traverse_util.unflatten_dict(params, sep="/")
@@ -75,7 +76,7 @@ def load_params(
 
 def write_checkpoint(
     folder: str | Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     params: Mapping[str, Any],
     *,
     dtype: DTypeLike | None = None,
@@ -91,7 +92,7 @@ def write_checkpoint(
       extra: more entries of config.json, such as `eos_token_id`.
 
     Raises:
-      InputError: if `params` is not the tree of a Llama with this config.
+      InputError: if `params` is not the tree of a model with this config.
     """
     tensors = names.to_huggingface(params, config)
     if dtype is not None:
@@ -160,17 +161,19 @@ def _reader(
         jax.dtypes.canonicalize_dtype(stored if dtype is None else dtype)
     )
 
+    depth = names.stacked_axes(path)
+    numbers = np.arange(len(tensors)).reshape(shape[:depth])
+
     def read(index: Index) -> np.ndarray:
         extents = [len(range(n)[part]) for n, part in zip(shape, index, strict=True)]
         block = np.empty(extents, target)
-        rows, layers, inner = block[None], tensors, index
-        if names.is_stacked(path):
-            rows, layers, inner = block, tensors[index[0]], index[1:]
-        for row, tensor in zip(rows, layers, strict=True):
+        matrices, inner = block.reshape(-1, *extents[depth:]), index[depth:]
+        chosen = numbers[index[:depth]].ravel()
+        for matrix, number in zip(matrices, chosen, strict=True):
             if names.is_transposed(path):
-                row[...] = tensor.read(inner[::-1]).T
+                matrix[...] = tensors[number].read(inner[::-1]).T
             else:
-                row[...] = tensor.read(inner)
+                matrix[...] = tensors[number].read(inner)
         return block
 
     return read
