@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from tsd_jax.core.layout import Layout
 from tsd_jax.core.ranking import decompose
 from tsd_jax.core.spectra import Dense
 from tsd_jax.core.stacks import Chunks
-
-_LANES = 4  # of 32 bits each
 
 
 class SpectraStore(Protocol):
@@ -32,46 +31,11 @@ class SpectraStore(Protocol):
         ...
 
 
-def _weights(count: int, seed: int) -> jax.Array:
-    """Give odd pseudo-random multipliers, uint32 (count, lanes)."""
-    x = jnp.arange(count * _LANES, dtype=jnp.uint32) + jnp.uint32(seed)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return (x | jnp.uint32(1)).reshape(count, _LANES)
-
-
-@jax.jit
-def fingerprint(matrix: jax.Array) -> jax.Array:
-    """Hash a matrix's bits, uint32 (4,), at the speed of reading it.
-
-    Multilinear: bits times pseudo-random odd weights modulo 2^32, along the rows and
-    then over them, in four lanes. Two different checkpoints do not meet by chance; it
-    does not stand against somebody who wants them to.
-    """
-    width = {2: jnp.uint16, 4: jnp.uint32}.get(matrix.dtype.itemsize, jnp.uint32)
-    bits = lax.bitcast_convert_type(matrix, width).astype(jnp.uint32)
-    bits = bits.reshape(matrix.shape[0], -1)
-    across, down = _weights(bits.shape[1], 1), _weights(bits.shape[0], 2)
-    lanes = [
-        jnp.sum(
-            jnp.sum(bits * across[None, :, n], 1, dtype=jnp.uint32) * down[:, n],
-            dtype=jnp.uint32,
-        )
-        for n in range(_LANES)
-    ]
-    return jnp.stack(lanes)
-
-
-def key_of(print_: np.ndarray, shape: tuple[int, ...], dtype: Any) -> str:
-    """Name a matrix by its fingerprint, shape and type."""
-    bits = "".join(f"{int(lane):08x}" for lane in print_)
-    return f"{'x'.join(map(str, shape))}-{jnp.dtype(dtype).name}-{bits}"
-
-
-@dataclass(frozen=True)
-class _Fingerprint:
-    def __call__(self, matrix: jax.Array) -> jax.Array:
-        return fingerprint(matrix)
+def fingerprint(matrix: np.ndarray) -> str:
+    """Name a matrix (in, out) by its bits, shape and type."""
+    digest = hashlib.sha256(np.ascontiguousarray(matrix).view(np.uint8).data)
+    shape = "x".join(map(str, matrix.shape))
+    return f"{shape}-{matrix.dtype.name}-{digest.hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -81,9 +45,26 @@ class _Decompose:
         return spectrum.eigenvalues, spectrum.all_vectors.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("chunks", "program"))
-def _map(matrices: jax.Array, *, chunks: Chunks, program: Any) -> Any:
-    return chunks.map(program, matrices)
+@functools.partial(jax.jit, static_argnames="chunks")
+def _decompose_chunk(kernel: jax.Array, start: jax.Array, *, chunks: Chunks) -> Any:
+    return chunks.map(_Decompose(), chunks.matrices(kernel, start))
+
+
+@functools.partial(jax.jit, static_argnames="chunks")
+def _spread(kernel: jax.Array, start: jax.Array, *, chunks: Chunks) -> jax.Array:
+    return chunks.matrices(kernel, start)
+
+
+def _keys(kernel: jax.Array, start: Any, chunks: Chunks) -> dict[int, str]:
+    """Name this process's matrices of a chunk: {row: fingerprint}."""
+    if chunks.mesh is None and chunks.layout == Layout():
+        return {0: fingerprint(np.asarray(kernel))}  # no copy, on a CPU
+    rows = _own_rows(_spread(kernel, start, chunks=chunks))
+    return {
+        row: fingerprint(matrix)
+        for first, part in rows
+        for row, matrix in enumerate(np.asarray(part), first)
+    }
 
 
 def _everywhere(flag: bool) -> bool:
@@ -93,37 +74,35 @@ def _everywhere(flag: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def spectra_of(matrices: jax.Array, chunks: Chunks, store: SpectraStore) -> Dense:
-    """Give the spectra of a chunk's matrices (width, in, out), from the store or anew.
+def spectra_of(
+    kernel: jax.Array, start: Any, chunks: Chunks, store: SpectraStore
+) -> Dense:
+    """Give the spectra of a chunk's matrices, from the store or anew.
 
     Every process loads and saves those of its own devices; if one of them lacks any,
     all decompose the chunk.
 
+    Args:
+      kernel: as stored. start: first matrix of the chunk, int32 ().
+      chunks: how the stack is cut. store: where spectra are kept.
+
     Returns:
       Dense of eigenvalues (width, n) float64 and vectors (width, n, n) float32.
     """
-    shape = matrices.shape[1:]
-    size, width = min(shape), matrices.shape[0]
-    prints = _map(matrices, chunks=chunks, program=_Fingerprint())
-    keys = {
-        row: key_of(one, shape, matrices.dtype)
-        for start, part in _own_rows(prints)
-        for row, one in enumerate(np.asarray(part), start)
-    }
+    size = min(chunks.layout.shape(chunks.shape)[-2:])
+    keys = _keys(kernel, start, chunks)
     found = {row: store.load(key, size) for row, key in keys.items()}
     if _everywhere(all(known is not None for known in found.values())):
         kept = {row: known for row, known in found.items() if known is not None}
         return Dense(
-            _placed({row: known[0] for row, known in kept.items()}, width, chunks),
-            _placed({row: known[1] for row, known in kept.items()}, width, chunks),
+            _placed({row: known[0] for row, known in kept.items()}, chunks),
+            _placed({row: known[1] for row, known in kept.items()}, chunks),
         )
-    values, vectors = _map(matrices, chunks=chunks, program=_Decompose())
-    for (start, some), (_, many) in zip(
-        _own_rows(values), _own_rows(vectors), strict=True
-    ):
-        for row, pair in enumerate(
-            zip(np.asarray(some), np.asarray(many), strict=True), start
-        ):
+    values, vectors = _decompose_chunk(kernel, start, chunks=chunks)
+    both = zip(_own_rows(values), _own_rows(vectors), strict=True)
+    for (first, some), (_, many) in both:
+        pairs = zip(np.asarray(some), np.asarray(many), strict=True)
+        for row, pair in enumerate(pairs, first):
             if found[row] is None:
                 store.save(keys[row], *pair)
     return Dense(values, vectors)
@@ -136,14 +115,15 @@ def _own_rows(array: jax.Array) -> list[tuple[int, Any]]:
     ]
 
 
-def _placed(rows: dict[int, np.ndarray], width: int, chunks: Chunks) -> jax.Array:
+def _placed(rows: dict[int, np.ndarray], chunks: Chunks) -> jax.Array:
     """Put rows together as a chunk (width, ...), each on the device it belongs to."""
     if not isinstance(chunks.sharding, NamedSharding):
-        return jnp.stack([rows[row] for row in range(width)])
-    one = next(iter(rows.values()))
+        parts = [rows[row][None] for row in range(chunks.width)]
+        return jax.device_put(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    shape = (chunks.width, *next(iter(rows.values())).shape)
 
     def part(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(width)
+        start, stop, _ = index[0].indices(chunks.width)
         return np.stack([rows[row] for row in range(start, stop)])
 
-    return jax.make_array_from_callback((width, *one.shape), chunks.sharding, part)
+    return jax.make_array_from_callback(shape, chunks.sharding, part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from tsd_jax.core import paths, stacks
 from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.known_spectra import SpectraStore, spectra_of
+from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
 from tsd_jax.core.ranking import EPSILON, Ranked, rank_directions
 from tsd_jax.core.spec import KernelSpec, Spec
@@ -119,9 +119,10 @@ def _launch_chunk(kernel, a, b, noise, start, *, chunks, program):
 
 
 @functools.partial(jax.jit, static_argnames=("chunks", "program"))
-def _rank_chunk(matrices, a, b, noise, spectra, *, chunks, program):
+def _launch_known(kernel, a, b, noise, start, spectra, *, chunks, program):
     """Launch a chunk whose spectra are known."""
-    return chunks.map(program, matrices, a, b, noise, spectra)
+    rows = (chunks.rows(x, start) for x in (a, b, noise))
+    return chunks.map(program, chunks.matrices(kernel, start), *rows, spectra)
 
 
 @functools.partial(jax.jit, static_argnames="chunks")
@@ -222,19 +223,22 @@ def _where_they_lie(arrays, start, chunks, program):
 
 
 def _on_hosts(arrays, start, chunks, program, store):
-    alone = dataclasses.replace(chunks, mesh=None)
-
     def here(matrices, *rest):
-        known = () if store is None else (spectra_of(matrices, alone, store),)
-        return stacks.map_here(program, matrices, *rest, *known)
+        if store is None:
+            return stacks.map_here(program, matrices, *rest)
+        layout = Layout((0,), (1,), (2,))
+        alone = stacks.Chunks(
+            layout, matrices.shape, len(matrices), None, PartitionSpec()
+        )
+        spectra = spectra_of(matrices, np.int32(0), alone, store)
+        return stacks.map_here(program, matrices, *rest, spectra)
 
     return stacks.on_hosts(here, *_spread_chunk(*arrays, start, chunks=chunks))
 
 
 def _by_store(arrays, start, chunks, program, store):
-    matrices, *rest = _spread_chunk(*arrays, start, chunks=chunks)
-    spectra = spectra_of(matrices, chunks, store)
-    return _rank_chunk(matrices, *rest, spectra, chunks=chunks, program=program)
+    spectra = spectra_of(arrays[0], start, chunks, store)
+    return _launch_known(*arrays, start, spectra, chunks=chunks, program=program)
 
 
 def _chunk_runner(extraction: Extraction, kernel: Any) -> Callable:

@@ -56,25 +56,22 @@ RANKINGS: dict[str, Score] = {
 }
 
 
-def refine(
-    spectrum: Spectrum, kernel: Wide, indices: jax.Array, steps: int = 1
-) -> jax.Array:
+def refine(spectrum: Spectrum, kernel: Wide, indices: jax.Array) -> jax.Array:
     """Give eigenvectors (n, c) to the accuracy of K itself, not of its square.
 
     Forming G = K K^T rounds by eps sigma_1^2, which turns directions of small sigma
     into their neighbours by eps sigma_1^2 / gap. The residual K (K^T v) - sigma^2 v
-    has no such error, and G's decomposition solves for the correction.
+    has no such error, and G's decomposition solves for the correction: one step
+    squares the error. So it does for eigenvectors stored in float32.
 
     Args:
       spectrum: of K K^T. kernel: K, (n, m). indices: (c,).
-      steps: each squares the error.
     """
     short = spectrum.vectors(indices)
-    for _ in range(steps):
-        long = kernel.transposed_times(short)
-        residual = kernel.times(long) - short * jnp.sum(long**2, 0)[None]
-        short = short + spectrum.correct(residual, indices)
-        short = short / jnp.linalg.norm(short, axis=0)[None]
+    long = kernel.transposed_times(short)
+    residual = kernel.times(long) - short * jnp.sum(long**2, 0)[None]
+    short = short + spectrum.correct(residual, indices)
+    short = short / jnp.linalg.norm(short, axis=0)[None]
     return 1.5 * short - 0.5 * short @ (short.T @ short)  # orthonormal to second order
 
 
@@ -99,7 +96,7 @@ def _complete(
     shares = (
         spectrum.project(kernel.times(filler)) / jnp.where(some, values, 1.0)[:, None]
     )
-    inside = spectrum.all_vectors @ jnp.where(some[:, None], shares, 0.0)
+    inside = spectrum.combine(jnp.where(some[:, None], shares, 0.0))
     outside = filler - kernel.transposed_times(inside)
     orthonormal, _ = jnp.linalg.qr(jnp.where(null[None], outside, long))
     return jnp.where(null[None], orthonormal, long)
@@ -152,7 +149,10 @@ def _rank_wide(
     short = signs * short[:, order]
     long = signs * long[:, order] / jnp.where(empty, 1.0, norms[order])[None]
     if isinstance(spectrum, Dense):
-        long = _complete(spectrum, kernel, long, empty)
+        dense = spectrum
+        long = jax.lax.cond(
+            jnp.any(empty), lambda: _complete(dense, kernel, long, empty), lambda: long
+        )
     chosen = jnp.where(empty, 0.0, norms[order])
     return Ranked(
         sigma, rates, indices.astype(jnp.int32), short, long, chosen, moved[order]
@@ -237,7 +237,7 @@ def rank_directions(
     if solver == "auto":
         solver = "tridiagonal" if wide.shape[0] > _SMALL else "dense"
     if spectrum is not None:
-        ranked = finish(Dense(*(x.astype(jnp.float64) for x in spectrum)))
+        ranked = finish(spectrum)
     elif solver == "dense":
         ranked = finish(diagonalize(wide.gram()))
     else:

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tsd_jax.core.wide import Wide
+
 
 class Dense(NamedTuple):
-    """Hold G = P diag(eigenvalues) P^T, n x n, with all of P; float64.
+    """Hold G = P diag(eigenvalues) P^T, n x n, with all of P.
 
     Answers what `tridiagonal.Tridiagonal` answers, whatever the eigenvalues' gaps.
 
     Attributes:
-      eigenvalues: descending, (n,). all_vectors: P, (n, n).
+      eigenvalues: descending, (n,), float64.
+      all_vectors: P, (n, n), float64, or float32 where it was stored.
     """
 
     eigenvalues: jax.Array
@@ -24,11 +27,15 @@ class Dense(NamedTuple):
 
     def project(self, columns: jax.Array) -> jax.Array:
         """Give P^T columns, (n, c)."""
-        return self.all_vectors.T @ columns
+        return Wide(self.all_vectors).transposed_times(columns)
 
     def vectors(self, indices: jax.Array) -> jax.Array:
         """Give eigenvectors P[:, indices], (n, c)."""
-        return self.all_vectors[:, indices]
+        return self.all_vectors[:, indices].astype(jnp.float64)
+
+    def combine(self, shares: jax.Array) -> jax.Array:
+        """Give P shares, (n, c)."""
+        return Wide(self.all_vectors).times(shares)
 
     def correct(self, residual: jax.Array, indices: jax.Array) -> jax.Array:
         """Solve (lambda_i - G) x_i = residual_i for x_i orthogonal to P_i, (n, c).
@@ -39,7 +46,7 @@ class Dense(NamedTuple):
         size, eps = len(self.eigenvalues), jnp.finfo(gaps.dtype).eps
         apart = jnp.abs(gaps) > size * eps * self.eigenvalues[0]
         shares = self.project(residual) / jnp.where(apart, gaps, 1.0)
-        return self.all_vectors @ jnp.where(apart, shares, 0.0)
+        return self.combine(jnp.where(apart, shares, 0.0))
 
 
 def null_threshold(sigma: jax.Array, shape: tuple[int, ...], eps: float) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_GRAM, _SKINNY = 2048, 256  # columns widened at a time
+_GRAM, _SKINNY = 2048, 64  # columns, or stored rows, widened at a time
 _ROWS = 512  # least rows of a block of the Gram matrix
 
 
@@ -37,23 +37,35 @@ class Wide(NamedTuple):
 
     def times(self, columns: jax.Array) -> jax.Array:
         """Give K columns, (n, c), for columns (m, c)."""
-
-        def add(total: jax.Array, start: jax.Array, size: int) -> jax.Array:
-            part = lax.dynamic_slice_in_dim(columns, start, size)
-            return total + self._block(start, size) @ part
-
-        zero = jnp.zeros((self.shape[0], columns.shape[1]))
-        return self._over(add, zero, _SKINNY)
+        return self._gathered(columns) if self.tall else self._mapped(columns)
 
     def transposed_times(self, columns: jax.Array) -> jax.Array:
         """Give K^T columns, (m, c), for columns (n, c)."""
+        return self._mapped(columns) if self.tall else self._gathered(columns)
+
+    def _mapped(self, columns: jax.Array) -> jax.Array:
+        """Give stored @ columns, some rows after the other."""
 
         def put(whole: jax.Array, start: jax.Array, size: int) -> jax.Array:
-            part = self._block(start, size).T @ columns
+            part = self._rows(start, size) @ columns
             return lax.dynamic_update_slice_in_dim(whole, part, start, 0)
 
-        zero = jnp.zeros((self.shape[1], columns.shape[1]))
-        return self._over(put, zero, _SKINNY)
+        zero = jnp.zeros((self.stored.shape[0], columns.shape[1]))
+        return _fold(put, zero, self.stored.shape[0], _SKINNY)
+
+    def _gathered(self, columns: jax.Array) -> jax.Array:
+        """Give stored^T @ columns, the sum over some rows after the other."""
+
+        def add(total: jax.Array, start: jax.Array, size: int) -> jax.Array:
+            part = lax.dynamic_slice_in_dim(columns, start, size)
+            return total + part.T @ self._rows(start, size)
+
+        zero = jnp.zeros((columns.shape[1], self.stored.shape[1]))
+        return _fold(add, zero, self.stored.shape[0], _SKINNY).T
+
+    def _rows(self, start: jax.Array, size: int) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(self.stored, start, size)
+        return rows.astype(jnp.float64)
 
     def gram(self) -> jax.Array:
         """Give the lower triangle of K K^T, (n, n).
@@ -70,7 +82,7 @@ class Wide(NamedTuple):
                 columns = self._block(start, size, stop)  # noqa: B023 - called here
                 return part + columns[row:] @ columns.T  # noqa: B023
 
-            part = self._over(add, jnp.zeros((stop - row, stop)), _GRAM)
+            part = _fold(add, jnp.zeros((stop - row, stop)), self.shape[1], _GRAM)
             total = lax.dynamic_update_slice(total, part, (row, 0))
         return total
 
@@ -80,16 +92,17 @@ class Wide(NamedTuple):
         block = (block.T if self.tall else block)[:rows]
         return block.astype(jnp.float64)
 
-    def _over(
-        self,
-        step: Callable[[jax.Array, jax.Array, int], jax.Array],
-        carry: jax.Array,
-        size: int,
-    ) -> jax.Array:
-        """Fold `step` over all columns, `size` at a time and the rest at last."""
-        whole, rest = divmod(self.shape[1], size)
-        if whole:
-            carry = lax.fori_loop(
-                0, whole, lambda n, total: step(total, n * size, size), carry
-            )
-        return step(carry, jnp.asarray(whole * size), rest) if rest else carry
+
+def _fold(
+    step: Callable[[jax.Array, jax.Array, int], jax.Array],
+    carry: jax.Array,
+    count: int,
+    size: int,
+) -> jax.Array:
+    """Fold `step` over 0 to `count`, `size` at a time and the rest at last."""
+    whole, rest = divmod(count, size)
+    if whole:
+        carry = lax.fori_loop(
+            0, whole, lambda n, total: step(total, n * size, size), carry
+        )
+    return step(carry, jnp.asarray(whole * size), rest) if rest else carry
