@@ -74,7 +74,12 @@ def open_model(config: Config) -> Base:
 
 def make_spec(config: Config, base: Base) -> tsd.Spec:
     """Match the kernels and fix the method."""
-    method = tsd.get_method(config.method.name, keep=config.method.keep)
+    method = tsd.get_method(
+        config.method.name,
+        keep=config.method.keep,
+        ranking=config.method.ranking or None,
+        start=config.method.start or None,
+    )
     rule = tsd.Rule(
         pattern=config.adapter.pattern,
         rank=config.adapter.rank,
@@ -88,12 +93,23 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
     return tsd.make_spec(base.network.apply, variables, [rule], tokens, method=method)
 
 
-def optimizer_of(config: Config) -> tuple[Any, dict[str, Callable]]:
+def optimizer_of(
+    config: Config, plan: loop.LoopConfig
+) -> tuple[Any, dict[str, Callable]]:
     """Build the optimizer and its schedules, by name for the log."""
-    settings, steps = config.optimizer, config.train.steps
+    settings = config.optimizer
+    if settings.restart and plan.launch_step is None:
+        raise InputError(
+            "optimizer.restart=True needs a launch whose step is known beforehand, "
+            f"and method {config.method.name!r} has none here"
+        )
     rates = {
         name: tsd.make_schedule(
-            settings[name], steps=steps, warmup=settings.warmup, decay=settings.decay
+            settings[name],
+            steps=plan.steps,
+            warmup=settings.warmup,
+            decay=settings.decay,
+            restart=plan.launch_step if settings.restart else None,
         )
         for name in ("learning_rate", "gain_learning_rate")
     }
@@ -110,9 +126,16 @@ def optimizer_of(config: Config) -> tuple[Any, dict[str, Callable]]:
 
 def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
     """Say when things happen."""
+    method = spec.method
+    launch_step = config.method.launch_step if method.launches else None
+    if launch_step == 0 and method.needs_change:
+        raise InputError(
+            f"method.launch_step 0: method {method.name!r} finds its directions in "
+            "what training has changed, so launch after at least 1 step"
+        )
     return loop.LoopConfig(
         steps=config.train.steps,
-        launch_step=config.method.launch_step if spec.method.launches else None,
+        launch_step=launch_step,
         log_every=config.train.log_every,
         eval_every=config.eval.every,
         checkpoint_every=config.train.checkpoint_every,
@@ -169,7 +192,7 @@ def prepare(config: Config, workdir: Path) -> Run:
     base = open_model(config.model)
     spec = make_spec(config, base)
     plan = loop_config(config, spec)
-    optimizer, rates = optimizer_of(config)
+    optimizer, rates = optimizer_of(config, plan)
     data = read_data(data_settings(config), base.tokenizer)
     run = Run(
         settings=flat_config(config),

@@ -24,9 +24,12 @@ def get_config() -> Any:
     config.model.remat = False
 
     config.method = ConfigDict()
-    config.method.name = "tsd"  # lora, dash, init or tsd
+    config.method.name = "tsd"  # lora, dash, init or tsd; pissa, milora, random
     config.method.keep = False  # init, tsd: keep what pre-launch learned
-    config.method.launch_step = 100  # optimizer steps of pre-launch
+    config.method.ranking = ""  # rates, largest, smallest, random; "": the method's
+    config.method.start = ""  # init, tsd: sigma, sigma+p or zero; "": the method's
+    # Optimizer steps of pre-launch; 0 where the ranking looks at no change.
+    config.method.launch_step = 100
     config.method.epsilon = 1e-6  # of the change rate
 
     config.adapter = ConfigDict()
@@ -58,6 +61,7 @@ def get_config() -> Any:
     config.optimizer.gain_learning_rate = 2e-4  # of the gains along the directions
     config.optimizer.warmup = 0
     config.optimizer.decay = "linear"  # constant, linear or cosine
+    config.optimizer.restart = False  # warm up and decay once more from launch on
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # 0 for no clipping
     config.optimizer.b1 = 0.9

@@ -18,6 +18,7 @@ from configs import default, demo, llama_tsd, stories_tsd
 from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.methods import get_method
 from tsd_jax.training.loop import StopRequested
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +170,9 @@ BAD = {
     "adapter__directions": (100, r"directions 100 is larger"),
     "adapter__dropout": (1.5, r"dropout must be in"),
     "method__name": ("best", r"unknown method 'best'"),
-    "method__launch_step": (6, r"launch_step 6 must lie in \[1, steps\)"),
+    "method__launch_step": (6, r"launch_step 6 must lie in \[0, steps\)"),
+    "method__ranking": ("best", r"unknown ranking 'best'"),
+    "method__start": ("p", r"unknown start 'p'"),
     "train__steps": (0, r"steps"),
     "train__batch_size": (9, r"train.batch_size 9 must be a multiple"),
     "train__micro_batches": (4, r"micro-batch of 2 examples does not divide"),
@@ -183,6 +186,59 @@ BAD = {
     "eval__batch_size": (3, r"does not divide"),
     "mesh": ((3, 1, 1), r"mesh \(3, 1, 1\) needs 3 devices, but there are 8"),
 }
+
+
+BAD_TOGETHER = {
+    "no change to rank by": (
+        {"method__launch_step": 0},
+        r"method.launch_step 0: method 'tsd' finds its directions in what training",
+    ),
+    "no change to start at": (
+        {
+            **{"method__name": "pissa", "method__start": "sigma+p"},
+            "method__launch_step": 0,
+        },
+        r"method.launch_step 0: method 'pissa'",
+    ),
+    "nothing restarts": (
+        {"method__name": "lora", "optimizer__restart": True},
+        r"optimizer.restart=True needs a launch .* method 'lora' has none",
+    ),
+    "no room to restart": (
+        {"optimizer__restart": True, "optimizer__warmup": 4},
+        r"warmup 4 must be in \[0, steps\), steps are 4",
+    ),
+    "start of nothing": (
+        {"method__name": "dash", "method__start": "zero"},
+        r"start='zero' has no meaning for method 'dash'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOGETHER)
+def test_settings_that_do_not_go_together_get_one_line(case, tmp_path):
+    changes, message = BAD_TOGETHER[case]
+    with pytest.raises(InputError, match=message) as caught:
+        train.prepare(small_config(**changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_readings_reach_the_method_and_the_schedule(tmp_path):
+    config = small_config(
+        method__ranking="smallest",
+        method__start="zero",
+        method__launch_step=0,
+    )
+    run = train.prepare(config, tmp_path)
+    assert run.spec.method == get_method("tsd", ranking="smallest", start="zero")
+    assert run.plan.launch_step == 0
+    config = small_config(optimizer__restart=True, optimizer__decay="linear")
+    rates = train.prepare(config, tmp_path).rates
+    peaks = {"learning_rate": 5e-3, "gain_learning_rate": 5e-3}
+    for name, peak in peaks.items():
+        got = [np.asarray(rates[name](step)) for step in range(6)]
+        want = np.array([1, 5 / 6, 1, 3 / 4, 2 / 4, 1 / 4])
+        np.testing.assert_allclose(got, peak * want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("key", BAD)

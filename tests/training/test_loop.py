@@ -276,6 +276,20 @@ def test_logs_are_kept_apart_from_steps(whole, setup, tmp_path):
     assert kept(tmp_path) == [STEPS]
 
 
+def test_a_launch_before_the_first_step(setup, tmp_path):
+    """Stopped and gone on with, too: the launch is not done again."""
+    config = dataclasses.replace(CONFIG, launch_step=0)
+    with pytest.raises(StopRequested):
+        go(tmp_path / "cut", setup, config, stop_at(2))
+    state = go(tmp_path / "cut", setup, config)
+    assert_equal(state, go(tmp_path / "whole", setup, config))
+    log = rows(tmp_path / "cut")
+    assert (log[0]["kind"], log[0]["step"]) == ("launch", 0)
+    assert [row["kind"] for row in log].count("launch") == 1
+    assert {row["phase"] for row in log if row["kind"] == "train"} == {"dash"}
+    assert state.launched
+
+
 def test_signals_are_given_back():
     """A second signal does not wait for the step in hand."""
     old = signal.getsignal(signal.SIGTERM)
@@ -292,9 +306,8 @@ def test_signals_are_given_back():
     ("plan", "message"),
     [
         ({"steps": 0, "launch_step": None}, "steps must be at least 1, not 0"),
-        ({"steps": 5, "launch_step": 0}, r"launch_step 0 must lie in \[1, steps\)"),
         ({"steps": 5, "launch_step": 5}, "steps are 5: launch earlier or train longer"),
-        ({"steps": 5, "launch_step": -1}, "launch_step -1"),
+        ({"steps": 5, "launch_step": -1}, r"launch_step -1 must lie in \[0, steps\)"),
         ({"steps": 5, "launch_step": 1, "log_every": 0}, "log_every .* not 0"),
     ],
 )

@@ -26,7 +26,8 @@ class LoopConfig:
 
     Attributes:
       steps: of the whole run.
-      launch_step: steps before launch; None for a method without one.
+      launch_step: steps before launch, 0 for a launch before the first; None for a
+        method without one.
       log_every: a figure, a sync of host and device.
       eval_every: 0 for evaluation before and after only.
       checkpoint_every: 0 for the end only.
@@ -44,9 +45,9 @@ class LoopConfig:
             raise InputError(f"steps must be at least 1, not {self.steps}")
         if self.log_every < 1:
             raise InputError(f"log_every must be at least 1, not {self.log_every}")
-        if self.launch_step is not None and not 1 <= self.launch_step < self.steps:
+        if self.launch_step is not None and not 0 <= self.launch_step < self.steps:
             raise InputError(
-                f"launch_step {self.launch_step} must lie in [1, steps), and steps are "
+                f"launch_step {self.launch_step} must lie in [0, steps), and steps are "
                 f"{self.steps}: launch earlier or train longer"
             )
 
