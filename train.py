@@ -39,6 +39,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.models import huggingface
 from tsd_jax.models.llama import Llama
 from tsd_jax.training import loop, sharding
+from tsd_jax.training.settling import SettlingConfig
 
 Config = Any  # a ConfigDict; type checkers know nothing of its fields
 
@@ -124,10 +125,34 @@ def optimizer_of(
     return optimizer, rates
 
 
+def settling_config(config: Config, spec: tsd.Spec) -> SettlingConfig | None:
+    """Say when directions have settled, where that decides when to launch."""
+    if not config.method.auto_launch:
+        return None
+    method, settings = spec.method, config.settling
+    if not method.launches or method.ranking != "rates":
+        reason = f"ranks by {method.ranking!r}" if method.launches else "has no launch"
+        raise InputError(
+            f"method.auto_launch=True waits for change rates to settle, but method "
+            f"{method.name!r} {reason}"
+        )
+    return SettlingConfig(
+        launch_min=settings.launch_min,
+        launch_max=settings.launch_max or config.train.steps // 2,
+        every=settings.every,
+        threshold=settings.threshold,
+        patience=settings.patience,
+        matrices=settings.matrices,
+    )
+
+
 def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
     """Say when things happen."""
     method = spec.method
     launch_step = config.method.launch_step if method.launches else None
+    settling = settling_config(config, spec)
+    if settling is not None:
+        launch_step = None
     if launch_step == 0 and method.needs_change:
         raise InputError(
             f"method.launch_step 0: method {method.name!r} finds its directions in "
@@ -136,6 +161,7 @@ def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
     return loop.LoopConfig(
         steps=config.train.steps,
         launch_step=launch_step,
+        settling=settling,
         log_every=config.train.log_every,
         eval_every=config.eval.every,
         checkpoint_every=config.train.checkpoint_every,
@@ -209,7 +235,7 @@ def prepare(config: Config, workdir: Path) -> Run:
         evaluate=evaluation_of(config, base, data, mesh),
     )
     if jax.process_index() == 0:
-        print(describe(spec, base.params, plan.launch_step, plan.steps))
+        print(describe(spec, base.params, plan.launch_step, plan.steps, plan.settling))
         print("\n".join(data.notes), flush=True)
     return run
 

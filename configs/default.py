@@ -31,6 +31,18 @@ def get_config() -> Any:
     # Optimizer steps of pre-launch; 0 where the ranking looks at no change.
     config.method.launch_step = 100
     config.method.epsilon = 1e-6  # of the change rate
+    # Launch when the top directions have settled, instead of at launch_step.
+    config.method.auto_launch = False
+
+    # With auto_launch: the directions have settled when the mean overlap of the sets
+    # of two checks reaches the threshold `patience` times on end.
+    config.settling = ConfigDict()
+    config.settling.launch_min = 10  # steps of pre-launch at least
+    config.settling.launch_max = 0  # and at most; 0 for half of the run
+    config.settling.every = 5  # steps from check to check
+    config.settling.threshold = 0.9  # in (0, 1]
+    config.settling.patience = 3
+    config.settling.matrices = 16  # to watch, spread over kernels and layers
 
     config.adapter = ConfigDict()
     config.adapter.pattern = r"layers.*/(q|k|v|up|down)_proj/kernel"

@@ -189,6 +189,30 @@ BAD = {
 
 
 BAD_TOGETHER = {
+    "nothing to settle": (
+        {"method__name": "lora", "method__auto_launch": True},
+        r"method.auto_launch=True waits .* method 'lora' has no launch",
+    ),
+    "nothing that settles": (
+        {"method__name": "pissa", "method__auto_launch": True},
+        r"method.auto_launch=True waits .* method 'pissa' ranks by 'largest'",
+    ),
+    "bounds in the wrong order": (
+        {"method__auto_launch": True, "settling__launch_min": 4},
+        r"settling.launch_min 4 is larger than settling.launch_max 3",
+    ),
+    "a threshold no overlap reaches": (
+        {"method__auto_launch": True, "settling__threshold": 1.5},
+        r"settling.threshold must lie in \(0, 1\], not 1.5",
+    ),
+    "a restart at a step not known": (
+        {
+            **{"method__auto_launch": True, "settling__launch_min": 1},
+            **{"settling__every": 1, "settling__patience": 1},
+            "optimizer__restart": True,
+        },
+        r"optimizer.restart=True needs a launch whose step is known beforehand",
+    ),
     "no change to rank by": (
         {"method__launch_step": 0},
         r"method.launch_step 0: method 'tsd' finds its directions in what training",

@@ -23,6 +23,7 @@ from tsd_jax.models.llama import LLAMA_RULES, Llama
 from tsd_jax.training import files, loop, sharding
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.recorder import Recorder
+from tsd_jax.training.settling import Watcher
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import launch_state, make_train_step
 
@@ -135,7 +136,12 @@ def start(
     run: Run, key: jax.Array, params: Any, checkpoints: Checkpoints | None
 ) -> tuple[TrainState, Places]:
     """Create the state where it shall lie, or restore the newest one."""
-    create = functools.partial(create_state, spec=run.spec, optimizer=run.optimizer)
+    create = functools.partial(
+        create_state,
+        spec=run.spec,
+        optimizer=run.optimizer,
+        settling=run.plan.settling,
+    )
     abstract = jax.eval_shape(create, key)
     places = sharding.state_shardings(abstract, run.spec, params, run.mesh)
     if checkpoints is None or checkpoints.latest is None:
@@ -159,7 +165,17 @@ def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
         batch_shardings=NamedSharding(run.mesh, sharding.BATCH),
     )
 
+    watching: list[Watcher] = []
+
+    def settle(state: TrainState) -> TrainState:
+        if not watching:
+            config = run.plan.settling
+            assert config is not None
+            watching.append(Watcher(params, run.spec, config, epsilon=run.epsilon))
+        return state.replace(settling=watching[0](state.settling, state.adapters))
+
     def launch(state: TrainState):
+        watching.clear()  # and with it the spectra it holds
         return launch_state(
             state, params, run.spec, epsilon=run.epsilon, state_shardings=places.state
         )
@@ -180,6 +196,7 @@ def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
         evaluate=evaluate,
         on_launch=on_launch,
         rates=run.rates,
+        settle=settle,
     )
 
 
@@ -215,12 +232,13 @@ def finish(
         params=run.base.params,
     )
     old = files.read_json(run.workdir / "summary.json")
-    launch = recorder.find("launch", run.plan.launch_step or 0) or {}
+    launches = [row for row in recorder.rows if row["kind"] == "launch"]
+    launch = launches[0] if launches else {"step": run.plan.launch_step}
     timed = bool(watch.tokens)  # a finished run that is started again times nothing
     summary = {
         "method": run.spec.method.name,
         "keep": run.spec.method.keep,
-        "launch_step": run.plan.launch_step,
+        "launch_step": launch["step"],
         "steps": run.plan.steps,
         "trainable_params": run.spec.trainable,
         "adapter_rank": rank,
