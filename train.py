@@ -36,6 +36,7 @@ from tsd_jax.app.task import (
     read_data,
 )
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.launch import check_changes
 from tsd_jax.models import huggingface
 from tsd_jax.models.llama import Llama
 from tsd_jax.training import loop, sharding
@@ -125,6 +126,35 @@ def optimizer_of(
     return optimizer, rates
 
 
+def discovery_batches(config: Config, spec: tsd.Spec) -> int:
+    """Count the batches of the gradient directions are found by; 0 for none."""
+    settings = config.method
+    if settings.discovery not in ("prelaunch", "gradient"):
+        raise InputError(
+            f"unknown method.discovery {settings.discovery!r}; "
+            "choose 'prelaunch' or 'gradient'"
+        )
+    if settings.discovery == "prelaunch":
+        return 0
+    if not spec.method.launches:
+        raise InputError(
+            "method.discovery='gradient' has no meaning for method "
+            f"{spec.method.name!r}, which launches nothing"
+        )
+    check_changes(spec.method)
+    if settings.auto_launch:
+        raise InputError(
+            "method.auto_launch=True waits for what pre-launch changes to settle, but "
+            "method.discovery='gradient' does not look at it; choose one of them"
+        )
+    if settings.discovery_batches < 1:
+        raise InputError(
+            f"method.discovery_batches must be at least 1, not "
+            f"{settings.discovery_batches}"
+        )
+    return settings.discovery_batches
+
+
 def settling_config(config: Config, spec: tsd.Spec) -> SettlingConfig | None:
     """Say when directions have settled, where that decides when to launch."""
     if not config.method.auto_launch:
@@ -153,10 +183,11 @@ def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
     settling = settling_config(config, spec)
     if settling is not None:
         launch_step = None
-    if launch_step == 0 and method.needs_change:
+    if launch_step == 0 and method.needs_change and not discovery_batches(config, spec):
         raise InputError(
             f"method.launch_step 0: method {method.name!r} finds its directions in "
-            "what training has changed, so launch after at least 1 step"
+            "what training has changed, so launch after at least 1 step (or with "
+            "method.discovery='gradient')"
         )
     return loop.LoopConfig(
         steps=config.train.steps,
@@ -233,6 +264,7 @@ def prepare(config: Config, workdir: Path) -> Run:
         rates=rates,
         batch=batch_source(config, data, mesh),
         evaluate=evaluation_of(config, base, data, mesh),
+        discovery_batches=discovery_batches(config, spec),
     )
     if jax.process_index() == 0:
         print(describe(spec, base.params, plan.launch_step, plan.steps, plan.settling))

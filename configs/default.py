@@ -28,9 +28,13 @@ def get_config() -> Any:
     config.method.keep = False  # init, tsd: keep what pre-launch learned
     config.method.ranking = ""  # rates, largest, smallest, random; "": the method's
     config.method.start = ""  # init, tsd: sigma, sigma+p or zero; "": the method's
-    # Optimizer steps of pre-launch; 0 where the ranking looks at no change.
+    # Optimizer steps of pre-launch; 0 where the ranking looks at no change of it.
     config.method.launch_step = 100
     config.method.epsilon = 1e-6  # of the change rate
+    # What directions are ranked by: "prelaunch", the change it made, or "gradient",
+    # of this many batches by the singular values, which needs no pre-launch.
+    config.method.discovery = "prelaunch"
+    config.method.discovery_batches = 1
     # Launch when the top directions have settled, instead of at launch_step.
     config.method.auto_launch = False
 

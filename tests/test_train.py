@@ -171,6 +171,7 @@ BAD = {
     "adapter__dropout": (1.5, r"dropout must be in"),
     "method__name": ("best", r"unknown method 'best'"),
     "method__launch_step": (6, r"launch_step 6 must lie in \[0, steps\)"),
+    "method__discovery": ("guess", r"unknown method.discovery 'guess'"),
     "method__ranking": ("best", r"unknown ranking 'best'"),
     "method__start": ("p", r"unknown start 'p'"),
     "train__steps": (0, r"steps"),
@@ -189,6 +190,30 @@ BAD = {
 
 
 BAD_TOGETHER = {
+    "a gradient nobody ranks by": (
+        {"method__name": "milora", "method__discovery": "gradient"},
+        r"directions from a gradient: method 'milora' ranks by 'smallest'",
+    ),
+    "a gradient without a launch": (
+        {"method__name": "lora", "method__discovery": "gradient"},
+        r"method.discovery='gradient' has no meaning for method 'lora'",
+    ),
+    "a gradient as a start": (
+        {"method__start": "sigma+p", "method__discovery": "gradient"},
+        r"directions from a gradient: start='sigma\+p' needs the change",
+    ),
+    "a gradient of no batch": (
+        {"method__discovery": "gradient", "method__discovery_batches": 0},
+        r"method.discovery_batches must be at least 1, not 0",
+    ),
+    "two ways to decide": (
+        {
+            **{"method__auto_launch": True, "method__discovery": "gradient"},
+            **{"settling__launch_min": 1, "settling__every": 1},
+            "settling__patience": 1,
+        },
+        r"method.auto_launch=True waits .* choose one of them",
+    ),
     "nothing to settle": (
         {"method__name": "lora", "method__auto_launch": True},
         r"method.auto_launch=True waits .* method 'lora' has no launch",

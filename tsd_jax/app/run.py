@@ -22,6 +22,7 @@ from tsd_jax.models import huggingface
 from tsd_jax.models.llama import LLAMA_RULES, Llama
 from tsd_jax.training import files, loop, sharding
 from tsd_jax.training.checkpoint import Checkpoints
+from tsd_jax.training.discovery import KernelGradients
 from tsd_jax.training.recorder import Recorder
 from tsd_jax.training.settling import Watcher
 from tsd_jax.training.state import TrainState, create_state
@@ -66,6 +67,8 @@ class Run:
       workdir: of the run. mesh: of the devices. seed: of all randomness.
       base: the model. spec: what is adapted. epsilon: of the change rate.
       plan: when things happen.
+      discovery_batches: of the gradient that directions are found by; 0 for the
+        change that pre-launch made.
       optimizer: over the adapters. rates: {name: schedule}, for the log.
       batch: step -> placed batch. evaluate: variables -> figures.
     """
@@ -82,6 +85,7 @@ class Run:
     rates: Mapping[str, optax.Schedule]
     batch: Callable[[int], Any]
     evaluate: Evaluate
+    discovery_batches: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,9 @@ def start(
 
 def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
     """Build what the loop calls."""
+    loss_fn = next_token_loss(run.base.apply)
     step = make_train_step(
-        next_token_loss(run.base.apply),
+        loss_fn,
         run.optimizer,
         dropout=any(kernel.dropout > 0 for kernel in run.spec.kernels),
         state_shardings=places.state,
@@ -176,8 +181,18 @@ def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
 
     def launch(state: TrainState):
         watching.clear()  # and with it the spectra it holds
+        changes = None
+        if run.discovery_batches:
+            steps = range(int(state.step), int(state.step) + run.discovery_batches)
+            batches = [run.batch(step) for step in steps]
+            changes = KernelGradients(loss_fn, state, params, run.spec, batches)
         return launch_state(
-            state, params, run.spec, epsilon=run.epsilon, state_shardings=places.state
+            state,
+            params,
+            run.spec,
+            epsilon=run.epsilon,
+            changes=changes,
+            state_shardings=places.state,
         )
 
     def on_launch(report) -> None:

@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths, stacks
 from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
+from tsd_jax.core.changes import Full, LowRank
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.methods import Method
-from tsd_jax.core.ranking import EPSILON, Ranked, rank_directions
+from tsd_jax.core.ranking import EPSILON, Ranked, rank_change
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.spectra import Dense
 from tsd_jax.core.starts import STARTS
@@ -64,15 +65,14 @@ class MatrixLaunch:
         b: jax.Array,
         noise: jax.Array,
         spectrum: Dense | None = None,
+        change: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, jax.Array, Directions], Ranking]:
         """Give A, B and the frozen factors right after launch, and what was seen."""
         dtype = a.dtype
         a, b = a.astype(jnp.float64), b.astype(jnp.float64)
-        ranked = rank_directions(
+        ranked = rank_change(
             kernel,
-            a,
-            b,
-            scale=self.scale,
+            LowRank(a, b, self.scale) if change is None else Full(change),
             count=self.count,
             epsilon=self.epsilon,
             ranking=self.method.ranking,
@@ -109,18 +109,34 @@ class MatrixLaunch:
         return a, b, Directions(left, right, offset)
 
 
-@functools.partial(jax.jit, static_argnames=("chunks", "program"))
-def _launch_chunk(kernel, a, b, noise, start, *, chunks, program):
-    """Launch a chunk where its matrices lie."""
+@dataclass(frozen=True)
+class FromChange:
+    """Launch one matrix by a full change given beside it, not by A and B."""
+
+    program: MatrixLaunch
+
+    def __call__(self, kernel, a, b, noise, change):
+        """See `MatrixLaunch`."""
+        return self.program(kernel, a, b, noise, change=change)
+
+
+def _parts(kernel, a, b, noise, change, start, chunks):
+    """Give a chunk's matrices and what is beside them."""
     rows = (chunks.rows(x, start) for x in (a, b, noise))
-    return chunks.map(program, chunks.matrices(kernel, start), *rows)
+    full = () if change is None else (chunks.matrices(change, start),)
+    return chunks.matrices(kernel, start), *rows, *full
+
+
+@functools.partial(jax.jit, static_argnames=("chunks", "program"))
+def _launch_chunk(kernel, a, b, noise, change, start, *, chunks, program):
+    """Launch a chunk where its matrices lie."""
+    return chunks.map(program, *_parts(kernel, a, b, noise, change, start, chunks))
 
 
 @functools.partial(jax.jit, static_argnames="chunks")
-def _spread_chunk(kernel, a, b, noise, start, *, chunks):
+def _spread_chunk(kernel, a, b, noise, change, start, *, chunks):
     """Give a chunk's matrices, and what is beside them, to the devices in turn."""
-    rows = (chunks.rows(x, start) for x in (a, b, noise))
-    return chunks.matrices(kernel, start), *rows
+    return _parts(kernel, a, b, noise, change, start, chunks)
 
 
 def _out_shardings(a: jax.Array, b: jax.Array):
@@ -190,25 +206,41 @@ def _launch_kernel(
     extraction: Extraction,
     seed: int,
     progress: Callable[[int], None],
+    change: jax.Array | None = None,
 ):
     """Launch a stored kernel, a chunk of its stack after the other."""
     chunks = stacks.cut(
         kernel, adapter.kernel.layout, memory_budget=extraction.memory_budget
     )
-    arrays = (kernel, adapter.a, adapter.b, _noise(adapter.kernel, seed))
+    arrays = (kernel, adapter.a, adapter.b, _noise(adapter.kernel, seed), change)
+    one = program if change is None else FromChange(program)
     results = []
     with jax.enable_x64(True):
         for start in chunks.starts:
             begin = np.int32(start)
             if extraction.on_hosts(kernel):
                 parts = _spread_chunk(*arrays, begin, chunks=chunks)
-                results.append(stacks.on_hosts(program, *parts))
+                results.append(stacks.on_hosts(one, *parts))
             else:
                 results.append(
-                    _launch_chunk(*arrays, begin, chunks=chunks, program=program)
+                    _launch_chunk(*arrays, begin, chunks=chunks, program=one)
                 )
             progress(min(start + chunks.width, chunks.count))
         return chunks.join(results, _out_shardings(adapter.a, adapter.b))
+
+
+def check_changes(method: Method) -> None:
+    """Raise InputError unless a method's ranking alone looks at a change."""
+    if method.ranking != "rates":
+        raise InputError(
+            f"directions from a gradient: method {method.name!r} ranks by "
+            f"{method.ranking!r}, which looks at no change"
+        )
+    if method.restart and method.start == "sigma+p":
+        raise InputError(
+            "directions from a gradient: start='sigma+p' needs the change that "
+            "pre-launch made, and a gradient has no size of its own"
+        )
 
 
 def launch(
@@ -218,6 +250,7 @@ def launch(
     *,
     epsilon: float = EPSILON,
     seed: int = 0,
+    changes: Mapping[str, jax.Array] | None = None,
     extraction: Extraction | None = None,
     progress: Progress | None = None,
 ) -> tuple[Adapters, AllDirections, dict[str, Ranking]]:
@@ -235,6 +268,9 @@ def launch(
       spec: of `make_spec`; its method says what is started.
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).
       seed: of the ranking "random".
+      changes: {path: dK, stored as the kernel is} to rank by, in place of gamma A B:
+        a gradient dL/dK gives directions without pre-launch. Its scale changes
+        nothing; asked for kernel by kernel, in the spec's order.
       extraction: where and how to decompose.
       progress: called after every chunk with the matrices done and their number.
 
@@ -243,12 +279,15 @@ def launch(
       {path: Ranking}.
 
     Raises:
-      InputError: a kernel is not in the tree, or the method has no launch.
+      InputError: a kernel is not in the tree, the method has no launch, or it makes
+        nothing of `changes`.
 
     Source: arXiv:2409.01035, sections 3 to 5.
     """
     if not spec.method.launches:
         raise InputError(f"method {spec.method.name!r} has no launch")
+    if changes is not None:
+        check_changes(spec.method)
     extraction = extraction or Extraction()
     kernels = paths.select(params, spec.paths)
     total = sum(int(np.prod(kernel.batch_shape)) for kernel in spec.kernels)
@@ -265,7 +304,13 @@ def launch(
                 progress(before + done, total)
 
         (a, b, frozen), ranking = _launch_kernel(
-            kernels[kernel.path], adapter, program, extraction, seed, tell
+            kernels[kernel.path],
+            adapter,
+            program,
+            extraction,
+            seed,
+            tell,
+            None if changes is None else changes[kernel.path],
         )
         before += int(np.prod(kernel.batch_shape))
         if not spec.method.restart:
