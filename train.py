@@ -87,6 +87,7 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
         rank=config.adapter.rank,
         alpha=config.adapter.alpha,
         directions=config.adapter.directions,
+        auto_directions=config.adapter.auto_directions,
         dropout=config.adapter.dropout,
         scaling=config.adapter.scaling,
     )

@@ -53,6 +53,8 @@ def get_config() -> Any:
     config.adapter.rank = 8
     config.adapter.alpha = 16.0
     config.adapter.directions = 8
+    # Train only those before the knee of the change rates, `directions` at most.
+    config.adapter.auto_directions = False
     config.adapter.dropout = 0.0
     config.adapter.scaling = "lora"  # lora: alpha/r; rslora: alpha/sqrt(r)
 

@@ -115,6 +115,54 @@ def test_directions_hold_what_was_launched(finished):
         assert set(indices[layer]) == set(np.argsort(-rates[layer])[:8])
 
 
+def test_a_run_that_decides_for_itself(tmp_path):
+    """On eight devices: when to launch, and how many directions a matrix trains."""
+    config = small_config(
+        method__auto_launch=True,
+        settling__launch_min=2,
+        settling__launch_max=4,
+        settling__every=1,
+        settling__patience=1,
+        settling__threshold=0.05,
+        adapter__auto_directions=True,
+    )
+    execute(train.prepare(config, tmp_path / "run"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    (launched,) = (row["step"] for row in rows if row["kind"] == "launch")
+    assert summary["launch_step"] == launched == 2
+    checks = [row for row in rows if row["kind"] == "settling"]
+    assert [row["step"] for row in checks] == [1, 2]
+    assert 0.05 <= checks[1]["overlap"] <= 1
+    with np.load(tmp_path / "run" / "directions.npz") as arrays:
+        used = arrays["layers/self_attn/q_proj/kernel/used"]
+    assert used.shape == (4, 1)
+    assert summary["directions"] == {
+        "layers/self_attn/q_proj/kernel": used[:, 0].tolist()
+    }
+    assert used.min() < 8
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for layer, count in enumerate(used[:, 0]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"
+        assert len(tensors[name]) == 4 + max(4, count)
+
+
+def test_a_run_that_launches_before_its_first_step(tmp_path):
+    config = small_config(
+        method__name="dash",
+        method__launch_step=0,
+        method__discovery="gradient",
+        method__discovery_batches=2,
+    )
+    execute(train.prepare(config, tmp_path / "run"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["launch_step"], summary["adapter_rank"]) == (0, 4 + 8)
+    with np.load(tmp_path / "run" / "directions.npz") as arrays:
+        rates = arrays["layers/self_attn/q_proj/kernel/rates"]
+    assert (rates[:, :-1] > 0).all(), "there is a change to rank by"
+
+
 def test_finished_run_started_again_changes_nothing(finished, capsys):
     before = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
     summary = json.loads((finished / "summary.json").read_text())
@@ -190,6 +238,10 @@ BAD = {
 
 
 BAD_TOGETHER = {
+    "directions that do not train": (
+        {"method__name": "init", "adapter__auto_directions": True},
+        r"auto_directions=True has no meaning for method 'init'",
+    ),
     "a gradient nobody ranks by": (
         {"method__name": "milora", "method__discovery": "gradient"},
         r"directions from a gradient: method 'milora' ranks by 'smallest'",

@@ -41,8 +41,10 @@ def test_describe_names_kernels_axes_ranks_and_counts():
 
 def test_describe_tells_what_decides_when_to_launch():
     path = "layers/up/kernel"
-    rules = {path: Rule(pattern="x", rank=2, directions=4)}
+    rule = Rule(pattern="x", rank=2, directions=4, auto_directions=True)
+    rules = {path: rule}
     spec = build_spec({path: (3, 6, 10)}, {path: STACKED}, rules, get_method("dash"))
     settling = SettlingConfig(launch_min=12, launch_max=34)
     text = describe(spec, params(), None, 150, settling)
     assert "launch once directions have settled, between step 12 and 34" in text
+    assert "<= 4" in next(line for line in text.splitlines() if line.startswith(path))

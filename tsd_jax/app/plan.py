@@ -24,7 +24,7 @@ def _row(kernel: KernelSpec) -> tuple[str, ...]:
         "x".join(map(str, kernel.shape)),
         _axes(kernel),
         str(kernel.rank),
-        str(kernel.gains or "-"),
+        "<= " * kernel.gated + str(kernel.gains or "-"),
         f"{kernel.trainable:,}",
     )
 

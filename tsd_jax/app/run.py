@@ -257,6 +257,7 @@ def finish(
         "steps": run.plan.steps,
         "trainable_params": run.spec.trainable,
         "adapter_rank": rank,
+        "directions": artifacts.gains_used(state),
         "before": before,
         "after": after,
         "train_tokens_per_second": watch.tokens_per_second,

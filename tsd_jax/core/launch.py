@@ -19,6 +19,7 @@ from tsd_jax.core import paths, stacks
 from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
 from tsd_jax.core.changes import Full, LowRank
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.knee import knee
 from tsd_jax.core.methods import Method
 from tsd_jax.core.ranking import EPSILON, Ranked, rank_change
 from tsd_jax.core.spec import KernelSpec, Spec
@@ -36,11 +37,14 @@ class Ranking(struct.PyTreeNode):
       sigma: singular values, descending, (*batch, k).
       rates: change rate of every core direction, (*batch, k).
       indices: the launched directions, best first, (*batch, c), int32.
+      used: how many of them have gains, where launch decides it, (*batch, 1), int32;
+        None otherwise.
     """
 
     sigma: Leaf
     rates: Leaf
     indices: Leaf
+    used: Leaf = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class MatrixLaunch:
     Attributes:
       method: what is started. scale: gamma. count: directions to launch.
       epsilon: of the change rate. solver: see `rank_directions`.
+      gains: the most of them a matrix may use, where their number is left to the knee
+        of its change rates; 0 where it is fixed.
     """
 
     method: Method
@@ -57,6 +63,7 @@ class MatrixLaunch:
     count: int
     epsilon: float
     solver: str = "auto"
+    gains: int = 0
 
     def __call__(
         self,
@@ -80,25 +87,35 @@ class MatrixLaunch:
             solver=self.solver,
             spectrum=spectrum,
         )
-        started = self._start(ranked, a, b)
+        used = knee(ranked.rates, self.gains)[None] if self.gains else None
+        started = self._start(ranked, a, b, used)
         report = Ranking(
             ranked.sigma.astype(jnp.float32),
             ranked.rates.astype(jnp.float32),
             ranked.indices,
+            used,
         )
         return jax.tree.map(lambda x: x.astype(dtype), started), report
 
     def _start(
-        self, ranked: Ranked, a: jax.Array, b: jax.Array
+        self, ranked: Ranked, a: jax.Array, b: jax.Array, used: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Directions]:
         """Start A and B again where the method says so, and freeze the directions.
 
-        Keep: the old gamma A B stays beside the new one, frozen, with offset 1.
+        Keep: the old gamma A B stays beside the new one, frozen, with offset 1. Where
+        `used` says how many gains there are, the directions that neither they nor the
+        offsets need are zero.
         """
         rank = a.shape[-1]
         left, right = ranked.left, ranked.right
         offset = jnp.zeros_like(ranked.chosen)
         kept = (a, self.scale * b.T)
+        gate = None
+        if used is not None:
+            gate = (jnp.arange(self.gains) < used).astype(a.dtype)
+            needed = jnp.maximum(used, rank * self.method.restart)
+            live = (jnp.arange(left.shape[-1]) < needed)[None]
+            left, right = jnp.where(live, left, 0.0), jnp.where(live, right, 0.0)
         if self.method.restart:
             a, b, first = STARTS[self.method.start](ranked, rank, self.scale)
             offset = offset.at[:rank].set(first)
@@ -106,7 +123,7 @@ class MatrixLaunch:
             left = jnp.concatenate([left, kept[0]], -1)
             right = jnp.concatenate([right, kept[1]], -1)
             offset = jnp.concatenate([offset, jnp.ones(rank, offset.dtype)])
-        return a, b, Directions(left, right, offset)
+        return a, b, Directions(left, right, offset, gate)
 
 
 @dataclass(frozen=True)
@@ -139,7 +156,7 @@ def _spread_chunk(kernel, a, b, noise, change, start, *, chunks):
     return _parts(kernel, a, b, noise, change, start, chunks)
 
 
-def _out_shardings(a: jax.Array, b: jax.Array):
+def _out_shardings(a: jax.Array, b: jax.Array, *, gated: bool = False):
     """Give the results the shardings the adapter has, where it has named ones."""
     at_a, at_b = getattr(a, "sharding", None), getattr(b, "sharding", None)
     if not (isinstance(at_a, NamedSharding) and isinstance(at_b, NamedSharding)):
@@ -153,9 +170,10 @@ def _out_shardings(a: jax.Array, b: jax.Array):
     def named(*axes):
         return NamedSharding(mesh, PartitionSpec(*batch, *axes))
 
-    frozen = Directions(named(rows, None), named(columns, None), named(None))
+    extra = named(None) if gated else None
+    frozen = Directions(named(rows, None), named(columns, None), named(None), extra)
     started = (named(rows, None), named(None, columns), frozen)
-    return started, Ranking(named(None), named(None), named(None))
+    return started, Ranking(named(None), named(None), named(None), extra)
 
 
 def _noise(kernel: KernelSpec, seed: int) -> np.ndarray:
@@ -226,7 +244,8 @@ def _launch_kernel(
                     _launch_chunk(*arrays, begin, chunks=chunks, program=one)
                 )
             progress(min(start + chunks.width, chunks.count))
-        return chunks.join(results, _out_shardings(adapter.a, adapter.b))
+        places = _out_shardings(adapter.a, adapter.b, gated=adapter.kernel.gated)
+        return chunks.join(results, places)
 
 
 def check_changes(method: Method) -> None:
@@ -296,7 +315,12 @@ def launch(
     for kernel in spec.kernels:
         adapter = adapters[kernel.path]
         program = MatrixLaunch(
-            spec.method, kernel.scale, kernel.ranked, epsilon, extraction.solver
+            spec.method,
+            kernel.scale,
+            kernel.ranked,
+            epsilon,
+            extraction.solver,
+            kernel.gains * kernel.gated,
         )
 
         def tell(done: int, before: int = before) -> None:

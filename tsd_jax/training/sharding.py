@@ -125,7 +125,10 @@ def adapter_shardings(
     adapter = Adapter(named(rows, None), named(None, columns), gain, kernel)
     if not kernel.columns:
         return adapter, Directions(None, None, None)
-    return adapter, Directions(named(rows, None), named(columns, None), named(None))
+    gate = named(None) if kernel.gated else None
+    return adapter, Directions(
+        named(rows, None), named(columns, None), named(None), gate
+    )
 
 
 def state_shardings(
