@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
+from tsd_jax.core import stacks
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, Spec, build_spec
@@ -156,3 +157,13 @@ def test_what_could_never_be_decided(settings, message):
     base = {"launch_min": 2, "launch_max": 40, "every": 2, "patience": 2}
     with pytest.raises(InputError, match=message):
         SettlingConfig(**{**base, **settings})
+
+
+def test_devices_without_float64_are_watched_from_the_host(monkeypatch):
+    spec, params = problem((6, 9))
+    adapters = trained(0, spec)[0]
+    monkeypatch.setattr(stacks, "has_float64", lambda platform: False)
+    settling = init_settling(spec, CONFIG)
+    seen = Watcher({"k": jnp.asarray(params["k"])}, spec, CONFIG)(settling, adapters)
+    want = wanted(spec, params, adapters)
+    np.testing.assert_array_equal(np.sort(seen.sets["k"], -1), want)

@@ -51,7 +51,7 @@ class SettlingConfig:
     launch_min: int
     launch_max: int
     every: int = 5
-    threshold: float = 0.9
+    threshold: float = 0.8
     patience: int = 3
     matrices: int = 16
 
