@@ -36,9 +36,11 @@ from tsd_jax.app.task import (
     read_data,
 )
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.launch import check_changes
 from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import Decoder
 from tsd_jax.training import loop, sharding
+from tsd_jax.training.settling import SettlingConfig
 
 Config = Any  # a ConfigDict; type checkers know nothing of its fields
 
@@ -74,12 +76,18 @@ def open_model(config: Config) -> Base:
 
 def make_spec(config: Config, base: Base) -> tsd.Spec:
     """Match the kernels and fix the method."""
-    method = tsd.get_method(config.method.name, keep=config.method.keep)
+    method = tsd.get_method(
+        config.method.name,
+        keep=config.method.keep,
+        ranking=config.method.ranking or None,
+        start=config.method.start or None,
+    )
     rule = tsd.Rule(
         pattern=config.adapter.pattern,
         rank=config.adapter.rank,
         alpha=config.adapter.alpha,
         directions=config.adapter.directions,
+        auto_directions=config.adapter.auto_directions,
         dropout=config.adapter.dropout,
         scaling=config.adapter.scaling,
     )
@@ -96,12 +104,23 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
     return spec
 
 
-def optimizer_of(config: Config) -> tuple[Any, dict[str, Callable]]:
+def optimizer_of(
+    config: Config, plan: loop.LoopConfig
+) -> tuple[Any, dict[str, Callable]]:
     """Build the optimizer and its schedules, by name for the log."""
-    settings, steps = config.optimizer, config.train.steps
+    settings = config.optimizer
+    if settings.restart and plan.launch_step is None:
+        raise InputError(
+            "optimizer.restart=True needs a launch whose step is known beforehand, "
+            f"and method {config.method.name!r} has none here"
+        )
     rates = {
         name: tsd.make_schedule(
-            settings[name], steps=steps, warmup=settings.warmup, decay=settings.decay
+            settings[name],
+            steps=plan.steps,
+            warmup=settings.warmup,
+            decay=settings.decay,
+            restart=plan.launch_step if settings.restart else None,
         )
         for name in ("learning_rate", "gain_learning_rate")
     }
@@ -116,11 +135,73 @@ def optimizer_of(config: Config) -> tuple[Any, dict[str, Callable]]:
     return optimizer, rates
 
 
+def discovery_batches(config: Config, spec: tsd.Spec) -> int:
+    """Count the batches of the gradient directions are found by; 0 for none."""
+    settings = config.method
+    if settings.discovery not in ("prelaunch", "gradient"):
+        raise InputError(
+            f"unknown method.discovery {settings.discovery!r}; "
+            "choose 'prelaunch' or 'gradient'"
+        )
+    if settings.discovery == "prelaunch":
+        return 0
+    if not spec.method.launches:
+        raise InputError(
+            "method.discovery='gradient' has no meaning for method "
+            f"{spec.method.name!r}, which launches nothing"
+        )
+    check_changes(spec.method)
+    if settings.auto_launch:
+        raise InputError(
+            "method.auto_launch=True waits for what pre-launch changes to settle, but "
+            "method.discovery='gradient' does not look at it; choose one of them"
+        )
+    if settings.discovery_batches < 1:
+        raise InputError(
+            f"method.discovery_batches must be at least 1, not "
+            f"{settings.discovery_batches}"
+        )
+    return settings.discovery_batches
+
+
+def settling_config(config: Config, spec: tsd.Spec) -> SettlingConfig | None:
+    """Say when directions have settled, where that decides when to launch."""
+    if not config.method.auto_launch:
+        return None
+    method, settings = spec.method, config.settling
+    if not method.launches or method.ranking != "rates":
+        reason = f"ranks by {method.ranking!r}" if method.launches else "has no launch"
+        raise InputError(
+            f"method.auto_launch=True waits for change rates to settle, but method "
+            f"{method.name!r} {reason}"
+        )
+    return SettlingConfig(
+        launch_min=settings.launch_min,
+        launch_max=settings.launch_max or config.train.steps // 2,
+        every=settings.every,
+        threshold=settings.threshold,
+        patience=settings.patience,
+        matrices=settings.matrices,
+    )
+
+
 def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
     """Say when things happen."""
+    method = spec.method
+    launch_step = config.method.launch_step if method.launches else None
+    settling = settling_config(config, spec)
+    if settling is not None:
+        launch_step = None
+    if launch_step == 0 and method.needs_change and not discovery_batches(config, spec):
+        raise InputError(
+            f"method.launch_step 0: method {method.name!r} finds its directions in "
+            "what training has changed, so launch after at least 1 step (or with "
+            "method.discovery='gradient')"
+        )
     return loop.LoopConfig(
         steps=config.train.steps,
-        launch_step=config.method.launch_step if spec.method.launches else None,
+        launch_step=launch_step,
+        settling=settling,
         log_every=config.train.log_every,
         eval_every=config.eval.every,
         checkpoint_every=config.train.checkpoint_every,
@@ -177,7 +258,7 @@ def prepare(config: Config, workdir: Path) -> Run:
     base = open_model(config.model)
     spec = make_spec(config, base)
     plan = loop_config(config, spec)
-    optimizer, rates = optimizer_of(config)
+    optimizer, rates = optimizer_of(config, plan)
     data = read_data(data_settings(config), base.tokenizer)
     run = Run(
         settings=flat_config(config),
@@ -192,9 +273,10 @@ def prepare(config: Config, workdir: Path) -> Run:
         rates=rates,
         batch=batch_source(config, data, mesh),
         evaluate=evaluation_of(config, base, data, mesh),
+        discovery_batches=discovery_batches(config, spec),
     )
     if jax.process_index() == 0:
-        print(describe(spec, base.params, plan.launch_step, plan.steps))
+        print(describe(spec, base.params, plan.launch_step, plan.steps, plan.settling))
         print("\n".join(data.notes), flush=True)
     return run
 

@@ -24,10 +24,29 @@ def get_config() -> Any:
     config.model.remat = False
 
     config.method = ConfigDict()
-    config.method.name = "tsd"  # lora, dash, init or tsd
+    config.method.name = "tsd"  # lora, dash, init or tsd; pissa, milora, random
     config.method.keep = False  # init, tsd: keep what pre-launch learned
-    config.method.launch_step = 100  # optimizer steps of pre-launch
+    config.method.ranking = ""  # rates, largest, smallest, random; "": the method's
+    config.method.start = ""  # init, tsd: sigma, sigma+p or zero; "": the method's
+    # Optimizer steps of pre-launch; 0 where the ranking looks at no change of it.
+    config.method.launch_step = 100
     config.method.epsilon = 1e-6  # of the change rate
+    # What directions are ranked by: "prelaunch", the change it made, or "gradient",
+    # of this many batches by the singular values, which needs no pre-launch.
+    config.method.discovery = "prelaunch"
+    config.method.discovery_batches = 1
+    # Launch when the top directions have settled, instead of at launch_step.
+    config.method.auto_launch = False
+
+    # With auto_launch: the directions have settled when the mean overlap of the sets
+    # of two checks reaches the threshold `patience` times on end.
+    config.settling = ConfigDict()
+    config.settling.launch_min = 10  # steps of pre-launch at least
+    config.settling.launch_max = 0  # and at most; 0 for half of the run
+    config.settling.every = 5  # steps from check to check
+    config.settling.threshold = 0.8  # in (0, 1]; one of 8 exchanged is 0.875
+    config.settling.patience = 3
+    config.settling.matrices = 16  # to watch, spread over kernels and layers
 
     config.adapter = ConfigDict()
     # All but o and gate (qkv and gate_up are Phi-3's), and not the experts of mixtures.
@@ -37,6 +56,8 @@ def get_config() -> Any:
     config.adapter.rank = 8
     config.adapter.alpha = 16.0
     config.adapter.directions = 8
+    # Train only those before the knee of the change rates, `directions` at most.
+    config.adapter.auto_directions = False
     config.adapter.dropout = 0.0
     config.adapter.scaling = "lora"  # lora: alpha/r; rslora: alpha/sqrt(r)
 
@@ -61,6 +82,7 @@ def get_config() -> Any:
     config.optimizer.gain_learning_rate = 2e-4  # of the gains along the directions
     config.optimizer.warmup = 0
     config.optimizer.decay = "linear"  # constant, linear or cosine
+    config.optimizer.restart = False  # warm up and decay once more from launch on
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # 0 for no clipping
     config.optimizer.b1 = 0.9

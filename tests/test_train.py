@@ -19,6 +19,7 @@ from tests.helpers.decoders import PUBLISHED, write_decoder
 from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.methods import get_method
 from tsd_jax.training.loop import StopRequested
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +116,54 @@ def test_directions_hold_what_was_launched(finished):
         assert set(indices[layer]) == set(np.argsort(-rates[layer])[:8])
 
 
+def test_a_run_that_decides_for_itself(tmp_path):
+    """On eight devices: when to launch, and how many directions a matrix trains."""
+    config = small_config(
+        method__auto_launch=True,
+        settling__launch_min=2,
+        settling__launch_max=4,
+        settling__every=1,
+        settling__patience=1,
+        settling__threshold=0.05,
+        adapter__auto_directions=True,
+    )
+    execute(train.prepare(config, tmp_path / "run"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    (launched,) = (row["step"] for row in rows if row["kind"] == "launch")
+    assert summary["launch_step"] == launched == 2
+    checks = [row for row in rows if row["kind"] == "settling"]
+    assert [row["step"] for row in checks] == [1, 2]
+    assert 0.05 <= checks[1]["overlap"] <= 1
+    with np.load(tmp_path / "run" / "directions.npz") as arrays:
+        used = arrays["layers/self_attn/q_proj/kernel/used"]
+    assert used.shape == (4, 1)
+    assert summary["directions"] == {
+        "layers/self_attn/q_proj/kernel": used[:, 0].tolist()
+    }
+    assert used.min() < 8
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for layer, count in enumerate(used[:, 0]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"
+        assert len(tensors[name]) == 4 + max(4, count)
+
+
+def test_a_run_that_launches_before_its_first_step(tmp_path):
+    config = small_config(
+        method__name="dash",
+        method__launch_step=0,
+        method__discovery="gradient",
+        method__discovery_batches=2,
+    )
+    execute(train.prepare(config, tmp_path / "run"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["launch_step"], summary["adapter_rank"]) == (0, 4 + 8)
+    with np.load(tmp_path / "run" / "directions.npz") as arrays:
+        rates = arrays["layers/self_attn/q_proj/kernel/rates"]
+    assert (rates[:, :-1] > 0).all(), "there is a change to rank by"
+
+
 def test_finished_run_started_again_changes_nothing(finished, capsys):
     before = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
     summary = json.loads((finished / "summary.json").read_text())
@@ -190,7 +239,10 @@ BAD = {
     "adapter__directions": (100, r"directions 100 is larger"),
     "adapter__dropout": (1.5, r"dropout must be in"),
     "method__name": ("best", r"unknown method 'best'"),
-    "method__launch_step": (6, r"launch_step 6 must lie in \[1, steps\)"),
+    "method__launch_step": (6, r"launch_step 6 must lie in \[0, steps\)"),
+    "method__discovery": ("guess", r"unknown method.discovery 'guess'"),
+    "method__ranking": ("best", r"unknown ranking 'best'"),
+    "method__start": ("p", r"unknown start 'p'"),
     "train__steps": (0, r"steps"),
     "train__batch_size": (9, r"train.batch_size 9 must be a multiple"),
     "train__micro_batches": (4, r"micro-batch of 2 examples does not divide"),
@@ -204,6 +256,111 @@ BAD = {
     "eval__batch_size": (3, r"does not divide"),
     "mesh": ((3, 1, 1), r"mesh \(3, 1, 1\) needs 3 devices, but there are 8"),
 }
+
+
+BAD_TOGETHER = {
+    "directions that do not train": (
+        {"method__name": "init", "adapter__auto_directions": True},
+        r"auto_directions=True has no meaning for method 'init'",
+    ),
+    "a gradient nobody ranks by": (
+        {"method__name": "milora", "method__discovery": "gradient"},
+        r"directions from a gradient: method 'milora' ranks by 'smallest'",
+    ),
+    "a gradient without a launch": (
+        {"method__name": "lora", "method__discovery": "gradient"},
+        r"method.discovery='gradient' has no meaning for method 'lora'",
+    ),
+    "a gradient as a start": (
+        {"method__start": "sigma+p", "method__discovery": "gradient"},
+        r"directions from a gradient: start='sigma\+p' needs the change",
+    ),
+    "a gradient of no batch": (
+        {"method__discovery": "gradient", "method__discovery_batches": 0},
+        r"method.discovery_batches must be at least 1, not 0",
+    ),
+    "two ways to decide": (
+        {
+            **{"method__auto_launch": True, "method__discovery": "gradient"},
+            **{"settling__launch_min": 1, "settling__every": 1},
+            "settling__patience": 1,
+        },
+        r"method.auto_launch=True waits .* choose one of them",
+    ),
+    "nothing to settle": (
+        {"method__name": "lora", "method__auto_launch": True},
+        r"method.auto_launch=True waits .* method 'lora' has no launch",
+    ),
+    "nothing that settles": (
+        {"method__name": "pissa", "method__auto_launch": True},
+        r"method.auto_launch=True waits .* method 'pissa' ranks by 'largest'",
+    ),
+    "bounds in the wrong order": (
+        {"method__auto_launch": True, "settling__launch_min": 4},
+        r"settling.launch_min 4 is larger than settling.launch_max 3",
+    ),
+    "a threshold no overlap reaches": (
+        {"method__auto_launch": True, "settling__threshold": 1.5},
+        r"settling.threshold must lie in \(0, 1\], not 1.5",
+    ),
+    "a restart at a step not known": (
+        {
+            **{"method__auto_launch": True, "settling__launch_min": 1},
+            **{"settling__every": 1, "settling__patience": 1},
+            "optimizer__restart": True,
+        },
+        r"optimizer.restart=True needs a launch whose step is known beforehand",
+    ),
+    "no change to rank by": (
+        {"method__launch_step": 0},
+        r"method.launch_step 0: method 'tsd' finds its directions in what training",
+    ),
+    "no change to start at": (
+        {
+            **{"method__name": "pissa", "method__start": "sigma+p"},
+            "method__launch_step": 0,
+        },
+        r"method.launch_step 0: method 'pissa'",
+    ),
+    "nothing restarts": (
+        {"method__name": "lora", "optimizer__restart": True},
+        r"optimizer.restart=True needs a launch .* method 'lora' has none",
+    ),
+    "no room to restart": (
+        {"optimizer__restart": True, "optimizer__warmup": 4},
+        r"warmup 4 must be in \[0, steps\), steps are 4",
+    ),
+    "start of nothing": (
+        {"method__name": "dash", "method__start": "zero"},
+        r"start='zero' has no meaning for method 'dash'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOGETHER)
+def test_settings_that_do_not_go_together_get_one_line(case, tmp_path):
+    changes, message = BAD_TOGETHER[case]
+    with pytest.raises(InputError, match=message) as caught:
+        train.prepare(small_config(**changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_readings_reach_the_method_and_the_schedule(tmp_path):
+    config = small_config(
+        method__ranking="smallest",
+        method__start="zero",
+        method__launch_step=0,
+    )
+    run = train.prepare(config, tmp_path)
+    assert run.spec.method == get_method("tsd", ranking="smallest", start="zero")
+    assert run.plan.launch_step == 0
+    config = small_config(optimizer__restart=True, optimizer__decay="linear")
+    rates = train.prepare(config, tmp_path).rates
+    peaks = {"learning_rate": 5e-3, "gain_learning_rate": 5e-3}
+    for name, peak in peaks.items():
+        got = [np.asarray(rates[name](step)) for step in range(6)]
+        want = np.array([1, 5 / 6, 1, 3 / 4, 2 / 4, 1 / 4])
+        np.testing.assert_allclose(got, peak * want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("key", BAD)

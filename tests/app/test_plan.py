@@ -7,6 +7,7 @@ from tsd_jax.app.plan import count_parameters, describe, table
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule, build_spec
+from tsd_jax.training.settling import SettlingConfig
 
 STACKED = Layout((0,), (1,), (2,), (0,))
 
@@ -36,3 +37,14 @@ def test_describe_names_kernels_axes_ranks_and_counts():
     assert row == [path, "3x6x10", "0", "|", "1", "|", "2", "2", "4", str(trainable)]
     assert "method tsd, launch after step 20, 150 steps" in text
     assert f"trainable {trainable} beside 360 frozen parameters (30.00 %)" in text
+
+
+def test_describe_tells_what_decides_when_to_launch():
+    path = "layers/up/kernel"
+    rule = Rule(pattern="x", rank=2, directions=4, auto_directions=True)
+    rules = {path: rule}
+    spec = build_spec({path: (3, 6, 10)}, {path: STACKED}, rules, get_method("dash"))
+    settling = SettlingConfig(launch_min=12, launch_max=34)
+    text = describe(spec, params(), None, 150, settling)
+    assert "launch once directions have settled, between step 12 and 34" in text
+    assert "<= 4" in next(line for line in text.splitlines() if line.startswith(path))

@@ -12,6 +12,7 @@ from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
 from tsd_jax.core.adapter import delta, init, merge
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.knee import knee
 from tsd_jax.core.launch import launch
 from tsd_jax.core.layout import Layout
 
@@ -24,7 +25,7 @@ cases = pytest.mark.parametrize(
 )
 
 
-def problem(method, shape, rank=2, directions=4, dtype=jnp.float32):
+def problem(method, shape, rank=2, directions=4, dtype=jnp.float32, auto=False):
     """Give kernels of falling spectra, and trained A and B beside them."""
     *batch, m, n = shape
     spec = small_spec(
@@ -33,6 +34,7 @@ def problem(method, shape, rank=2, directions=4, dtype=jnp.float32):
         layout=Layout((0,), (1,), (2,), lifted=(0,)) if batch else Layout(),
         rank=rank,
         directions=directions,
+        auto=auto,
     )
     kernels = [
         spectrum_kernel(seed, (m, n), geometric(min(m, n)))[0]
@@ -115,6 +117,51 @@ def test_leaves_keep_shapes_and_types(method):
     assert kinds((new, frozen)) == kinds(before)
     assert {report["k"].sigma.dtype, report["k"].rates.dtype} == {jnp.dtype("float32")}
     assert report["k"].indices.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("method", ["dash", "tsd", "tsd+keep"])
+@pytest.mark.parametrize("rank", [2, 4])
+def test_every_matrix_uses_what_stands_before_its_knee(method, rank):
+    """Gains behind the gate, and directions that nothing needs, are zero."""
+    spec, params, adapters = problem(method, (3, 9, 12), rank, 4, auto=True)
+    fixed, _, _ = problem(method, (3, 9, 12), rank, 4)
+    new, frozen, report = launch(params, adapters, spec)
+    _, whole, plain = launch(params, adapters, fixed)
+    assert plain["k"].used is None
+    assert whole["k"].gate is None
+    np.testing.assert_array_equal(report["k"].indices, plain["k"].indices)
+    used = np.asarray(report["k"].used)
+    assert used.shape == (3, 1)
+    for (layer,), want in oracle(params, adapters).items():
+        count = int(knee(jnp.asarray(want.rates), 4))
+        assert used[layer, 0] == count
+        np.testing.assert_array_equal(frozen["k"].gate[layer], np.arange(4) < count)
+        live = max(count, rank * spec.method.restart)
+        ranked = spec.kernels[0].ranked
+        for got, full in (("left", whole["k"].left), ("right", whole["k"].right)):
+            columns = np.asarray(getattr(frozen["k"], got)[layer])
+            np.testing.assert_array_equal(columns[:, live:ranked], 0)
+            np.testing.assert_array_equal(columns[:, :live], full[layer][:, :live])
+            np.testing.assert_array_equal(columns[:, ranked:], full[layer][:, ranked:])
+    np.testing.assert_array_equal(frozen["k"].offset, whole["k"].offset)
+    assert used.min() < 4, "otherwise this tests nothing"
+    start = jax.eval_shape(lambda: init(jax.random.key(0), spec))
+    assert jax.tree.map(jnp.shape, (new, frozen)) == jax.tree.map(jnp.shape, start)
+
+
+@pytest.mark.parametrize("method", ["dash", "tsd"])
+def test_gains_behind_the_gate_have_no_gradient(method):
+    spec, params, adapters = problem(method, (3, 9, 12), 4, 4, auto=True)
+    new, frozen, report = launch(params, adapters, spec)
+
+    def size(gain):
+        return jnp.sum(delta(new["k"].replace(gain=gain), frozen["k"]) ** 2)
+
+    grads = np.asarray(jax.grad(size)(new["k"].gain + 0.5))
+    behind = np.arange(4) >= np.asarray(report["k"].used)
+    assert behind.any()
+    assert (grads[behind] == 0).all()
+    assert (grads[~behind] != 0).all()
 
 
 def test_dash_leaves_a_and_b_alone():

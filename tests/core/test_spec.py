@@ -163,3 +163,13 @@ def test_a_spec_is_static_under_jit():
     assert double(1.0, build()) == double(1.0, build()) == 2
     assert len(traces) == 1
     assert hash(build()) == hash(build())
+
+
+@pytest.mark.parametrize("method", ["lora", "init", "pissa"])
+def test_directions_are_counted_only_where_they_train(method):
+    rule = Rule(pattern="k", rank=2, directions=2, auto_directions=True)
+    with pytest.raises(InputError, match=f"auto_directions=True has no.*'{method}'"):
+        kernel_spec("k", (8, 8), Layout(), rule, get_method(method))
+    with pytest.raises(InputError, match="auto_directions=True has no meaning"):
+        kernel_spec("k", (8, 8), Layout(), rule, get_method("dash", ranking="random"))
+    assert kernel_spec("k", (8, 8), Layout(), rule, get_method("tsd")).gated

@@ -29,13 +29,20 @@ def small_spec(
     alpha: float = 3.0,
     shape: tuple[int, ...] | None = None,
     layout: Layout | None = None,
+    auto: bool = False,
 ) -> Spec:
     """Describe a (6, 7) kernel "k" and a stack of three, or one of your own."""
     shapes: dict[str, tuple[int, ...]] = {"k": (6, 7), "stack": (3, 6, 7)}
     layouts = {"k": Layout(), "stack": STACKED}
     if shape is not None:
         shapes, layouts = {"k": shape}, {"k": layout or Layout()}
-    rule = Rule(pattern=".*", rank=rank, alpha=alpha, directions=directions)
+    rule = Rule(
+        pattern=".*",
+        rank=rank,
+        alpha=alpha,
+        directions=directions,
+        auto_directions=auto,
+    )
     matched = dict.fromkeys(shapes, rule)
     return build_spec(shapes, layouts, matched, method_of(method))
 

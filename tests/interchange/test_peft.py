@@ -120,6 +120,27 @@ def test_before_launch_only_a_and_b_are_written(tmp_path):
     np.testing.assert_allclose(change, GAMMA * (a @ b).T, atol=1e-6)
 
 
+def test_directions_that_nothing_uses_are_left_out(tmp_path):
+    """A gate closes on two gains of one layer; there, one direction has no offset."""
+    trained, frozen = adapter("q/kernel", (LAYERS,))
+    gate = jnp.ones((LAYERS, 2)).at[1].set(0)
+    offset = frozen.offset.at[1].set(jnp.array([0.0, 0.5, 0.0]))
+    frozen = frozen.replace(gate=gate, offset=offset)
+    to_peft(tmp_path, *collect(q=(trained, frozen)), module_name, base_model="b")
+    gated = trained.replace(gain=trained.gain * gate)
+    changes = expected_delta(gated, frozen)
+    for layer, expected in enumerate((5, 3, 5)):
+        change, rank = stored(tmp_path, f"model.{layer}.q")
+        np.testing.assert_allclose(change, changes[layer].T, atol=1e-6)
+        assert rank == expected
+
+
+def test_before_training_all_of_a_is_written(tmp_path):
+    trained, _ = adapter("q/kernel")
+    pair = (trained.replace(b=0 * trained.b, gain=None), Directions(None, None, None))
+    assert to_peft(tmp_path, *collect(q=pair), module_name, base_model="b") == 2
+
+
 def test_plain_lora_has_no_directions(tmp_path):
     trained, _ = adapter("q/kernel")
     nothing = Directions(None, None, None)

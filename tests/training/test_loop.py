@@ -25,6 +25,7 @@ from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.loop import LoopConfig, Parts, StopRequested, run, stop_signals
 from tsd_jax.training.optimizer import make_optimizer, make_schedule
 from tsd_jax.training.recorder import Recorder
+from tsd_jax.training.settling import SettlingConfig, Watcher
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import LossFn, launch_state, make_train_step
 
@@ -46,15 +47,22 @@ class Setup(NamedTuple):
     parts: Parts
 
 
-@pytest.fixture(scope="module")
-def setup() -> Setup:
+def build(settling: SettlingConfig | None = None) -> Setup:
     """Build LoRA-TSD with dropout; its step may be traced once by all tests."""
     params = jax.device_put(mlp_params(), jax.devices()[0])
     rules = [dataclasses.replace(rule, dropout=0.2) for rule in RULES]
     tokens = jnp.zeros((1, 1), jnp.int32)
     spec = make_spec(Mlp().apply, {"params": params}, rules, tokens, method="tsd")
     optimizer = make_optimizer(*RATES.values(), clip_norm=0.3)
-    create = functools.partial(create_state, spec=spec, optimizer=optimizer)
+    create = functools.partial(
+        create_state, spec=spec, optimizer=optimizer, settling=settling
+    )
+    watcher = None if settling is None else Watcher(params, spec, settling)
+
+    def settle(state: TrainState) -> TrainState:
+        assert watcher is not None
+        return state.replace(settling=watcher(state.settling, state.adapters))
+
     chex.clear_trace_counter()  # it tells functions apart by their source
     loss_fn = chex.assert_max_traces(next_token_loss(adapted(Mlp().apply)), n=1)
     parts = Parts(
@@ -64,9 +72,15 @@ def setup() -> Setup:
         evaluate=lambda state: {"seen": int(state.step)},
         on_launch=lambda report: None,
         rates=RATES,
+        settle=settle,
     )
     start = jax.jit(create)(jax.random.key(0))
     return Setup(params, jax.tree.map(np.asarray, start), parts)
+
+
+@pytest.fixture(scope="module")
+def setup() -> Setup:
+    return build()
 
 
 def go(
@@ -276,6 +290,91 @@ def test_logs_are_kept_apart_from_steps(whole, setup, tmp_path):
     assert kept(tmp_path) == [STEPS]
 
 
+def test_a_launch_before_the_first_step(setup, tmp_path):
+    """Stopped and gone on with, too: the launch is not done again."""
+    config = dataclasses.replace(CONFIG, launch_step=0)
+    with pytest.raises(StopRequested):
+        go(tmp_path / "cut", setup, config, stop_at(2))
+    state = go(tmp_path / "cut", setup, config)
+    assert_equal(state, go(tmp_path / "whole", setup, config))
+    log = rows(tmp_path / "cut")
+    assert (log[0]["kind"], log[0]["step"]) == ("launch", 0)
+    assert [row["kind"] for row in log].count("launch") == 1
+    assert {row["phase"] for row in log if row["kind"] == "train"} == {"dash"}
+    assert state.launched
+
+
+SETTLING = SettlingConfig(
+    launch_min=3, launch_max=8, every=2, threshold=0.7, patience=1, matrices=4
+)
+AUTO = dataclasses.replace(CONFIG, launch_step=None, settling=SETTLING)
+
+
+@pytest.fixture(scope="module")
+def settling_setup() -> Setup:
+    return build(SETTLING)
+
+
+@pytest.fixture(scope="module")
+def settled(settling_setup, tmp_path_factory):
+    """Launch when the directions have settled."""
+    workdir = tmp_path_factory.mktemp("settled")
+    return go(workdir, settling_setup, AUTO), rows(workdir)
+
+
+def launch_of(log: list[dict[str, Any]]) -> int:
+    (step,) = (row["step"] for row in log if row["kind"] == "launch")
+    return step
+
+
+def test_it_launches_once_directions_have_settled(settled):
+    """The first check that reaches the threshold, and none after it."""
+    state, log = settled
+    checks = [row for row in log if row["kind"] == "settling"]
+    steps = [row["step"] for row in checks]
+    assert steps == list(range(2, launch_of(log) + 1, 2))
+    assert "overlap" not in checks[0]
+    assert all(row["overlap"] < 0.7 for row in checks[1:-1])
+    assert checks[-1]["overlap"] >= 0.7
+    assert [row["streak"] for row in checks] == [0] * (len(checks) - 1) + [1]
+    assert 2 < launch_of(log) < 8, "settled by itself"
+    phases = [row["phase"] for row in log if row["kind"] == "train"]
+    before = launch_of(log)
+    assert phases == ["prelaunch"] * before + ["dash"] * (STEPS - before)
+    assert (state.launched, state.settling.checks) == (True, len(checks))
+
+
+@pytest.mark.parametrize("step", range(2, STEPS))
+def test_the_decision_is_the_same_wherever_the_run_is_cut(
+    settled, settling_setup, tmp_path, step
+):
+    with pytest.raises(StopRequested):
+        go(tmp_path, settling_setup, AUTO, stop_at(step))
+    assert_equal(go(tmp_path, settling_setup, AUTO), settled[0])
+    assert rows(tmp_path) == settled[1]
+
+
+def test_a_crash_forgets_checks_after_the_last_checkpoint(
+    settled, settling_setup, tmp_path
+):
+    with pytest.raises(Crash):
+        go(tmp_path, settling_setup, AUTO, crash_at(5))
+    assert kept(tmp_path) == [3]
+    assert_equal(go(tmp_path, settling_setup, AUTO), settled[0])
+    assert rows(tmp_path) == settled[1]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "step"),
+    [({"threshold": 1.0, "patience": 3}, 8), ({"threshold": 0.01, "launch_min": 7}, 7)],
+    ids=["never settled", "settled early"],
+)
+def test_a_launch_is_bounded_on_both_sides(settling_setup, tmp_path, bounds, step):
+    bounded = dataclasses.replace(SETTLING, **bounds)
+    go(tmp_path, settling_setup, dataclasses.replace(AUTO, settling=bounded))
+    assert launch_of(rows(tmp_path)) == step
+
+
 def test_signals_are_given_back():
     """A second signal does not wait for the step in hand."""
     old = signal.getsignal(signal.SIGTERM)
@@ -292,9 +391,13 @@ def test_signals_are_given_back():
     ("plan", "message"),
     [
         ({"steps": 0, "launch_step": None}, "steps must be at least 1, not 0"),
-        ({"steps": 5, "launch_step": 0}, r"launch_step 0 must lie in \[1, steps\)"),
         ({"steps": 5, "launch_step": 5}, "steps are 5: launch earlier or train longer"),
-        ({"steps": 5, "launch_step": -1}, "launch_step -1"),
+        ({"steps": 5, "launch_step": -1}, r"launch_step -1 must lie in \[0, steps\)"),
+        ({"steps": 9, "launch_step": 1, "settling": SETTLING}, "fixed step leaves"),
+        (
+            {"steps": 8, "launch_step": None, "settling": SETTLING},
+            "launch_max 8 must be less than the 8 steps",
+        ),
         ({"steps": 5, "launch_step": 1, "log_every": 0}, "log_every .* not 0"),
     ],
 )

@@ -42,9 +42,27 @@ def test_schedules_are_those_of_hugging_face(kind, warmup):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_a_restarted_schedule_is_two_of_them(kind):
+    """The first still aims at the whole budget, the second at what is left of it."""
+    schedule = make_schedule(3e-4, steps=20, warmup=3, decay=kind, restart=8)
+    got = [np.asarray(schedule(jnp.asarray(step))) for step in range(20)]
+    want = [hugging_face(kind, step, 3, 20) for step in range(8)]
+    want += [hugging_face(kind, step, 3, 12) for step in range(12)]
+    np.testing.assert_allclose(got, np.multiply(3e-4, want), rtol=1e-5, atol=1e-11)
+
+
+def test_a_restart_at_the_start_is_none():
+    schedule = make_schedule(3e-4, steps=20, warmup=3, restart=0)
+    got = [np.asarray(schedule(jnp.asarray(step))) for step in range(20)]
+    want = [3e-4 * hugging_face("linear", step, 3, 20) for step in range(20)]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"restart": 6, "warmup": 4}, r"warmup 4 must be in .*, steps are 4"),
         ({"decay": "wsd"}, "unknown decay 'wsd'; choose one of constant, linear, cos"),
         ({"warmup": 10}, r"warmup 10 must be in \[0, steps\), steps are 10"),
         ({"warmup": -1}, "warmup -1 must be in"),

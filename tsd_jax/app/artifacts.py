@@ -51,6 +51,23 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
+def gains_used(state: TrainState) -> dict[str, list[int]]:
+    """Give how many directions train in every matrix, by kernel path.
+
+    Args:
+      state: on the host; methods without gains give an empty dict.
+    """
+    used = {}
+    for path, adapter in state.adapters.items():
+        gate = state.directions[path].gate
+        if adapter.gain is not None:
+            shape = adapter.gain.shape[:-1]
+            size = adapter.gain.shape[-1]
+            counts = np.full(shape, size) if gate is None else np.sum(gate, -1)
+            used[path] = [int(count) for count in np.reshape(counts, -1)]
+    return used
+
+
 def write_plots(
     workdir: Path, rows: Sequence[Mapping[str, Any]], state: TrainState
 ) -> None:

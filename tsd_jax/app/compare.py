@@ -65,7 +65,7 @@ def _row(runs: list[dict[str, Any]]) -> tuple[str, ...]:
         str(len(runs)),
         _spread([run["before"][figure] for run in runs]),
         _spread([run["after"][figure] for run in runs]),
-        str(first["launch_step"] or "-"),
+        "-" if first["launch_step"] is None else str(first["launch_step"]),
         f"{first['trainable_params']:,}",
         f"{speed:,.0f}",
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from tsd_jax.core import paths
 from tsd_jax.core.spec import KernelSpec, Spec
+from tsd_jax.training.settling import SettlingConfig
 
 _HEAD = ("kernel", "shape", "stack|in|out axes", "rank", "directions", "trainable")
 
@@ -23,7 +24,7 @@ def _row(kernel: KernelSpec) -> tuple[str, ...]:
         "x".join(map(str, kernel.shape)),
         _axes(kernel),
         str(kernel.rank),
-        str(kernel.gains or "-"),
+        "<= " * kernel.gated + str(kernel.gains or "-"),
         f"{kernel.trainable:,}",
     )
 
@@ -46,8 +47,19 @@ def count_parameters(params: Mapping[str, Any]) -> int:
     return sum(math.prod(leaf.shape) for leaf in paths.flatten(params).values())
 
 
+def _when(launch_step: int | None, settling: SettlingConfig | None) -> str:
+    if settling is not None:
+        between = f"between step {settling.launch_min} and {settling.launch_max}"
+        return f"launch once directions have settled, {between}"
+    return "no launch" if launch_step is None else f"launch after step {launch_step}"
+
+
 def describe(
-    spec: Spec, params: Mapping[str, Any], launch_step: int | None, steps: int
+    spec: Spec,
+    params: Mapping[str, Any],
+    launch_step: int | None,
+    steps: int,
+    settling: SettlingConfig | None = None,
 ) -> str:
     """Tell the matched kernels, their layout and rank, and what trains.
 
@@ -55,10 +67,11 @@ def describe(
       spec: of `make_spec`.
       params: the base's tree, for its size.
       launch_step: None for a method without launch. steps: of the run.
+      settling: what decides instead of `launch_step`.
     """
     total = count_parameters(params)
     method = spec.method.name + (" (keep)" if spec.method.keep else "")
-    when = "no launch" if launch_step is None else f"launch after step {launch_step}"
+    when = _when(launch_step, settling)
     return (
         table([_HEAD, *map(_row, spec.kernels)])
         + f"\nmethod {method}, {when}, {steps} steps"

@@ -22,7 +22,9 @@ from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import DECODER_RULES, Decoder
 from tsd_jax.training import files, loop, sharding
 from tsd_jax.training.checkpoint import Checkpoints
+from tsd_jax.training.discovery import KernelGradients
 from tsd_jax.training.recorder import Recorder
+from tsd_jax.training.settling import Watcher
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import launch_state, make_train_step
 
@@ -65,6 +67,8 @@ class Run:
       workdir: of the run. mesh: of the devices. seed: of all randomness.
       base: the model. spec: what is adapted. epsilon: of the change rate.
       plan: when things happen.
+      discovery_batches: of the gradient that directions are found by; 0 for the
+        change that pre-launch made.
       optimizer: over the adapters. rates: {name: schedule}, for the log.
       batch: step -> placed batch. evaluate: variables -> figures.
     """
@@ -81,6 +85,7 @@ class Run:
     rates: Mapping[str, optax.Schedule]
     batch: Callable[[int], Any]
     evaluate: Evaluate
+    discovery_batches: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,12 @@ def start(
     run: Run, key: jax.Array, params: Any, checkpoints: Checkpoints | None
 ) -> tuple[TrainState, Places]:
     """Create the state where it shall lie, or restore the newest one."""
-    create = functools.partial(create_state, spec=run.spec, optimizer=run.optimizer)
+    create = functools.partial(
+        create_state,
+        spec=run.spec,
+        optimizer=run.optimizer,
+        settling=run.plan.settling,
+    )
     abstract = jax.eval_shape(create, key)
     places = sharding.state_shardings(abstract, run.spec, params, run.mesh)
     if checkpoints is None or checkpoints.latest is None:
@@ -150,8 +160,9 @@ def start(
 
 def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
     """Build what the loop calls."""
+    loss_fn = next_token_loss(run.base.apply)
     step = make_train_step(
-        next_token_loss(run.base.apply),
+        loss_fn,
         run.optimizer,
         dropout=any(kernel.dropout > 0 for kernel in run.spec.kernels),
         state_shardings=places.state,
@@ -159,9 +170,29 @@ def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
         batch_shardings=NamedSharding(run.mesh, sharding.BATCH),
     )
 
+    watching: list[Watcher] = []
+
+    def settle(state: TrainState) -> TrainState:
+        if not watching:
+            config = run.plan.settling
+            assert config is not None
+            watching.append(Watcher(params, run.spec, config, epsilon=run.epsilon))
+        return state.replace(settling=watching[0](state.settling, state.adapters))
+
     def launch(state: TrainState):
+        watching.clear()  # and with it the spectra it holds
+        changes = None
+        if run.discovery_batches:
+            steps = range(int(state.step), int(state.step) + run.discovery_batches)
+            batches = [run.batch(step) for step in steps]
+            changes = KernelGradients(loss_fn, state, params, run.spec, batches)
         return launch_state(
-            state, params, run.spec, epsilon=run.epsilon, state_shardings=places.state
+            state,
+            params,
+            run.spec,
+            epsilon=run.epsilon,
+            changes=changes,
+            state_shardings=places.state,
         )
 
     def on_launch(report) -> None:
@@ -180,6 +211,7 @@ def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
         evaluate=evaluate,
         on_launch=on_launch,
         rates=run.rates,
+        settle=settle,
     )
 
 
@@ -217,15 +249,17 @@ def finish(
         params=run.base.params,
     )
     old = files.read_json(run.workdir / "summary.json")
-    launch = recorder.find("launch", run.plan.launch_step or 0) or {}
+    launches = [row for row in recorder.rows if row["kind"] == "launch"]
+    launch = launches[0] if launches else {"step": run.plan.launch_step}
     timed = bool(watch.tokens)  # a finished run that is started again times nothing
     summary = {
         "method": run.spec.method.name,
         "keep": run.spec.method.keep,
-        "launch_step": run.plan.launch_step,
+        "launch_step": launch["step"],
         "steps": run.plan.steps,
         "trainable_params": run.spec.trainable,
         "adapter_rank": rank,
+        "directions": artifacts.gains_used(state),
         "before": before,
         "after": after,
         "train_tokens_per_second": watch.tokens_per_second,

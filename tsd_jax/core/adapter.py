@@ -39,11 +39,14 @@ class Directions(struct.PyTreeNode):
     Attributes:
       left: L, (*batch, in, c). right: R, (*batch, out, c).
       offset: o, (*batch, c).
+      gate: 1 for the gains a matrix uses, 0 for the others, (*batch, s), where launch
+        decides how many it uses; None otherwise.
     """
 
     left: Leaf
     right: Leaf
     offset: Leaf
+    gate: Leaf = None
 
 
 Adapters = dict[str, Adapter]
@@ -70,6 +73,7 @@ def init_kernel(
         left=jnp.zeros((*batch, size[0], kernel.columns), dtype),
         right=jnp.zeros((*batch, size[1], kernel.columns), dtype),
         offset=jnp.zeros((*batch, kernel.columns), dtype),
+        gate=jnp.zeros((*batch, kernel.gains), dtype) if kernel.gated else None,
     )
 
 
@@ -107,7 +111,8 @@ def low_rank_factors(
         dK = gamma A B + L diag(g + o) R^T = down @ up
         down = [A, L],  up = [gamma B; diag(g + o) R^T]
 
-    The forward pass, merging and export all use this one form.
+    The forward pass, merging and export all use this one form. Gains behind a gate
+    count as gate o g.
 
     Returns:
       down (*batch, in, r + c), up (*batch, r + c, out).
@@ -117,9 +122,12 @@ def low_rank_factors(
         return adapter.a, up
     coordinates = directions.offset
     if adapter.gain is not None:
-        unused = coordinates.shape[-1] - adapter.gain.shape[-1]
-        padding = [(0, 0)] * (adapter.gain.ndim - 1) + [(0, unused)]
-        coordinates = coordinates + jnp.pad(adapter.gain, padding)
+        gain = adapter.gain
+        if directions.gate is not None:
+            gain = gain * directions.gate
+        unused = coordinates.shape[-1] - gain.shape[-1]
+        padding = [(0, 0)] * (gain.ndim - 1) + [(0, unused)]
+        coordinates = coordinates + jnp.pad(gain, padding)
     along = coordinates[..., None] * jnp.swapaxes(directions.right, -1, -2)
     return (
         jnp.concatenate([adapter.a, directions.left], -1),

@@ -17,11 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths, stacks
 from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
+from tsd_jax.core.changes import Full, LowRank
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.knee import knee
 from tsd_jax.core.known_spectra import SpectraStore, spectra_of
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
-from tsd_jax.core.ranking import EPSILON, Ranked, rank_directions
+from tsd_jax.core.ranking import EPSILON, Ranked, rank_change
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.spectra import Dense
 from tsd_jax.core.starts import STARTS
@@ -37,11 +39,14 @@ class Ranking(struct.PyTreeNode):
       sigma: singular values, descending, (*batch, k).
       rates: change rate of every core direction, (*batch, k).
       indices: the launched directions, best first, (*batch, c), int32.
+      used: how many of them have gains, where launch decides it, (*batch, 1), int32;
+        None otherwise.
     """
 
     sigma: Leaf
     rates: Leaf
     indices: Leaf
+    used: Leaf = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class MatrixLaunch:
     Attributes:
       method: what is started. scale: gamma. count: directions to launch.
       epsilon: of the change rate. solver: see `rank_directions`.
+      gains: the most of them a matrix may use, where their number is left to the knee
+        of its change rates; 0 where it is fixed.
     """
 
     method: Method
@@ -58,6 +65,7 @@ class MatrixLaunch:
     count: int
     epsilon: float
     solver: str = "auto"
+    gains: int = 0
 
     def __call__(
         self,
@@ -65,16 +73,15 @@ class MatrixLaunch:
         a: jax.Array,
         b: jax.Array,
         noise: jax.Array,
+        change: jax.Array | None,
         spectrum: Dense | None = None,
     ) -> tuple[tuple[jax.Array, jax.Array, Directions], Ranking]:
         """Give A, B and the frozen factors right after launch, and what was seen."""
         dtype = a.dtype
         a, b = a.astype(jnp.float64), b.astype(jnp.float64)
-        ranked = rank_directions(
+        ranked = rank_change(
             kernel,
-            a,
-            b,
-            scale=self.scale,
+            LowRank(a, b, self.scale) if change is None else Full(change),
             count=self.count,
             epsilon=self.epsilon,
             ranking=self.method.ranking,
@@ -82,25 +89,35 @@ class MatrixLaunch:
             solver=self.solver,
             spectrum=spectrum,
         )
-        started = self._start(ranked, a, b)
+        used = knee(ranked.rates, self.gains)[None] if self.gains else None
+        started = self._start(ranked, a, b, used)
         report = Ranking(
             ranked.sigma.astype(jnp.float32),
             ranked.rates.astype(jnp.float32),
             ranked.indices,
+            used,
         )
         return jax.tree.map(lambda x: x.astype(dtype), started), report
 
     def _start(
-        self, ranked: Ranked, a: jax.Array, b: jax.Array
+        self, ranked: Ranked, a: jax.Array, b: jax.Array, used: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Directions]:
         """Start A and B again where the method says so, and freeze the directions.
 
-        Keep: the old gamma A B stays beside the new one, frozen, with offset 1.
+        Keep: the old gamma A B stays beside the new one, frozen, with offset 1. Where
+        `used` says how many gains there are, the directions that neither they nor the
+        offsets need are zero.
         """
         rank = a.shape[-1]
         left, right = ranked.left, ranked.right
         offset = jnp.zeros_like(ranked.chosen)
         kept = (a, self.scale * b.T)
+        gate = None
+        if used is not None:
+            gate = (jnp.arange(self.gains) < used).astype(a.dtype)
+            needed = jnp.maximum(used, rank * self.method.restart)
+            live = (jnp.arange(left.shape[-1]) < needed)[None]
+            left, right = jnp.where(live, left, 0.0), jnp.where(live, right, 0.0)
         if self.method.restart:
             a, b, first = STARTS[self.method.start](ranked, rank, self.scale)
             offset = offset.at[:rank].set(first)
@@ -108,31 +125,36 @@ class MatrixLaunch:
             left = jnp.concatenate([left, kept[0]], -1)
             right = jnp.concatenate([right, kept[1]], -1)
             offset = jnp.concatenate([offset, jnp.ones(rank, offset.dtype)])
-        return a, b, Directions(left, right, offset)
+        return a, b, Directions(left, right, offset, gate)
+
+
+def _parts(kernel, a, b, noise, change, start, chunks):
+    """Give a chunk's matrices and what is beside them."""
+    rows = (chunks.rows(x, start) for x in (a, b, noise))
+    full = None if change is None else chunks.matrices(change, start)
+    return chunks.matrices(kernel, start), *rows, full
 
 
 @functools.partial(jax.jit, static_argnames=("chunks", "program"))
-def _launch_chunk(kernel, a, b, noise, start, *, chunks, program):
+def _launch_chunk(kernel, a, b, noise, change, start, *, chunks, program):
     """Launch a chunk where its matrices lie."""
-    rows = (chunks.rows(x, start) for x in (a, b, noise))
-    return chunks.map(program, chunks.matrices(kernel, start), *rows)
+    return chunks.map(program, *_parts(kernel, a, b, noise, change, start, chunks))
 
 
 @functools.partial(jax.jit, static_argnames=("chunks", "program"))
-def _launch_known(kernel, a, b, noise, start, spectra, *, chunks, program):
+def _launch_known(kernel, a, b, noise, change, start, spectra, *, chunks, program):
     """Launch a chunk whose spectra are known."""
-    rows = (chunks.rows(x, start) for x in (a, b, noise))
-    return chunks.map(program, chunks.matrices(kernel, start), *rows, spectra)
+    parts = _parts(kernel, a, b, noise, change, start, chunks)
+    return chunks.map(program, *parts, spectra)
 
 
 @functools.partial(jax.jit, static_argnames="chunks")
-def _spread_chunk(kernel, a, b, noise, start, *, chunks):
+def _spread_chunk(kernel, a, b, noise, change, start, *, chunks):
     """Give a chunk's matrices, and what is beside them, to the devices in turn."""
-    rows = (chunks.rows(x, start) for x in (a, b, noise))
-    return chunks.matrices(kernel, start), *rows
+    return _parts(kernel, a, b, noise, change, start, chunks)
 
 
-def _out_shardings(a: jax.Array, b: jax.Array):
+def _out_shardings(a: jax.Array, b: jax.Array, *, gated: bool = False):
     """Give the results the shardings the adapter has, where it has named ones."""
     at_a, at_b = getattr(a, "sharding", None), getattr(b, "sharding", None)
     if not (isinstance(at_a, NamedSharding) and isinstance(at_b, NamedSharding)):
@@ -146,9 +168,10 @@ def _out_shardings(a: jax.Array, b: jax.Array):
     def named(*axes):
         return NamedSharding(mesh, PartitionSpec(*batch, *axes))
 
-    frozen = Directions(named(rows, None), named(columns, None), named(None))
+    extra = named(None) if gated else None
+    frozen = Directions(named(rows, None), named(columns, None), named(None), extra)
     started = (named(rows, None), named(None, columns), frozen)
-    return started, Ranking(named(None), named(None), named(None))
+    return started, Ranking(named(None), named(None), named(None), extra)
 
 
 def _noise(kernel: KernelSpec, seed: int) -> np.ndarray:
@@ -201,6 +224,7 @@ def _launch_kernel(
     extraction: Extraction,
     seed: int,
     progress: Callable[[int], None],
+    change: jax.Array | None = None,
 ):
     """Launch a stored kernel, a chunk of its stack after the other."""
     chunks = stacks.cut(
@@ -208,14 +232,29 @@ def _launch_kernel(
         adapter.kernel.layout,
         memory_budget=extraction.memory_budget if extraction.store is None else 1,
     )
-    arrays = (kernel, adapter.a, adapter.b, _noise(adapter.kernel, seed))
+    arrays = (kernel, adapter.a, adapter.b, _noise(adapter.kernel, seed), change)
     results = []
     with jax.enable_x64(True):
         for start in chunks.starts:
             run = _chunk_runner(extraction, kernel)
             results.append(run(arrays, np.int32(start), chunks, program))
             progress(min(start + chunks.width, chunks.count))
-        return chunks.join(results, _out_shardings(adapter.a, adapter.b))
+        places = _out_shardings(adapter.a, adapter.b, gated=adapter.kernel.gated)
+        return chunks.join(results, places)
+
+
+def check_changes(method: Method) -> None:
+    """Raise InputError unless a method's ranking alone looks at a change."""
+    if method.ranking != "rates":
+        raise InputError(
+            f"directions from a gradient: method {method.name!r} ranks by "
+            f"{method.ranking!r}, which looks at no change"
+        )
+    if method.restart and method.start == "sigma+p":
+        raise InputError(
+            "directions from a gradient: start='sigma+p' needs the change that "
+            "pre-launch made, and a gradient has no size of its own"
+        )
 
 
 def _where_they_lie(arrays, start, chunks, program):
@@ -257,6 +296,7 @@ def launch(
     *,
     epsilon: float = EPSILON,
     seed: int = 0,
+    changes: Mapping[str, jax.Array] | None = None,
     extraction: Extraction | None = None,
     progress: Progress | None = None,
 ) -> tuple[Adapters, AllDirections, dict[str, Ranking]]:
@@ -274,6 +314,9 @@ def launch(
       spec: of `make_spec`; its method says what is started.
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).
       seed: of the ranking "random".
+      changes: {path: dK, stored as the kernel is} to rank by, in place of gamma A B:
+        a gradient dL/dK gives directions without pre-launch. Its scale changes
+        nothing; asked for kernel by kernel, in the spec's order.
       extraction: where and how to decompose.
       progress: called after every chunk with the matrices done and their number.
 
@@ -282,12 +325,15 @@ def launch(
       {path: Ranking}.
 
     Raises:
-      InputError: a kernel is not in the tree, or the method has no launch.
+      InputError: a kernel is not in the tree, the method has no launch, or it makes
+        nothing of `changes`.
 
     Source: arXiv:2409.01035, sections 3 to 5.
     """
     if not spec.method.launches:
         raise InputError(f"method {spec.method.name!r} has no launch")
+    if changes is not None:
+        check_changes(spec.method)
     extraction = extraction or Extraction()
     kernels = paths.select(params, spec.paths)
     total = sum(int(np.prod(kernel.batch_shape)) for kernel in spec.kernels)
@@ -296,7 +342,12 @@ def launch(
     for kernel in spec.kernels:
         adapter = adapters[kernel.path]
         program = MatrixLaunch(
-            spec.method, kernel.scale, kernel.ranked, epsilon, extraction.solver
+            spec.method,
+            kernel.scale,
+            kernel.ranked,
+            epsilon,
+            extraction.solver,
+            kernel.gains * kernel.gated,
         )
 
         def tell(done: int, before: int = before) -> None:
@@ -304,7 +355,13 @@ def launch(
                 progress(before + done, total)
 
         (a, b, frozen), ranking = _launch_kernel(
-            kernels[kernel.path], adapter, program, extraction, seed, tell
+            kernels[kernel.path],
+            adapter,
+            program,
+            extraction,
+            seed,
+            tell,
+            None if changes is None else changes[kernel.path],
         )
         before += int(np.prod(kernel.batch_shape))
         if not spec.method.restart:

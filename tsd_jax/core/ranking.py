@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tsd_jax.core.changes import Change, Full, LowRank, Spectrum
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.spectra import Dense, diagonalize, null_threshold
 from tsd_jax.core.tridiagonal import Tridiagonal, tridiagonalize
@@ -16,8 +17,6 @@ from tsd_jax.core.wide import Wide
 EPSILON = 1e-6
 _SPARE = 8  # directions looked at closely beyond those asked for
 _SMALL = 512  # up to here a full decomposition takes no time worth saving
-
-Spectrum = Dense | Tridiagonal
 
 
 class Ranked(NamedTuple):
@@ -102,14 +101,20 @@ def _complete(
     return jnp.where(null[None], orthonormal, long)
 
 
+def _rates(
+    products: jax.Array, sigma: jax.Array, null: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+    """Give p_i and rho_i from sigma_i p_i; 0 in the numerical null space."""
+    moved = jnp.where(null, 0.0, products / jnp.where(null, 1.0, sigma))
+    return moved, jnp.abs(moved) / (sigma + epsilon)
+
+
 def _rank_wide(
     spectrum: Spectrum,
     kernel: Wide,
-    a: jax.Array,
-    b: jax.Array,
+    change: Change,
     noise: jax.Array | None,
     *,
-    scale: float,
     count: int,
     epsilon: float,
     eps: float,
@@ -117,30 +122,24 @@ def _rank_wide(
 ) -> Ranked:
     """Rank a matrix (n, m), n <= m, whose K K^T is decomposed.
 
-    p_i = gamma (P_i^T A)(B K^T P_i) / sigma_i for every i from one projection; those
-    that may come first are refined and ranked again.
+    p_i = P_i^T dK (K^T P_i) / sigma_i for every i from one projection; those that may
+    come first are refined and ranked again.
     """
-    rank = a.shape[1]
     sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
     null = sigma <= null_threshold(sigma, kernel.shape, eps)
-    seen = spectrum.project(jnp.concatenate([a, kernel.times(b.T)], 1))
-
-    def rate(products: jax.Array, sigma: jax.Array, null: jax.Array):
-        moved = jnp.where(null, 0.0, scale * products / jnp.where(null, 1.0, sigma))
-        return moved, jnp.abs(moved) / (sigma + epsilon)
 
     def score(sigma: jax.Array, rates: jax.Array) -> jax.Array:
         scores = RANKINGS[ranking](sigma, rates, noise)
         return jnp.where(null, -jnp.inf, scores)
 
-    _, rates = rate(jnp.sum(seen[:, :rank] * seen[:, rank:], 1), sigma, null)
+    _, rates = _rates(change.products(spectrum, kernel), sigma, null, epsilon)
     spare = min(count + _SPARE, len(sigma))
     _, near = jax.lax.top_k(score(sigma, rates), spare)
     short = refine(spectrum, kernel, near)
     long = kernel.transposed_times(short)
     norms = jnp.linalg.norm(long, axis=0)
-    products = jnp.sum((short.T @ a) * (b @ long).T, 1)
-    moved, close = rate(products, norms, null[near])
+    products = change.products_of(short, long)
+    moved, close = _rates(products, norms, null[near], epsilon)
     sigma, rates = sigma.at[near].set(norms), rates.at[near].set(close)
 
     _, order = jax.lax.top_k(score(sigma, rates)[near], count)
@@ -157,11 +156,6 @@ def _rank_wide(
     return Ranked(
         sigma, rates, indices.astype(jnp.int32), short, long, chosen, moved[order]
     )
-
-
-def decompose(kernel: jax.Array) -> Dense:
-    """Decompose the short side's Gram matrix of K (in, out) in full, in float64."""
-    return diagonalize(Wide(kernel).gram())
 
 
 def check_ranking(name: str) -> None:
@@ -211,30 +205,64 @@ def rank_directions(
 
     Source: arXiv:2409.01035, definitions 3 and 4.
     """
+    return rank_change(
+        kernel,
+        LowRank(a, b, scale),
+        count=count,
+        epsilon=epsilon,
+        ranking=ranking,
+        noise=noise,
+        solver=solver,
+        spectrum=spectrum,
+    )
+
+
+def _check_float64() -> None:
     if jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
         raise TypeError("rank_directions needs `with jax.enable_x64(True):` around it")
+
+
+def rank_change(
+    kernel: jax.Array,
+    change: Change,
+    *,
+    count: int,
+    epsilon: float = EPSILON,
+    ranking: str = "rates",
+    noise: jax.Array | None = None,
+    solver: str = "auto",
+    spectrum: Dense | None = None,
+) -> Ranked:
+    """Rank by any change dK: as `rank_directions`, with p_i = P_i^T dK Q_i.
+
+    Args:
+      kernel: K, (in, out), any float type.
+      change: dK, (in, out). A `Full` one takes the dense solver, whatever is asked
+        for.
+      count, epsilon, ranking, noise, solver, spectrum: see `rank_directions`.
+    """
+    _check_float64()
     check_ranking(ranking)
     eps = float(jnp.finfo(kernel.dtype).eps)
-    a, b = a.astype(jnp.float64), b.astype(jnp.float64)
-    wide = Wide(kernel)
+    wide, change = Wide(kernel), change.wide
     if wide.tall:
-        a, b = b.T, a.T
+        change = change.transposed
 
     def finish(spectrum: Spectrum) -> Ranked:
         return _rank_wide(
             spectrum,
             wide,
-            a,
-            b,
+            change,
             noise,
-            scale=scale,
             count=count,
             epsilon=epsilon,
             eps=eps,
             ranking=ranking,
         )
 
-    if solver == "auto":
+    if isinstance(change, Full):
+        solver = "dense"
+    elif solver == "auto":
         solver = "tridiagonal" if wide.shape[0] > _SMALL else "dense"
     if spectrum is not None:
         ranked = finish(spectrum)
@@ -250,6 +278,40 @@ def rank_directions(
     if wide.tall:
         ranked = ranked._replace(left=ranked.right, right=ranked.left)
     return ranked
+
+
+def top_directions(
+    kernel: jax.Array,
+    change: Change,
+    spectrum: Dense,
+    *,
+    count: int,
+    epsilon: float = EPSILON,
+) -> jax.Array:
+    """Give the indices of the `count` largest change rates, (count,) int32, unrefined.
+
+    What remains of a ranking where the spectrum is known: cheap enough to be asked
+    every few steps.
+
+    Args:
+      kernel: K, (in, out). change: dK. spectrum: of the short side's Gram matrix.
+    """
+    _check_float64()
+    eps = float(jnp.finfo(kernel.dtype).eps)
+    wide, change = Wide(kernel), change.wide
+    if wide.tall:
+        change = change.transposed
+    sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
+    null = sigma <= null_threshold(sigma, kernel.shape, eps)
+    _, rates = _rates(change.products(spectrum, wide), sigma, null, epsilon)
+    _, indices = jax.lax.top_k(jnp.where(null, -jnp.inf, rates), count)
+    return indices.astype(jnp.int32)
+
+
+def decompose(kernel: jax.Array) -> Dense:
+    """Decompose the short side's Gram matrix of K (in, out) in full, in float64."""
+    _check_float64()
+    return diagonalize(Wide(kernel).gram())
 
 
 def _trusted(

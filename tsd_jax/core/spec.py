@@ -28,6 +28,8 @@ class Rule:
       alpha: numerator of the scale; gamma = alpha / r ("lora") or alpha / sqrt(r)
         ("rslora", arXiv:2312.03732).
       directions: s, the number of task-specific directions Dash trains.
+      auto_directions: let every matrix train as many of them as its change rates
+        have before their knee, and `directions` at most.
       dropout: probability of dropping an input element of the low-rank path.
       scaling: "lora" or "rslora".
       layout: roles of the kernel's axes, where the traced ones shall not hold.
@@ -40,6 +42,7 @@ class Rule:
     dropout: float = 0.0
     scaling: str = "lora"
     layout: Layout | None = None
+    auto_directions: bool = False
 
     def __post_init__(self):
         """Refuse values no kernel could have."""
@@ -76,6 +79,7 @@ class KernelSpec:
       layout: roles of the stored axes.
       rank: r. alpha: as in the rule. scale: gamma.
       gains: trainable coordinates; 0 where the method has none.
+      gated: whether launch decides how many of them every matrix uses.
       ranked: directions taken at launch.
       columns: columns of the frozen factors L and R.
       dropout: probability on the low-rank path's input.
@@ -91,6 +95,7 @@ class KernelSpec:
     ranked: int
     columns: int
     dropout: float
+    gated: bool = False
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -171,8 +176,8 @@ def kernel_spec(
     """Fix the shapes beside one kernel.
 
     Raises:
-      InputError: the layout does not fit, or rank or directions exceed
-        min(in, out).
+      InputError: the layout does not fit, rank or directions exceed min(in, out), or
+        the method has no directions to count.
     """
     layout.validate(path, len(shape))
     *_, fan_in, fan_out = layout.shape(shape)
@@ -186,6 +191,12 @@ def kernel_spec(
                 f"{path}: {name} {value} is larger than the kernel "
                 f"(in {fan_in}, out {fan_out}); use at most {limit}"
             )
+    if rule.auto_directions and not (method.gains and method.ranking == "rates"):
+        raise InputError(
+            f"rule {rule.pattern!r}: auto_directions=True has no meaning for method "
+            f"{method.name!r}, which trains no directions that change rates rank; use "
+            "it with 'dash' or 'tsd'"
+        )
     return KernelSpec(
         path=path,
         shape=tuple(shape),
@@ -197,6 +208,7 @@ def kernel_spec(
         ranked=method.ranked(rule.rank, rule.directions),
         columns=method.columns(rule.rank, rule.directions),
         dropout=rule.dropout,
+        gated=rule.auto_directions,
     )
 
 

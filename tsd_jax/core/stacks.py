@@ -221,7 +221,7 @@ def map_here(program: Program, *parts: Any) -> Any:
     return _each(program, *parts)
 
 
-def on_hosts(run: Callable[..., Any], *chunks: jax.Array) -> Any:
+def on_hosts(run: Callable[..., Any], *chunks: Any) -> Any:
     """Run a chunk's matrices on the CPUs of the hosts that have them.
 
     For devices without float64. Every process computes its own devices' matrices;
@@ -229,17 +229,19 @@ def on_hosts(run: Callable[..., Any], *chunks: jax.Array) -> Any:
 
     Args:
       run: arrays (k, ...) of some matrices, on the CPU -> a tree of arrays (k, ...).
-      chunks: arrays (width, ...), sharded along the first axis.
+      chunks: trees of arrays (width, ...), sharded along the first axis.
     """
     cpu = jax.local_devices(backend="cpu")[0]
+    arrays, tree = jax.tree.flatten(chunks)
     results = []
     with jax.default_device(cpu):
-        for shards in zip(*(x.addressable_shards for x in chunks), strict=True):
+        for shards in zip(*(x.addressable_shards for x in arrays), strict=True):
             local = [
                 jax.device_put(jax.device_get(shard.data), cpu) for shard in shards
             ]
-            results.append((shards[0].device, run(*local)))
-    sharding, width = chunks[0].sharding, chunks[0].shape[0]
+            done = run(*jax.tree.unflatten(tree, local))
+            results.append((shards[0].device, done))
+    sharding, width = arrays[0].sharding, arrays[0].shape[0]
     single = not isinstance(sharding, NamedSharding)
 
     def joined(*leaves: jax.Array) -> jax.Array:

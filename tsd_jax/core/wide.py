@@ -16,7 +16,7 @@ _ROWS = 512  # least rows of a block of the Gram matrix
 class Wide(NamedTuple):
     """See a matrix K of any float type as (n, m), n <= m, in float64.
 
-    All of K is never held in float64: a product widens some columns at a time.
+    Products widen some of it at a time, so that all of K is never held in float64.
 
     Attributes:
       stored: K, (in, out), as it lies.
@@ -34,6 +34,12 @@ class Wide(NamedTuple):
         """(n, m), the short side first."""
         short, long = sorted(self.stored.shape)
         return short, long
+
+    @property
+    def whole(self) -> jax.Array:
+        """All of K in float64, (n, m)."""
+        matrix = self.stored.astype(jnp.float64)
+        return matrix.T if self.tall else matrix
 
     def times(self, columns: jax.Array) -> jax.Array:
         """Give K columns, (n, c), for columns (m, c)."""

@@ -37,7 +37,8 @@ def to_peft(
 ) -> int:
     """Write `adapter_config.json` and `adapter_model.safetensors`, loaded by PEFT.
 
-    Columns of L that are zero (before launch, all of them) are left out.
+    Columns of L that are zero (before launch, all of them), or have no coordinate
+    along them, are left out.
 
     Args:
       folder: made if it is not there.
@@ -83,21 +84,26 @@ def _modules(
         np.asarray(x, np.float32) for x in low_rank_factors(adapter, directions)
     )
     if down.ndim == 2:
-        return {module_name(path, None): _trim(down, up)}
+        return {module_name(path, None): _trim(down, up, adapter.kernel.rank)}
     if down.ndim > 3:
         raise InputError(
             f"{path} is stacked along {down.ndim - 2} axes; PEFT has a module for each "
             "layer only, so export a model stacked along one axis at most"
         )
     return {
-        module_name(path, layer): _trim(*pair)
+        module_name(path, layer): _trim(*pair, adapter.kernel.rank)
         for layer, pair in enumerate(zip(down, up, strict=True))
     }
 
 
-def _trim(down: np.ndarray, up: np.ndarray) -> Factors:
-    """Leave out the columns of `down` that are zero, but for one: a rank is needed."""
-    used = np.flatnonzero(np.any(down != 0, axis=0))
+def _trim(down: np.ndarray, up: np.ndarray, rank: int) -> Factors:
+    """Leave out columns that add nothing, but for one: a rank is needed.
+
+    Those of A stay where B alone is zero, as it is before training.
+    """
+    coordinates = np.any(up != 0, axis=1)
+    coordinates[:rank] = True
+    used = np.flatnonzero(np.any(down != 0, axis=0) & coordinates)
     used = used if len(used) else [0]
     return down[:, used], up[used]
 

@@ -58,13 +58,15 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def write_rankings(path: Path, report: Mapping[str, Ranking]) -> None:
     """Write launched indices, sigma and change rates: {"<kernel>/<field>": array}.
 
-    Arrays are (matrices, k) for sigma and rates, (matrices, c) for indices; a kernel
+    Arrays are (matrices, k) for sigma and rates, (matrices, c) for indices, and where
+    launch decided how many directions have gains, (matrices, 1) for used; a kernel
     that is not stacked has one matrix.
     """
     arrays = {
         f"{kernel}/{field}": np.asarray(value).reshape(-1, value.shape[-1])
         for kernel, ranking in report.items()
         for field, value in vars(ranking).items()
+        if value is not None
     }
 
     def write(part: Path) -> None:

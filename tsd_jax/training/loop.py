@@ -17,6 +17,7 @@ import optax
 from tsd_jax.core.errors import InputError
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.recorder import Recorder
+from tsd_jax.training.settling import Settling, SettlingConfig
 from tsd_jax.training.state import TrainState
 
 
@@ -26,7 +27,9 @@ class LoopConfig:
 
     Attributes:
       steps: of the whole run.
-      launch_step: steps before launch; None for a method without one.
+      launch_step: steps before launch, 0 for a launch before the first; None for a
+        method without one, or where `settling` decides.
+      settling: when to launch by what the directions do; None for `launch_step`.
       log_every: a figure, a sync of host and device.
       eval_every: 0 for evaluation before and after only.
       checkpoint_every: 0 for the end only.
@@ -34,6 +37,7 @@ class LoopConfig:
 
     steps: int
     launch_step: int | None
+    settling: SettlingConfig | None = None
     log_every: int = 10
     eval_every: int = 0
     checkpoint_every: int = 0
@@ -44,11 +48,30 @@ class LoopConfig:
             raise InputError(f"steps must be at least 1, not {self.steps}")
         if self.log_every < 1:
             raise InputError(f"log_every must be at least 1, not {self.log_every}")
-        if self.launch_step is not None and not 1 <= self.launch_step < self.steps:
+        if self.launch_step is not None and not 0 <= self.launch_step < self.steps:
             raise InputError(
-                f"launch_step {self.launch_step} must lie in [1, steps), and steps are "
+                f"launch_step {self.launch_step} must lie in [0, steps), and steps are "
                 f"{self.steps}: launch earlier or train longer"
             )
+        if self.settling is None:
+            return
+        if self.launch_step is not None:
+            raise InputError("a launch at a fixed step leaves nothing to settle")
+        if self.settling.launch_max >= self.steps:
+            raise InputError(
+                f"settling.launch_max {self.settling.launch_max} must be less than the "
+                f"{self.steps} steps: launch earlier or train longer"
+            )
+
+    def settles(self, done: int) -> bool:
+        """Tell whether directions are checked after this many steps."""
+        return self.settling is not None and self.settling.due(done)
+
+    def launches(self, step: int, settling: Settling | None) -> bool:
+        """Tell whether to launch after this many steps, if it is not done yet."""
+        if self.settling is None or settling is None:
+            return step == self.launch_step
+        return self.settling.launches(step, int(settling.streak))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +85,7 @@ class Parts:
       evaluate: state -> {name: figure}.
       on_launch: report -> None; writes what launch saw.
       rates: {name: schedule} of learning rates, for the log.
+      settle: state -> state with one more check of the directions.
     """
 
     step: Any
@@ -70,6 +94,7 @@ class Parts:
     evaluate: Callable[[TrainState], dict[str, float]]
     on_launch: Callable[[Mapping[str, Any]], None]
     rates: Mapping[str, optax.Schedule]
+    settle: Callable[[TrainState], TrainState] | None = None
 
 
 class Stopwatch:
@@ -156,11 +181,24 @@ def _check_finite(done: int, metrics: Mapping[str, jax.Array]) -> None:
             )
 
 
+def _settle(
+    state: TrainState, parts: Parts, recorder: Recorder, done: int
+) -> TrainState:
+    """Check the directions once, and record what came of it."""
+    assert parts.settle is not None
+    state = parts.settle(state)
+    seen = state.settling
+    # The first check has nothing to compare with.
+    figures = {"overlap": float(seen.overlap)} if int(seen.checks) > 1 else {}
+    recorder.log("settling", done, **figures, streak=int(seen.streak))
+    return state
+
+
 def _log(
     done: int,
     metrics: Mapping[str, jax.Array],
     parts: Parts,
-    config: LoopConfig,
+    launched: bool,
     recorder: Recorder,
     speed: float,
 ) -> None:
@@ -170,7 +208,6 @@ def _log(
     rates = {
         name: float(np.asarray(rate(done - 1))) for name, rate in parts.rates.items()
     }
-    launched = config.launch_step is not None and done > config.launch_step
     phase = "dash" if launched else "prelaunch"
     recorder.train(done, phase, **figures, **rates, tokens_per_second=speed)
 
@@ -206,7 +243,7 @@ def run(
       StopRequested: SIGINT or SIGTERM came; the state is saved.
       InputError: the loss or its gradient is no longer finite.
     """
-    start, watch = int(state.step), Stopwatch()
+    start, watch, launched = int(state.step), Stopwatch(), bool(state.launched)
     if start == config.steps:
         return state, watch
     begun = time.perf_counter()
@@ -218,11 +255,11 @@ def run(
     watch.go()
     with stop_signals() as stopping:
         for step in range(start, config.steps):
-            if step == config.launch_step and not state.launched:
+            if not launched and config.launches(step, state.settling):
                 watch.stop(state)
                 if metrics:  # Init would start afresh from whatever was ranked.
                     _check_finite(step, metrics)
-                state = _launch(state, parts, recorder, step)
+                state, launched = _launch(state, parts, recorder, step), True
                 watch.go()
             state, metrics = step_fn(state, params, parts.batch(step), key)
             watch.tokens += positions
@@ -230,12 +267,15 @@ def run(
             logging = last or stopping or _due(done, config.log_every)
             evaluating = not last and _due(done, config.eval_every)
             saving = last or stopping or _due(done, config.checkpoint_every)
-            if not (logging or evaluating or saving):
+            settling = not (last or launched) and config.settles(done)
+            if not (logging or evaluating or saving or settling):
                 continue
             watch.stop(metrics)
             _check_finite(done, metrics)
             if logging:
-                _log(done, metrics, parts, config, recorder, watch.lap())
+                _log(done, metrics, parts, launched, recorder, watch.lap())
+            if settling:
+                state = _settle(state, parts, recorder, done)
             if evaluating:
                 recorder.evaluation(done, parts.evaluate(state))
             if saving:

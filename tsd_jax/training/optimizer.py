@@ -29,21 +29,34 @@ DECAYS: dict[str, Callable[[float, int], optax.Schedule]] = {
 
 
 def make_schedule(
-    peak: float, *, steps: int, warmup: int = 0, decay: str = "linear"
+    peak: float,
+    *,
+    steps: int,
+    warmup: int = 0,
+    decay: str = "linear",
+    restart: int | None = None,
 ) -> optax.Schedule:
     """Rise linearly from 0 over `warmup` steps, then decay over the rest.
 
-    With "linear" it is the schedule of Hugging Face's trainer.
+    With "linear" it is the schedule of Hugging Face's trainer. With `restart` = t it
+    is that schedule before step t, and from there on a new one over what is left:
+
+        rate(n) = s(n; steps) for n < t,  s(n - t; steps - t) for n >= t
 
     Args:
       peak: highest learning rate.
       steps: of the whole run, warm-up and pre-launch included.
       warmup: steps of the rise.
       decay: "constant", "linear" or "cosine".
+      restart: the step (of launch) to start again at; None to go on.
 
     Raises:
-      InputError: unknown decay, or a warm-up as long as the run.
+      InputError: unknown decay, or a warm-up as long as the run or what is left of it.
     """
+    if restart:
+        before = make_schedule(peak, steps=steps, warmup=warmup, decay=decay)
+        again = make_schedule(peak, steps=steps - restart, warmup=warmup, decay=decay)
+        return optax.join_schedules([before, again], [restart])
     if decay not in DECAYS:
         raise InputError(f"unknown decay {decay!r}; choose one of {', '.join(DECAYS)}")
     if not 0 <= warmup < steps:

@@ -125,7 +125,10 @@ def adapter_shardings(
     adapter = Adapter(named(rows, None), named(None, columns), gain, kernel)
     if not kernel.columns:
         return adapter, Directions(None, None, None)
-    return adapter, Directions(named(rows, None), named(columns, None), named(None))
+    gate = named(None) if kernel.gated else None
+    return adapter, Directions(
+        named(rows, None), named(columns, None), named(None), gate
+    )
 
 
 def state_shardings(
@@ -158,6 +161,7 @@ def state_shardings(
         adapters=adapters,
         directions={path: pair[1] for path, pair in pairs.items()},
         opt_state=jax.tree_util.tree_map_with_path(like_adapter, state.opt_state),
+        settling=jax.tree.map(lambda _: replicated, state.settling),
     )
 
 

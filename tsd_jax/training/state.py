@@ -11,6 +11,7 @@ from flax import struct
 
 from tsd_jax.core.adapter import init
 from tsd_jax.core.spec import Spec
+from tsd_jax.training.settling import SettlingConfig, init_settling
 
 
 class TrainState(struct.PyTreeNode):
@@ -21,6 +22,8 @@ class TrainState(struct.PyTreeNode):
       launched: whether launch has happened, bool ().
       adapters: what trains. directions: what is frozen beside it.
       opt_state: of the optimizer, over `adapters` alone.
+      settling: what was seen of the directions so far, where that decides when to
+        launch; None otherwise.
     """
 
     step: Any
@@ -28,10 +31,14 @@ class TrainState(struct.PyTreeNode):
     adapters: Any
     directions: Any
     opt_state: Any
+    settling: Any = None
 
 
 def create_state(
-    key: jax.Array, spec: Spec, optimizer: optax.GradientTransformation
+    key: jax.Array,
+    spec: Spec,
+    optimizer: optax.GradientTransformation,
+    settling: SettlingConfig | None = None,
 ) -> TrainState:
     """Start a run: adapters without effect, no directions, empty moments."""
     adapters, directions = init(key, spec)
@@ -41,4 +48,5 @@ def create_state(
         adapters=adapters,
         directions=directions,
         opt_state=optimizer.init(cast(Any, adapters)),
+        settling=None if settling is None else init_settling(spec, settling),
     )

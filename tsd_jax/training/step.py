@@ -122,6 +122,7 @@ def launch_state(
     spec: Spec,
     *,
     epsilon: float = EPSILON,
+    changes: Mapping[str, jax.Array] | None = None,
     state_shardings: Any = None,
 ) -> tuple[TrainState, dict[str, Ranking]]:
     """Launch: rank the directions, start what trains on them, reset its moments.
@@ -131,12 +132,15 @@ def launch_state(
       params: the base's tree.
       spec: of `make_spec`.
       epsilon: of the change rate.
+      changes: {path: dK} to rank by instead of what was trained; see `launch`.
       state_shardings: where the new state shall lie; None keeps it where it is.
 
     Returns:
       The state with `launched` set, and {path: Ranking}.
     """
-    adapters, directions, report = launch(params, state.adapters, spec, epsilon=epsilon)
+    adapters, directions, report = launch(
+        params, state.adapters, spec, epsilon=epsilon, changes=changes
+    )
     new = state.replace(
         launched=jnp.ones_like(state.launched),
         adapters=adapters,

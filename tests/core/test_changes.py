@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
+from tests.helpers.trees import small_spec, trained
+from tsd_jax.core.changes import Full, LowRank
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.launch import Extraction, launch
+from tsd_jax.core.layout import Layout
+from tsd_jax.core.ranking import rank_change, rank_directions
+from tsd_jax.core.tridiagonal import tridiagonalize
+from tsd_jax.core.wide import Wide
+
+SHAPES = {"square": (20, 20), "wide": (20, 33), "tall": (33, 20)}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def problem(shape):
+    """Give a kernel of falling spectrum, and a change of full rank."""
+    kernel, _, _ = spectrum_kernel(0, shape, geometric(20))
+    change = np.random.default_rng(1).normal(size=shape)
+    return kernel.astype(np.float32), change.astype(np.float32)
+
+
+@shapes
+@pytest.mark.parametrize("solver", ["auto", "tridiagonal"])
+def test_a_full_change_is_ranked_as_defined(shape, solver):
+    """Whatever solver is asked for: it needs the dense one, and takes it."""
+    kernel, change = problem(shape)
+    with jax.enable_x64(True):
+        got = rank_change(
+            jnp.asarray(kernel), Full(jnp.asarray(change)), count=6, solver=solver
+        )
+    want = core_directions(kernel, change)
+    top = want.order[:6]
+    np.testing.assert_array_equal(got.indices, top)
+    np.testing.assert_allclose(got.rates, want.rates, rtol=1e-6)
+    moved = np.diag(want.P.T @ change.astype(np.float64) @ want.Q)[top]
+    np.testing.assert_allclose(got.moved, moved, rtol=1e-6)
+
+
+@shapes
+def test_both_kinds_of_a_change_say_the_same(shape):
+    kernel, _ = problem(shape)
+    rng = np.random.default_rng(2)
+    a = jnp.asarray(rng.normal(size=(shape[0], 3)), jnp.float32)
+    b = jnp.asarray(rng.normal(size=(3, shape[1])), jnp.float32)
+    with jax.enable_x64(True):
+        full = Full(2.0 * a.astype(jnp.float64) @ b.astype(jnp.float64))
+        one = rank_change(jnp.asarray(kernel), full, count=5)
+        other = rank_directions(jnp.asarray(kernel), a, b, scale=2.0, count=5)
+        third = rank_change(jnp.asarray(kernel), LowRank(a, b, 2.0), count=5)
+    np.testing.assert_array_equal(one.indices, other.indices)
+    np.testing.assert_allclose(one.rates, other.rates, rtol=1e-7)
+    np.testing.assert_allclose(one.moved, other.moved, rtol=1e-7)
+    np.testing.assert_array_equal(third.rates, other.rates)
+
+
+def test_a_full_change_cannot_be_seen_without_all_vectors():
+    kernel, change = problem((20, 33))
+    with jax.enable_x64(True):
+        few = tridiagonalize(Wide(jnp.asarray(kernel)).gram())
+        with pytest.raises(TypeError, match="dense spectrum"):
+            Full(jnp.asarray(change)).wide.products(few, Wide(jnp.asarray(kernel)))
+
+
+@pytest.mark.parametrize("where", ["devices", "hosts"])
+@pytest.mark.parametrize("method", ["dash", "init", "tsd"])
+def test_launch_by_gradients_of_stored_kernels(method, where):
+    """(out, layers, in): A and B have no say, and the scale has none."""
+    layout = Layout((1,), (2,), (0,), lifted=(1,))
+    spec = small_spec(method, shape=(9, 3, 6), layout=layout)
+    rng = np.random.default_rng(3)
+    kernel = rng.normal(size=(9, 3, 6)).astype(np.float32)
+    gradient = jnp.asarray(rng.normal(size=(9, 3, 6)), jnp.float32)
+    adapters = trained(0, spec)[0]
+    params = {"k": jnp.asarray(kernel)}
+    extraction = Extraction(where=where)
+    new, frozen, report = launch(
+        params, adapters, spec, changes={"k": gradient}, extraction=extraction
+    )
+    again = launch(params, adapters, spec, changes={"k": -7.0 * gradient})[2]
+    count = spec.kernels[0].ranked
+    for layer in range(3):
+        want = core_directions(kernel[:, layer].T, np.asarray(gradient)[:, layer].T)
+        top = want.order[:count]
+        np.testing.assert_array_equal(report["k"].indices[layer], top)
+        np.testing.assert_array_equal(again["k"].indices[layer], top)
+        np.testing.assert_allclose(report["k"].rates[layer], want.rates, rtol=1e-4)
+        ours = np.asarray(frozen["k"].left[layer] @ frozen["k"].right[layer].T)
+        np.testing.assert_allclose(ours, want.P[:, top] @ want.Q[:, top].T, atol=1e-5)
+    if method == "dash":
+        assert new["k"].a is adapters["k"].a
+
+
+def test_methods_that_make_nothing_of_a_gradient():
+    spec = small_spec("pissa", shape=(6, 9))
+    params = {"k": jnp.ones((6, 9))}
+    with pytest.raises(InputError, match="'pissa' ranks by 'largest', which looks"):
+        launch(params, trained(0, spec)[0], spec, changes=params)

@@ -1,0 +1,276 @@
+"""When to launch: once the directions that a launch would take have settled.
+
+A few matrices are watched, decomposed once. Every k steps t the s directions of the
+largest change rates are found again, I_t, and compared with those before:
+
+    overlap_t = mean over the watched matrices of |I_t n I_{t-k}| / s
+
+They have settled when overlap_t >= threshold in `patience` checks on end. Pre-launch
+is at least `launch_min` steps and at most `launch_max`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tsd_jax.core import paths, stacks
+from tsd_jax.core.adapter import Adapters
+from tsd_jax.core.changes import LowRank
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.ranking import EPSILON, decompose, top_directions
+from tsd_jax.core.spec import KernelSpec, Spec
+
+Sample = tuple[tuple[KernelSpec, tuple[int, ...]], ...]
+"""Kernels, and which matrices of their stacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettlingConfig:
+    """Say when directions count as settled; in optimizer steps.
+
+    Attributes:
+      launch_min: of pre-launch at least. launch_max: at most, settled or not.
+      every: k, steps from check to check.
+      threshold: on the mean overlap, in (0, 1].
+      patience: checks on end that must reach it.
+      matrices: to watch at most; each costs a decomposition at the start, and a
+        float64 matrix of its short side while it is watched.
+    """
+
+    launch_min: int
+    launch_max: int
+    every: int = 5
+    threshold: float = 0.8
+    patience: int = 3
+    matrices: int = 16
+
+    def __post_init__(self):
+        """Refuse what could never be decided."""
+        for name in ("launch_min", "every", "patience", "matrices"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"settling.{name} must be at least 1, not {getattr(self, name)}"
+                )
+        if not 0 < self.threshold <= 1:
+            raise InputError(
+                f"settling.threshold must lie in (0, 1], not {self.threshold}"
+            )
+        if self.launch_min > self.launch_max:
+            raise InputError(
+                f"settling.launch_min {self.launch_min} is larger than "
+                f"settling.launch_max {self.launch_max}"
+            )
+        needed = (self.patience + 1) * self.every
+        if needed > self.launch_max:
+            raise InputError(
+                f"settling.launch_max {self.launch_max} leaves no room to settle: "
+                f"patience {self.patience} and every {self.every} need {needed} steps"
+            )
+
+    def due(self, step: int) -> bool:
+        """Tell whether there is a check after this many steps."""
+        return step % self.every == 0
+
+    def launches(self, step: int, streak: int) -> bool:
+        """Tell whether to launch after this many steps."""
+        settled = streak >= self.patience or step >= self.launch_max
+        return step >= self.launch_min and settled
+
+
+class Settling(struct.PyTreeNode):
+    """Hold what the next check needs; part of the training state.
+
+    Attributes:
+      sets: {kernel path: top directions of its watched matrices, (n, s), int32}.
+      overlap: the last one, float32 (). streak: checks on end that reached the
+        threshold, int32 (). checks: so far, int32 ().
+    """
+
+    sets: Any
+    overlap: Any
+    streak: Any
+    checks: Any
+
+
+def sample(spec: Spec, count: int) -> Sample:
+    """Choose at most `count` matrices, spread evenly over kernels and layers.
+
+    All matrices in a row, kernel after kernel: the first, the last, and others at
+    equal distances between them.
+    """
+    every = [
+        (kernel, index)
+        for kernel in spec.kernels
+        for index in range(int(np.prod(kernel.batch_shape)))
+    ]
+    places = np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)
+    chosen = [every[place] for place in places]
+    return tuple(
+        (kernel, tuple(index for owner, index in chosen if owner is kernel))
+        for kernel in spec.kernels
+        if any(owner is kernel for owner, _ in chosen)
+    )
+
+
+def init_settling(spec: Spec, config: SettlingConfig) -> Settling:
+    """Start: no check yet, and no set that could overlap."""
+    sets = {
+        kernel.path: jnp.full((len(indices), kernel.ranked), -1, jnp.int32)
+        for kernel, indices in sample(spec, config.matrices)
+    }
+    zero = jnp.zeros((), jnp.int32)
+    return Settling(sets, jnp.zeros((), jnp.float32), zero, zero)
+
+
+def mean_overlap(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> float:
+    """Give the mean over all rows of |I n J| / s."""
+    shares = [
+        len(np.intersect1d(before, after)) / len(after)
+        for path in new
+        for before, after in zip(old[path], new[path], strict=True)
+    ]
+    return float(np.mean(shares))
+
+
+def advance(
+    settling: Settling, sets: Mapping[str, np.ndarray], threshold: float
+) -> Settling:
+    """Compare the sets of a check with those before; all on the host."""
+    old = {path: np.asarray(rows) for path, rows in settling.sets.items()}
+    overlap = mean_overlap(old, sets)
+    checks = int(settling.checks)
+    reached = checks > 0 and overlap >= threshold - 1e-9
+    streak = int(settling.streak) + 1 if reached else 0
+    new = Settling(dict(sets), overlap, streak, checks + 1)
+    return jax.tree.map(lambda x, y: np.asarray(x, y.dtype), new, settling)
+
+
+def _replicated(array: Any) -> Any:
+    """Give the sharding that puts an array whole on all of its devices."""
+    sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def _here(array: jax.Array) -> jax.Array:
+    """Give this process's copy, on one device that computes in float64."""
+    local = array.addressable_data(0)
+    (device,) = local.devices()
+    if stacks.has_float64(device.platform):
+        return local
+    return jax.device_put(jax.device_get(local), jax.local_devices(backend="cpu")[0])
+
+
+def _matrices(
+    kernel: jax.Array, spec: KernelSpec, indices: tuple[int, ...]
+) -> jax.Array:
+    """Give some matrices (n, in, out) of a stored kernel, moving no more than a few."""
+    chunks = stacks.cut(kernel, spec.layout, memory_budget=1)
+    take = jax.jit(
+        lambda kernel, start: chunks.matrices(kernel, start)[0],
+        out_shardings=_replicated(kernel),
+    )
+    return jnp.stack([_here(take(kernel, np.int32(index))) for index in indices])
+
+
+@functools.partial(jax.jit, static_argnames=("chosen", "place"))
+def _pick(adapters: Adapters, *, chosen: Sample, place: NamedSharding | None):
+    """Give {path: (A, B)} of the watched matrices, whole on every device."""
+
+    def rows(x: jax.Array, indices: tuple[int, ...]) -> jax.Array:
+        some = x.reshape(-1, *x.shape[-2:])[np.asarray(indices)]
+        return some if place is None else lax.with_sharding_constraint(some, place)
+
+    pairs = {kernel.path: adapters[kernel.path] for kernel, _ in chosen}
+    return {
+        kernel.path: (
+            rows(pairs[kernel.path].a, indices),
+            rows(pairs[kernel.path].b, indices),
+        )
+        for kernel, indices in chosen
+    }
+
+
+@jax.jit
+def _decompose(matrices: jax.Array) -> Any:
+    return lax.map(decompose, matrices)
+
+
+@functools.partial(jax.jit, static_argnames=("chosen", "epsilon"))
+def _top(matrices: Any, spectra: Any, factors: Any, *, chosen: Sample, epsilon: float):
+    """Give {path: (n, s)}, a matrix after the other."""
+
+    def sets(kernel: KernelSpec) -> jax.Array:
+        def one(parts):
+            matrix, spectrum, a, b = parts
+            change = LowRank(a, b, kernel.scale)
+            return top_directions(
+                matrix, change, spectrum, count=kernel.ranked, epsilon=epsilon
+            )
+
+        path = kernel.path
+        return lax.map(one, (matrices[path], spectra[path], *factors[path]))
+
+    return {kernel.path: sets(kernel) for kernel, _ in chosen}
+
+
+class Watcher:
+    """Check whether the directions of a few matrices have settled.
+
+    Every process watches on one device of its own, or on its CPU where devices have
+    no float64; what the first one finds holds for all.
+
+    Args:
+      params: the base's tree. spec: of `make_spec`. config: when they have settled.
+      epsilon: of the change rate.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        spec: Spec,
+        config: SettlingConfig,
+        *,
+        epsilon: float = EPSILON,
+    ):
+        self._threshold, self._epsilon = config.threshold, epsilon
+        self._sample = sample(spec, config.matrices)
+        kernels = paths.select(params, tuple(k.path for k, _ in self._sample))
+        self._matrices = {
+            kernel.path: _matrices(kernels[kernel.path], kernel, indices)
+            for kernel, indices in self._sample
+        }
+        with jax.enable_x64(True):
+            self._spectra = {p: _decompose(m) for p, m in self._matrices.items()}
+
+    def __call__(self, settling: Settling, adapters: Adapters) -> Settling:
+        """Check once; give what the next check needs, where the old one lies."""
+        chosen = self._sample
+        place = _replicated(jax.tree.leaves(adapters)[0])
+        factors = jax.tree.map(_here, _pick(adapters, chosen=chosen, place=place))
+        with jax.enable_x64(True):
+            sets = _top(
+                self._matrices,
+                self._spectra,
+                factors,
+                chosen=chosen,
+                epsilon=self._epsilon,
+            )
+        sets = jax.tree.map(np.asarray, sets)
+        if jax.process_count() > 1:
+            sets = multihost_utils.broadcast_one_to_all(sets)
+            sets = jax.tree.map(np.asarray, sets)
+        new = advance(settling, sets, self._threshold)
+        return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), new, settling)
