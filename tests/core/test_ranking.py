@@ -8,24 +8,40 @@ import numpy as np
 import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
-from tsd_jax.core.ranking import Ranked, rank_directions
+from tsd_jax.core.ranking import Ranked, decompose, rank_directions
+from tsd_jax.core.spectra import Dense, null_threshold
 
 SCALE, EPSILON = 2.0, 1e-6
 SHAPES = {"square": (40, 40), "wide": (40, 72), "tall": (72, 40)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def _rank(kernel, a, b, *, count, epsilon):
-    return rank_directions(kernel, a, b, scale=SCALE, count=count, epsilon=epsilon)
+@functools.partial(jax.jit, static_argnames=("count", "solver"))
+def _rank(kernel, a, b, *, count, epsilon, solver="auto"):
+    return rank_directions(
+        kernel, a, b, scale=SCALE, count=count, epsilon=epsilon, solver=solver
+    )
 
 
-def rank(kernel, a, b, count=8, epsilon=EPSILON) -> Ranked:
+def rank(kernel, a, b, count=8, epsilon=EPSILON, solver="auto") -> Ranked:
     """Rank under the default settings, as `launch` does."""
     assert jnp.asarray(0.5).dtype == jnp.float32
     with jax.enable_x64(True):
-        ranked = _rank(kernel, a, b, count=count, epsilon=epsilon)
+        ranked = _rank(kernel, a, b, count=count, epsilon=epsilon, solver=solver)
     return jax.tree.map(np.asarray, ranked)
+
+
+@jax.jit
+def _rank_stored(kernel, a, b):
+    """Rank by eigenvectors rounded to float32, as a store gives them."""
+    values, vectors = decompose(kernel)
+    stored = Dense(values, vectors.astype(jnp.float32))
+    return rank_directions(kernel, a, b, scale=SCALE, count=8, spectrum=stored)
+
+
+def rank_stored(kernel, a, b) -> Ranked:
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, _rank_stored(kernel, a, b))
 
 
 def problem(seed, shape, sigma, dtype=jnp.float32):
@@ -152,3 +168,111 @@ def test_refuses_to_work_in_float32():
         _rank(kernel, a, b, count=2, epsilon=EPSILON)
     with pytest.raises(TypeError, match="enable_x64"):
         rank_directions(kernel, a, b, scale=SCALE, count=2, epsilon=EPSILON)
+
+
+WAYS = {
+    "dense": functools.partial(rank, solver="dense"),
+    "tridiagonal": functools.partial(rank, solver="tridiagonal"),
+    "stored": rank_stored,
+}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+def heavy(k):
+    """Independent draws of a heavy tail: large values, and some close together."""
+    draws = np.minimum(0.05 / np.random.default_rng(0).random(k), 100)
+    return np.sort(draws)[::-1]
+
+
+SPECTRA = {
+    "geometric to 1e-2": geometric(96),
+    "geometric to 1e-4": geometric(96, 10, 1e-4),
+    "heavy": heavy(96),
+    "gaussian": None,
+}
+
+
+@ways
+@pytest.mark.parametrize("sigma", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("shape", [(96, 96), (96, 150), (150, 96)], ids=str)
+def test_sets_and_vectors_are_exact(way, sigma, shape):
+    """Float64 NumPy's, wherever the rates at the cut differ by 1e-6."""
+    rng = np.random.default_rng(11)
+    if sigma is None:
+        kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        _, a, b = problem(0, shape, geometric(96))
+    else:
+        kernel, a, b = problem(11, shape, sigma)
+    got, want = way(kernel, a, b), oracle(kernel, a, b)
+    eps = float(jnp.finfo(jnp.float32).eps)
+    null = want.sigma <= np.asarray(null_threshold(jnp.asarray(want.sigma), shape, eps))
+    rates = np.where(null, -1, want.rates)
+    order = np.argsort(-rates, kind="stable")
+    assert rates[order[7]] > rates[order[8]] * (1 + 1e-6) > 0
+    np.testing.assert_array_equal(got.indices, order[:8])
+    np.testing.assert_allclose(got.rates[order[:8]], rates[order[:8]], rtol=1e-6)
+    ours = np.einsum("ic,oc->cio", got.left, got.right)
+    theirs = np.einsum("ic,oc->cio", want.P[:, order[:8]], want.Q[:, order[:8]])
+    np.testing.assert_allclose(ours, theirs, atol=1e-7)
+    moved = np.diag(want.P.T @ (SCALE * np.asarray(a, float) @ np.asarray(b)) @ want.Q)
+    np.testing.assert_allclose(got.moved, moved[order[:8]], rtol=1e-6)
+
+
+@ways
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)], ids=str)
+@pytest.mark.parametrize(
+    "sigma",
+    [np.ones(24), np.repeat([3.0, 1.0], 12), np.zeros(24), np.eye(24)[0]],
+    ids=["orthogonal", "two values", "zero", "rank one"],
+)
+def test_degenerate_kernels(way, shape, sigma):
+    """Finite, orthonormal, the same again, of the null space last."""
+    kernel, a, b = problem(12, shape, sigma)
+    got, again = way(kernel, a, b), way(kernel, a, b)
+    for x, y in zip(got, again, strict=True):
+        assert np.isfinite(x).all()
+        np.testing.assert_array_equal(x, y)
+    for side in (got.left, got.right):
+        np.testing.assert_allclose(side.T @ side, np.eye(8), atol=1e-6)
+    product = got.left.T @ np.asarray(kernel, np.float64) @ got.right
+    np.testing.assert_allclose(np.diag(product), got.chosen, atol=1e-6)
+    rank_of = int((sigma > 0).sum())
+    assert set(got.indices[:rank_of].tolist()) <= set(range(rank_of))
+    np.testing.assert_array_equal(got.chosen[rank_of:], 0)
+
+
+def kernels_of(folder):
+    """Give every matrix of a checkpoint of at least 32 rows and columns."""
+    from safetensors.numpy import load_file
+
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if tensor.ndim == 2 and min(tensor.shape) >= 32 and "embed" not in name:
+            yield name, tensor.T.astype(np.float32)
+
+
+def assert_exact(kernel, seed):
+    rng = np.random.default_rng(seed)
+    a = jnp.asarray(rng.normal(0, 0.02, (kernel.shape[0], 8)), jnp.float32)
+    b = jnp.asarray(rng.normal(0, 0.02, (8, kernel.shape[1])), jnp.float32)
+    kernel = jnp.asarray(kernel)
+    want = oracle(kernel, a, b)
+    null = want.sigma <= float(
+        null_threshold(jnp.asarray(want.sigma), kernel.shape, 2.0**-23)
+    )
+    order = np.argsort(-np.where(null, -1, want.rates), kind="stable")
+    gap = want.rates[order[7]] / want.rates[order[8]] - 1
+    assert gap > 1e-6
+    for solver in ("dense", "tridiagonal"):
+        got = rank(kernel, a, b, solver=solver)
+        np.testing.assert_array_equal(got.indices, order[:8])
+        overlap = np.abs(np.sum(got.left * want.P[:, order[:8]], 0))
+        np.testing.assert_allclose(overlap, 1, atol=1e-9)
+
+
+@pytest.mark.shared
+def test_every_kernel_of_a_real_decoder(shared):
+    names = [
+        assert_exact(kernel, seed)
+        for seed, (_, kernel) in enumerate(kernels_of(shared / "models" / "stories3M"))
+    ]
+    assert len(names) == 42
