@@ -81,7 +81,7 @@ class Full(NamedTuple):
         """
         if not isinstance(spectrum, Dense):
             raise TypeError("a full change needs a dense spectrum")
-        seen = spectrum.project(self.matrix @ kernel.T)
+        seen = spectrum.project((kernel @ self.matrix.T).T)
         return jnp.sum(seen * spectrum.all_vectors.T, 1)
 
     def products_of(self, short: jax.Array, long: jax.Array) -> jax.Array:
