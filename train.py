@@ -268,6 +268,7 @@ def prepare(config: Config, workdir: Path) -> Run:
         base=base,
         spec=spec,
         epsilon=config.method.epsilon,
+        extraction=tsd.Extraction(store=spectra_store(config)),
         plan=plan,
         optimizer=optimizer,
         rates=rates,
@@ -290,14 +291,35 @@ def flat_config(config: Config) -> dict[str, Any]:
     return flat
 
 
+def cache_folder(cache_dir: str) -> Path | None:
+    """Give the folder of caches; None if there shall be none."""
+    if cache_dir == "off":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_dir or Path(home) / "tsd_jax")
+
+
 def use_cache(cache_dir: str) -> None:
     """Keep compiled programs from run to run, at most 2 GB of them."""
-    if cache_dir == "off":
-        return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(cache_dir or Path(home) / "tsd_jax") / "programs"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
+    folder = cache_folder(cache_dir)
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+        jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
+
+
+def spectra_store(config: Config) -> tsd.SpectraFolder | None:
+    """Keep the base's spectra from run to run, where asked to."""
+    if not config.cache_spectra:
+        return None
+    folder = cache_folder(config.cache_dir)
+    if folder is None:
+        raise InputError("cache_spectra needs a cache_dir, which is 'off'")
+    if config.cache_spectra_gb <= 0:
+        raise InputError(
+            f"cache_spectra_gb must be positive, not {config.cache_spectra_gb}"
+        )
+    size = int(config.cache_spectra_gb * 2**30)
+    return tsd.SpectraFolder(folder / "spectra", size)
 
 
 def config_keys(file: str) -> list[str]:

@@ -16,6 +16,10 @@ def get_config() -> Any:
     config.mesh = (-1, 1, 1)
     # Compiled programs; "" means $XDG_CACHE_HOME/tsd_jax, "off" means none.
     config.cache_dir = ""
+    # Spectra of the base's kernels too, so that the next launch on it decomposes
+    # nothing: 4 n^2 bytes for a kernel whose shorter side is n.
+    config.cache_spectra = False
+    config.cache_spectra_gb = 32.0  # at most
 
     config.model = ConfigDict()
     config.model.path = ""  # local folder in Hugging Face format, or hub id

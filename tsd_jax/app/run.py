@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from tsd_jax.app import artifacts
 from tsd_jax.app.task import Evaluate
 from tsd_jax.binding.linen import bind
+from tsd_jax.core.launch import Extraction
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.interchange.peft import to_peft
@@ -33,6 +34,8 @@ Figures = dict[str, float]
 # What may change between two parts of one run without changing its result.
 _FREE = (
     "cache_dir",
+    "cache_spectra",
+    "cache_spectra_gb",
     "mesh",
     "eval.every",
     "train.checkpoint_every",
@@ -80,6 +83,7 @@ class Run:
     base: Base
     spec: Spec
     epsilon: float
+    extraction: Extraction
     plan: loop.LoopConfig
     optimizer: optax.GradientTransformation
     rates: Mapping[str, optax.Schedule]
@@ -127,7 +131,7 @@ def execute(run: Run) -> None:
             launched=bool(state.launched),
             active=first,
         ) as recorder:
-            parts = make_parts(run, params, places)
+            parts = make_parts(run, params, places, recorder)
             before = evaluated(recorder, parts, state, at=0)
             state, watch = loop.run(
                 state, params, dropout_key, parts, run.plan, recorder, checkpoints
@@ -158,7 +162,7 @@ def start(
     return checkpoints.restore(template), Places(params, places)
 
 
-def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
+def make_parts(run: Run, params: Any, places: Places, recorder: Recorder) -> loop.Parts:
     """Build what the loop calls."""
     loss_fn = next_token_loss(run.base.apply)
     step = make_train_step(
@@ -191,7 +195,10 @@ def make_parts(run: Run, params: Any, places: Places) -> loop.Parts:
             params,
             run.spec,
             epsilon=run.epsilon,
+            seed=run.seed,
             changes=changes,
+            extraction=run.extraction,
+            progress=recorder.launching,
             state_shardings=places.state,
         )
 

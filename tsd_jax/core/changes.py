@@ -82,9 +82,8 @@ class Full(NamedTuple):
         """
         if not isinstance(spectrum, Dense):
             raise TypeError("a full change needs a dense spectrum")
-        vectors = spectrum.all_vectors.astype(jnp.float64)
-        seen = spectrum.project(self.matrix @ kernel.whole.T)
-        return jnp.sum(seen * vectors.T, 1)
+        seen = spectrum.project(kernel.times(self.matrix.T).T)
+        return jnp.sum(seen * spectrum.all_vectors.T.astype(jnp.float64), 1)
 
     def products_of(self, short: jax.Array, long: jax.Array) -> jax.Array:
         """Give sigma_i p_i, (c,), of vectors P_i (n, c) and K^T P_i (m, c)."""

@@ -35,12 +35,6 @@ class Wide(NamedTuple):
         short, long = sorted(self.stored.shape)
         return short, long
 
-    @property
-    def whole(self) -> jax.Array:
-        """All of K in float64, (n, m)."""
-        matrix = self.stored.astype(jnp.float64)
-        return matrix.T if self.tall else matrix
-
     def times(self, columns: jax.Array) -> jax.Array:
         """Give K columns, (n, c), for columns (m, c)."""
         return self._gathered(columns) if self.tall else self._mapped(columns)

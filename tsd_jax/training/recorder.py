@@ -67,6 +67,11 @@ class Recorder:
                 text, flush=True
             )
 
+    def launching(self, done: int, total: int) -> None:
+        """Show on the progress bar how far the launch is, in matrices."""
+        if self._bar is not None:
+            self._bar.set_description(f"launch {done}/{total}")
+
     def log(self, kind: str, step: int, **figures: Any) -> None:
         """Record figures of one kind ("train", "eval", "launch") at a step."""
         if not self._active:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from tsd_jax.binding.linen import bind
-from tsd_jax.core.launch import EPSILON, Ranking, launch
+from tsd_jax.core.launch import EPSILON, Extraction, Progress, Ranking, launch
 from tsd_jax.core.spec import Spec
 from tsd_jax.training.optimizer import reset_moments
 from tsd_jax.training.state import TrainState
@@ -122,7 +122,10 @@ def launch_state(
     spec: Spec,
     *,
     epsilon: float = EPSILON,
+    seed: int = 0,
     changes: Mapping[str, jax.Array] | None = None,
+    extraction: Extraction | None = None,
+    progress: Progress | None = None,
     state_shardings: Any = None,
 ) -> tuple[TrainState, dict[str, Ranking]]:
     """Launch: rank the directions, start what trains on them, reset its moments.
@@ -131,15 +134,21 @@ def launch_state(
       state: before launch.
       params: the base's tree.
       spec: of `make_spec`.
-      epsilon: of the change rate.
-      changes: {path: dK} to rank by instead of what was trained; see `launch`.
+      epsilon, seed, changes, extraction, progress: see `launch`.
       state_shardings: where the new state shall lie; None keeps it where it is.
 
     Returns:
       The state with `launched` set, and {path: Ranking}.
     """
     adapters, directions, report = launch(
-        params, state.adapters, spec, epsilon=epsilon, changes=changes
+        params,
+        state.adapters,
+        spec,
+        epsilon=epsilon,
+        seed=seed,
+        changes=changes,
+        extraction=extraction,
+        progress=progress,
     )
     new = state.replace(
         launched=jnp.ones_like(state.launched),
