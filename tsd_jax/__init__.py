@@ -16,7 +16,7 @@ from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
 from tsd_jax.core.spectra import rank_directions
-from tsd_jax.interchange.peft import to_peft
+from tsd_jax.interchange.peft import PeftExport, to_peft
 from tsd_jax.training.optimizer import (
     group_labels,
     make_optimizer,
@@ -34,6 +34,7 @@ __all__ = [
     "KernelSpec",
     "Layout",
     "Method",
+    "PeftExport",
     "Ranking",
     "Rule",
     "Spec",

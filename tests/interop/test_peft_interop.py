@@ -113,7 +113,7 @@ def test_logits_are_ours(base, tmp_path, method, rank):
     written = to_peft(
         tmp_path, adapters, directions, module_name, base_model=str(base), params=params
     )
-    assert written == rank
+    assert written.rank == rank
     ours = our_logits(model, params, adapters, directions)
     theirs, modules = torch_logits(base, tmp_path)
     assert modules == 3 * 7
@@ -165,8 +165,8 @@ def test_an_adapter_before_launch_is_a_plain_lora(base, tmp_path):
         path: adapter.replace(b=randomised(adapter.b, n))
         for n, (path, adapter) in enumerate(adapters.items())
     }
-    rank = to_peft(tmp_path, adapters, directions, module_name, base_model=str(base))
-    assert rank == 4
+    export = to_peft(tmp_path, adapters, directions, module_name, base_model=str(base))
+    assert export.rank == 4
     theirs, _ = torch_logits(base, tmp_path)
     ours = our_logits(model, params, adapters, directions)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)

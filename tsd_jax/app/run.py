@@ -213,7 +213,7 @@ def finish(
         huggingface.module_name,
         base_model=run.base.name,
         params=run.base.params,
-    )
+    ).rank
     old = files.read_json(run.workdir / "summary.json")
     launch = recorder.find("launch", run.plan.launch_step or 0) or {}
     timed = bool(watch.tokens)  # a finished run that is started again times nothing
