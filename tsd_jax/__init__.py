@@ -16,6 +16,7 @@ from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
 from tsd_jax.core.spectra import rank_directions
+from tsd_jax.interchange.native import SavedAdapter, load_adapter, save_adapter
 from tsd_jax.interchange.peft import PeftExport, to_peft
 from tsd_jax.training.optimizer import (
     group_labels,
@@ -37,6 +38,7 @@ __all__ = [
     "PeftExport",
     "Ranking",
     "Rule",
+    "SavedAdapter",
     "Spec",
     "adapted",
     "bind",
@@ -45,6 +47,7 @@ __all__ = [
     "group_labels",
     "init",
     "launch",
+    "load_adapter",
     "low_rank_factors",
     "make_optimizer",
     "make_schedule",
@@ -52,5 +55,6 @@ __all__ = [
     "merge",
     "rank_directions",
     "reset_moments",
+    "save_adapter",
     "to_peft",
 ]
