@@ -18,6 +18,7 @@ from tsd_jax.core.spec import KernelSpec, Rule, Spec
 from tsd_jax.core.spectra import rank_directions
 from tsd_jax.interchange.native import SavedAdapter, load_adapter, save_adapter
 from tsd_jax.interchange.peft import PeftExport, to_peft
+from tsd_jax.interchange.peft_reader import PeftAdapter, from_peft
 from tsd_jax.training.optimizer import (
     group_labels,
     make_optimizer,
@@ -35,6 +36,7 @@ __all__ = [
     "KernelSpec",
     "Layout",
     "Method",
+    "PeftAdapter",
     "PeftExport",
     "Ranking",
     "Rule",
@@ -43,6 +45,7 @@ __all__ = [
     "adapted",
     "bind",
     "delta",
+    "from_peft",
     "get_method",
     "group_labels",
     "init",

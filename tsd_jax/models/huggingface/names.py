@@ -51,6 +51,20 @@ def module_name(path: str, layer: int | None = None) -> str:
     return ".".join(["model", first, *number, *inner])
 
 
+def module_places(params: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """Invert `module_name` for every kernel: {torch module: (kernel path, layer)}.
+
+    Args:
+      params: the tree of parameters, arrays or shapes, scanned or not.
+    """
+    return {
+        module_name(path, layer): (path, layer)
+        for path, leaf in flatten(params).items()
+        if is_transposed(path)
+        for layer in (range(leaf.shape[0]) if is_stacked(path) else [None])
+    }
+
+
 def is_stacked(path: str) -> bool:
     """Tell whether the leaf at `path` has the layers as its first axis."""
     return path.startswith("layers/")
