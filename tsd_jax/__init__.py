@@ -16,6 +16,7 @@ from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
 from tsd_jax.core.spectra import rank_directions
+from tsd_jax.interchange.merged import MergedExport, to_merged
 from tsd_jax.interchange.native import SavedAdapter, load_adapter, save_adapter
 from tsd_jax.interchange.peft import PeftExport, to_peft
 from tsd_jax.interchange.peft_reader import PeftAdapter, from_peft
@@ -35,6 +36,7 @@ __all__ = [
     "InputError",
     "KernelSpec",
     "Layout",
+    "MergedExport",
     "Method",
     "PeftAdapter",
     "PeftExport",
@@ -59,5 +61,6 @@ __all__ = [
     "rank_directions",
     "reset_moments",
     "save_adapter",
+    "to_merged",
     "to_peft",
 ]
