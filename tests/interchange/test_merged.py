@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ from tsd_jax.interchange.merged import to_merged
 
 IN, OUT, LAYERS = 6, 7, 3
 INDEX = "model.safetensors.index.json"
-MODULES = {f"model.layers.{n}.up": ("stack", n) for n in range(LAYERS)} | {
-    "lm_head": ("k", None)
+MODULES: Mapping[str, tuple[str, int | None]] = {
+    f"model.layers.{n}.up": ("stack", n) for n in range(LAYERS)
+} | {"lm_head": ("k", None)}
+NAMES: Mapping[tuple[str, int | None], str] = {
+    place: name for name, place in MODULES.items()
 }
-NAMES = {place: name for name, place in MODULES.items()}
 
 
 def module_name(path: str, layer: int | None) -> str:
@@ -62,7 +65,7 @@ def trees(scale: float = 1.0):
     return random_all(0, small_spec("tsd"), scale)
 
 
-def dense(adapters, directions, place) -> np.ndarray:
+def dense(adapters, directions, place: tuple[str, int | None]) -> np.ndarray:
     """dK^T of one module, in float64."""
     path, layer = place
     one, two = adapters[path], directions[path]
@@ -260,7 +263,7 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path):
             to_merged(tmp_path / "out", *pair, name, base_folder=folder)
         assert "\n" not in str(told.value)
 
-    pair: Any = trees()
+    pair: tuple[Any, Any] = trees()
     name: Any = module_name
     refused("is quantised", quantization_config={"bits": 4})
     name = lambda path, layer: f"model.{path}.{layer}"  # noqa: E731

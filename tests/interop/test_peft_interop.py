@@ -16,6 +16,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import launch
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule
+from tsd_jax.interchange.merged import to_merged
 from tsd_jax.interchange.peft import to_peft
 from tsd_jax.interchange.peft_reader import from_peft
 from tsd_jax.models.huggingface import (
@@ -294,3 +295,56 @@ def test_adapters_on_a_changed_base_are_refused_until_converted(base, tmp_path, 
     adapters, directions = found.start(jax.random.key(0), spec)
     logits = our_logits(ours, params, adapters, directions)
     np.testing.assert_allclose(logits, theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["1MB", "20KB"])
+def test_a_merged_checkpoint_is_the_adapted_model(tmp_path, shard, tied):
+    folder, merged = tmp_path / "base", tmp_path / "merged"
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    stock = transformers.LlamaForCausalLM(config)
+    stock.save_pretrained(folder, max_shard_size=shard)
+    model, params = our_model(folder)
+    adapters, directions = trained(model, params, ALL, "tsd")
+    to_merged(merged, adapters, directions, module_name, base_folder=folder)
+    assert len(list(merged.glob("*.safetensors"))) == len(
+        list(folder.glob("*.safetensors"))
+    )
+    assert (len(list(merged.glob("*.safetensors"))) > 2) == (shard == "20KB")
+    _, info = transformers.LlamaForCausalLM.from_pretrained(
+        merged, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    theirs, _ = torch_logits(merged)
+    ours = our_logits(model, params, adapters, directions)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    assert np.abs(torch_logits(folder)[0] - theirs).max() > 1
+
+
+def test_a_bfloat16_base_is_merged_exactly_into_float32(base, tmp_path):
+    stock = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    stock.save_pretrained(tmp_path / "base")
+    model, params = our_model(tmp_path / "base")
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    adapters, directions = trained(model, params, ALL, "dash")
+    where = {"base_folder": tmp_path / "base"}
+    tree = (adapters, directions, module_name)
+    wide = to_merged(tmp_path / "wide", *tree, **where, dtype="float32")
+    narrow = to_merged(tmp_path / "narrow", *tree, **where)
+    assert wide.error == 0 < 1e-4 < narrow.error
+    theirs, _ = torch_logits(tmp_path / "wide")
+    ours = our_logits(model, params, adapters, directions)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert again.dtype == torch.bfloat16
