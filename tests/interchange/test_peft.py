@@ -268,3 +268,10 @@ def test_two_kernels_of_one_name_are_refused(tmp_path):
     pairs = collect(q=adapter("q/kernel"), up=adapter("up/kernel"))
     with pytest.raises(InputError, match="another kernel is 'same' already"):
         to_peft(tmp_path, *pairs, lambda path, layer: "same", base_model="b")
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    pairs = collect(q=adapter("q/kernel"))
+    with pytest.raises(InputError, match=r"cannot write .*taken"):
+        to_peft(tmp_path / "taken", *pairs, module_name, base_model="b")

@@ -21,6 +21,7 @@ import numpy as np
 
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Directions
+from tsd_jax.core.errors import InputError
 from tsd_jax.interchange import factors as low_rank
 from tsd_jax.interchange.factors import Factors, ModuleName
 from tsd_jax.interchange.files import write_json, write_tensors
@@ -75,8 +76,8 @@ def to_peft(
         what that costs is returned and logged. Without it the export is exact.
 
     Raises:
-      InputError: there is no adapter, a kernel is stacked along several axes, or
-        max_rank is below 1.
+      InputError: there is no adapter, a kernel is stacked along several axes,
+        max_rank is below 1, or the folder cannot be written.
     """
     factors = low_rank.module_factors(adapters, directions, module_name)
     in_full = _named_in_full(adapters, params)
@@ -112,9 +113,12 @@ def write_adapter(
         factors = {name: each.factors for name, each in small.items()}
     ranks = {name: each.rank for name, each in factors.items()}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, _tensors(factors), {"format": "pt"})
-    write_json(folder / CONFIG, _config(ranks, targets, base_model))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / WEIGHTS, _tensors(factors), {"format": "pt"})
+        write_json(folder / CONFIG, _config(ranks, targets, base_model))
+    except OSError as error:
+        raise InputError(f"cannot write {folder} ({error.strerror})") from error
     errors = {name: low_rank.relative(*pair) for name, pair in cut.items()}
     export = PeftExport(
         rank=max(ranks.values()),
