@@ -157,7 +157,14 @@ def test_the_library_sees_no_settings():
 
 
 def test_torch_is_nowhere():
-    assert [str(f) for f in PROGRAM if top(f.imported) in {"torch", "peft"}] == []
+    """A benchmark may compare with it, in the function that does."""
+    wrong = [
+        str(found)
+        for found in PROGRAM
+        if top(found.imported) in {"torch", "peft"}
+        and (found.eager or not found.importer.startswith("bench"))
+    ]
+    assert wrong == []
 
 
 def test_heavy_packages_are_imported_where_they_are_needed():

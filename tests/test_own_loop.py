@@ -147,8 +147,8 @@ def test_the_adapter_can_be_exported(pretrained, tmp_path):
     def torch_name(path: str, layer: int | None) -> str:
         return f"layers.{layer}." + path.split("/")[1]
 
-    rank = tsd.to_peft(tmp_path, adapters, directions, torch_name, base_model="mine")
-    assert rank == 2
+    export = tsd.to_peft(tmp_path, adapters, directions, torch_name, base_model="mine")
+    assert export.rank == 2
     assert {path.name for path in tmp_path.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",

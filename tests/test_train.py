@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import tsd_jax as tsd
 from configs import default, demo, llama_tsd, stories_tsd
 from tests.helpers.decoders import PUBLISHED, write_decoder
+from tsd_jax.app.export import main
 from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
 from tsd_jax.core.errors import InputError
@@ -72,7 +74,7 @@ def finished(tmp_path_factory):
 def test_run_leaves_every_file_of_its_contract(finished):
     expected = {
         *("config.json", "metrics.jsonl", "summary.json", "directions.npz"),
-        *("adapter", "checkpoints", "plots"),
+        *("adapter", "adapter.safetensors", "checkpoints", "plots"),
     }
     found = {path.name for path in finished.iterdir()}
     assert expected <= found
@@ -81,6 +83,20 @@ def test_run_leaves_every_file_of_its_contract(finished):
         *("loss.png", "spectra.png", "overlap.png")
     }
     assert not [name for name in found if name.endswith(".part")]
+
+
+def test_the_adapter_file_says_all_that_the_peft_adapter_says(finished, tmp_path):
+    saved = tsd.load_adapter(finished / "adapter.safetensors")
+    assert (saved.launched, saved.spec.method.name) == (True, "tsd")
+    rankings = np.load(finished / "directions.npz")
+    assert saved.indices is not None
+    for path, indices in saved.indices.items():
+        np.testing.assert_array_equal(indices, rankings[f"{path}/indices"])
+    assert set(saved.indices) == set(saved.spec.paths)
+    assert main([str(finished), "--to", "peft", "--out", str(tmp_path)]) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        written = (tmp_path / name).read_bytes()
+        assert written == (finished / "adapter" / name).read_bytes()
 
 
 def test_summary_and_metrics_tell_the_run(finished):
@@ -211,7 +227,7 @@ def test_truncated_weights_are_refused_before_the_workdir_is_made(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_experts_that_could_not_be_exported_are_refused_before_the_run(tmp_path):
+def test_experts_are_left_out_unless_asked_for(tmp_path):
     for path in (ROOT / demo.ASSETS / "model").glob("*token*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     write_decoder(tmp_path, PUBLISHED["mixtral"])
@@ -225,8 +241,7 @@ def test_experts_that_could_not_be_exported_are_refused_before_the_run(tmp_path)
         )
         return train.make_spec(config, train.open_model(config.model)).kernels
 
-    with pytest.raises(InputError, match=r"layers/mlp/experts.*scan_layers"):
-        kernels(True, everything)
+    assert len(kernels(True, everything)) == 7
     assert len(kernels(True, default_rule.pattern)) == 3
     assert len(kernels(False, everything)) == 4 * 7
 

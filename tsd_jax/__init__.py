@@ -16,7 +16,10 @@ from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.ranking import rank_directions
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
-from tsd_jax.interchange.peft import to_peft
+from tsd_jax.interchange.merged import MergedExport, to_merged
+from tsd_jax.interchange.native import SavedAdapter, load_adapter, save_adapter
+from tsd_jax.interchange.peft import PeftExport, to_peft
+from tsd_jax.interchange.peft_reader import PeftAdapter, from_peft
 from tsd_jax.training.optimizer import (
     group_labels,
     make_optimizer,
@@ -35,18 +38,24 @@ __all__ = [
     "InputError",
     "KernelSpec",
     "Layout",
+    "MergedExport",
     "Method",
+    "PeftAdapter",
+    "PeftExport",
     "Ranking",
     "Rule",
+    "SavedAdapter",
     "Spec",
     "SpectraFolder",
     "adapted",
     "bind",
     "delta",
+    "from_peft",
     "get_method",
     "group_labels",
     "init",
     "launch",
+    "load_adapter",
     "low_rank_factors",
     "make_optimizer",
     "make_schedule",
@@ -54,5 +63,7 @@ __all__ = [
     "merge",
     "rank_directions",
     "reset_moments",
+    "save_adapter",
+    "to_merged",
     "to_peft",
 ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jax
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tsd_jax.core.adapter import Adapter, Directions
+from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import KernelSpec
-from tsd_jax.interchange.peft import to_peft
+from tsd_jax.interchange.peft import PeftExport, to_peft
 
 LAYERS, IN, OUT, GAMMA = 3, 6, 5, 1.5
 
@@ -71,14 +72,20 @@ def expected_delta(adapter: Adapter, directions: Directions) -> np.ndarray:
     return GAMMA * a @ b + along
 
 
+def by_pattern(patterns: dict[str, int], module: str, default: int) -> int:
+    """The first pattern that fits the end of a module's name, as PEFT takes it."""
+    fitting = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
+    return patterns.get(next(fitting, ""), default)
+
+
 def stored(folder, module: str) -> tuple[np.ndarray, int]:
     """What PEFT adds to the module's torch weight, and the rank, by its own rules."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     low = tensors[f"base_model.model.{module}.lora_A.weight"]
     high = tensors[f"base_model.model.{module}.lora_B.weight"]
-    rank = config["rank_pattern"].get(module, config["r"])
-    alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
+    rank = by_pattern(config["rank_pattern"], module, config["r"])
+    alpha = by_pattern(config["alpha_pattern"], module, config["lora_alpha"])
     assert low.shape == (rank, IN)
     assert high.shape == (OUT, rank)
     assert low.dtype == high.dtype == np.float32
@@ -87,8 +94,8 @@ def stored(folder, module: str) -> tuple[np.ndarray, int]:
 
 def test_every_layer_of_a_stack_gets_its_own_change(tmp_path):
     pair = adapter("attn/q/kernel", (LAYERS,))
-    rank = to_peft(tmp_path, *collect(q=pair), module_name, base_model="base")
-    assert rank == 2 + 3
+    export = to_peft(tmp_path, *collect(q=pair), module_name, base_model="base")
+    assert export == PeftExport(2 + 3, {}, 0.0)
     changes = expected_delta(*pair)
     for layer in range(LAYERS):
         change, rank = stored(tmp_path, f"model.{layer}.attn.q")
@@ -99,7 +106,8 @@ def test_every_layer_of_a_stack_gets_its_own_change(tmp_path):
 
 def test_ranks_may_differ(tmp_path):
     pairs = {"q": adapter("q/kernel"), "up": adapter("up/kernel", rank=4)}
-    assert to_peft(tmp_path, *collect(**pairs), module_name, base_model="base") == 7
+    export = to_peft(tmp_path, *collect(**pairs), module_name, base_model="base")
+    assert export.rank == 7
     for name, pair in pairs.items():
         change, rank = stored(tmp_path, f"model.{name}")
         np.testing.assert_allclose(change, expected_delta(*pair).T, atol=1e-6)
@@ -111,10 +119,9 @@ def test_ranks_may_differ(tmp_path):
 def test_before_launch_only_a_and_b_are_written(tmp_path):
     trained, frozen = adapter("q/kernel")
     frozen = jax.tree.map(jnp.zeros_like, frozen)
-    assert (
-        to_peft(tmp_path, *collect(q=(trained, frozen)), module_name, base_model="b")
-        == 2
-    )
+    pair = (trained, frozen)
+    export = to_peft(tmp_path, *collect(q=pair), module_name, base_model="b")
+    assert export.rank == 2
     change, _ = stored(tmp_path, "model.q")
     a, b = np.asarray(trained.a, np.float64), np.asarray(trained.b, np.float64)
     np.testing.assert_allclose(change, GAMMA * (a @ b).T, atol=1e-6)
@@ -138,20 +145,23 @@ def test_directions_that_nothing_uses_are_left_out(tmp_path):
 def test_before_training_all_of_a_is_written(tmp_path):
     trained, _ = adapter("q/kernel")
     pair = (trained.replace(b=0 * trained.b, gain=None), Directions(None, None, None))
-    assert to_peft(tmp_path, *collect(q=pair), module_name, base_model="b") == 2
+    export = to_peft(tmp_path, *collect(q=pair), module_name, base_model="b")
+    assert export.rank == 2
 
 
 def test_plain_lora_has_no_directions(tmp_path):
     trained, _ = adapter("q/kernel")
     nothing = Directions(None, None, None)
     pair = (trained.replace(gain=None), nothing)
-    assert to_peft(tmp_path, *collect(q=pair), module_name, base_model="b") == 2
+    export = to_peft(tmp_path, *collect(q=pair), module_name, base_model="b")
+    assert export.rank == 2
 
 
 def test_a_change_of_nothing_still_has_a_rank(tmp_path):
     trained, _ = adapter("q/kernel")
     pair = (trained.replace(a=0 * trained.a, gain=None), Directions(None, None, None))
-    assert to_peft(tmp_path, *collect(q=pair), module_name, base_model="b") == 1
+    export = to_peft(tmp_path, *collect(q=pair), module_name, base_model="b")
+    assert export.rank == 1
 
 
 def test_config_is_that_of_a_plain_causal_lora(tmp_path):
@@ -192,7 +202,113 @@ def test_modules_are_named_shortly_only_where_that_is_exact(tmp_path, kernels, t
 def test_what_peft_cannot_hold_is_refused(tmp_path):
     with pytest.raises(InputError, match="no adapters"):
         to_peft(tmp_path, {}, {}, module_name, base_model="b")
-    deep = collect(q=adapter("q/kernel", (2, 3)))
-    with pytest.raises(InputError, match="q/kernel is stacked along 2 axes"):
-        to_peft(tmp_path, *deep, module_name, base_model="b")
     assert not list(tmp_path.iterdir())
+
+
+def test_every_expert_of_every_layer_is_a_module(tmp_path):
+    def name(path: str, index: tuple[int, int]) -> str:
+        return "model.layers.{}.experts.{}.up".format(*index)
+
+    pairs = collect(up=adapter("up/kernel", (2, 3)))
+    to_peft(tmp_path, *pairs, name, base_model="b")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (kernel,), (directions,) = (list(tree.values()) for tree in pairs)
+    down, up = low_rank_factors(kernel, directions)
+    for layer in range(2):
+        for expert in range(3):
+            module = f"base_model.model.model.layers.{layer}.experts.{expert}.up"
+            a, b = (tensors[f"{module}.lora_{x}.weight"] for x in "AB")
+            want = np.asarray(down[layer, expert] @ up[layer, expert])
+            np.testing.assert_allclose((b @ a).T, want, atol=1e-5)
+    assert len(tensors) == 2 * 6
+
+
+def test_a_name_that_ends_like_another_keeps_its_own_rank(tmp_path):
+    """PEFT matches the end of a name: "model.q" would also take "deep.model.q"."""
+
+    def name(path: str, layer: int | None) -> str:
+        return path.removesuffix("/kernel").replace("/", ".")
+
+    pairs = {
+        "q": adapter("model/q/kernel"),
+        "deep": adapter("deep/model/q/kernel", rank=4),
+    }
+    to_peft(tmp_path, *collect(**pairs), name, base_model="base")
+    for module, pair in (("model.q", pairs["q"]), ("deep.model.q", pairs["deep"])):
+        change, _ = stored(tmp_path, module)
+        np.testing.assert_allclose(change, expected_delta(*pair).T, atol=1e-6)
+
+
+def truncated(dense: np.ndarray, rank: int) -> np.ndarray:
+    """The best approximation of a rank, by the dense SVD in float64."""
+    u, s, v_t = np.linalg.svd(dense)
+    return (u[:, :rank] * s[:rank]) @ v_t[:rank]
+
+
+@pytest.mark.parametrize("max_rank", [1, 3])
+def test_max_rank_gives_the_best_approximation_and_its_error(
+    tmp_path, caplog, max_rank
+):
+    caplog.set_level("INFO")
+    pairs = {"q": adapter("attn/q/kernel", (LAYERS,)), "up": adapter("up/kernel")}
+    export = to_peft(
+        tmp_path, *collect(**pairs), module_name, base_model="b", max_rank=max_rank
+    )
+    assert export.rank == max_rank
+    dense = {f"model.{n}.attn.q": d for n, d in enumerate(expected_delta(*pairs["q"]))}
+    dense["model.up"] = expected_delta(*pairs["up"])
+    lost = {}
+    for module, change in dense.items():
+        best = truncated(change, max_rank)
+        found, rank = stored(tmp_path, module)
+        assert rank == max_rank
+        np.testing.assert_allclose(found, best.T, atol=2e-6)
+        lost[module] = np.linalg.norm(change - best)
+        relative = lost[module] / np.linalg.norm(change)
+        assert relative > 0.01
+        assert export.errors[module] == pytest.approx(relative, rel=1e-5)
+    whole = np.linalg.norm([np.linalg.norm(change) for change in dense.values()])
+    expected = np.linalg.norm(list(lost.values())) / whole
+    assert export.error == pytest.approx(expected, rel=1e-5)
+    assert f"model.up: cut to rank {max_rank}" in caplog.text
+
+
+def test_max_rank_leaves_what_fits_as_it_is(tmp_path):
+    pairs = {"q": adapter("q/kernel"), "up": adapter("up/kernel", rank=1, columns=2)}
+    to_peft(tmp_path / "all", *collect(**pairs), module_name, base_model="b")
+    export = to_peft(
+        tmp_path / "cut", *collect(**pairs), module_name, base_model="b", max_rank=3
+    )
+    assert set(export.errors) == {"model.q"}
+    assert export.rank == 3
+    whole, cut = (
+        load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("all", "cut")
+    )
+    for name in whole:
+        if ".up." in name:
+            np.testing.assert_array_equal(whole[name], cut[name])
+
+
+def test_max_rank_refuses_what_has_no_svd(tmp_path):
+    trained, frozen = adapter("q/kernel")
+    pairs = collect(q=(trained, frozen))
+    with pytest.raises(InputError, match="max_rank must be at least 1, not 0"):
+        to_peft(tmp_path, *pairs, module_name, base_model="b", max_rank=0)
+    broken = collect(q=(trained.replace(a=trained.a * np.nan), frozen))
+    with pytest.raises(InputError, match="not finite"):
+        to_peft(tmp_path, *broken, module_name, base_model="b", max_rank=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_kernels_of_one_name_are_refused(tmp_path):
+    pairs = collect(q=adapter("q/kernel"), up=adapter("up/kernel"))
+    with pytest.raises(InputError, match="another kernel is 'same' already"):
+        to_peft(tmp_path, *pairs, lambda path, layer: "same", base_model="b")
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    pairs = collect(q=adapter("q/kernel"))
+    with pytest.raises(InputError, match=r"cannot write .*taken"):
+        to_peft(tmp_path / "taken", *pairs, module_name, base_model="b")

@@ -12,11 +12,19 @@ import transformers
 
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import init
+from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import launch
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule
+from tsd_jax.interchange.merged import to_merged
 from tsd_jax.interchange.peft import to_peft
-from tsd_jax.models.huggingface import load_params, module_name, read_config
+from tsd_jax.interchange.peft_reader import from_peft
+from tsd_jax.models.huggingface import (
+    load_params,
+    module_name,
+    module_places,
+    read_config,
+)
 from tsd_jax.models.llama import Llama
 
 torch = pytest.importorskip("torch")
@@ -113,7 +121,7 @@ def test_logits_are_ours(base, tmp_path, method, rank):
     written = to_peft(
         tmp_path, adapters, directions, module_name, base_model=str(base), params=params
     )
-    assert written == rank
+    assert written.rank == rank
     ours = our_logits(model, params, adapters, directions)
     theirs, modules = torch_logits(base, tmp_path)
     assert modules == 3 * 7
@@ -165,8 +173,178 @@ def test_an_adapter_before_launch_is_a_plain_lora(base, tmp_path):
         path: adapter.replace(b=randomised(adapter.b, n))
         for n, (path, adapter) in enumerate(adapters.items())
     }
-    rank = to_peft(tmp_path, adapters, directions, module_name, base_model=str(base))
-    assert rank == 4
+    export = to_peft(tmp_path, adapters, directions, module_name, base_model=str(base))
+    assert export.rank == 4
     theirs, _ = torch_logits(base, tmp_path)
     ours = our_logits(model, params, adapters, directions)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+
+
+def test_a_compressed_adapter_loads_and_loses_what_it_says(base, tmp_path):
+    model, params = our_model(base)
+    adapters, directions = trained(model, params, ALL, "tsd")
+    saved = (adapters, directions, module_name)
+    export = to_peft(tmp_path, *saved, base_model=str(base), params=params, max_rank=5)
+    assert export.rank == 5
+    assert len(export.errors) == 3 * 7
+    assert 0.01 < export.error < 0.9
+    ours = our_logits(model, params, adapters, directions)
+    plain, _ = torch_logits(base)
+    theirs, modules = torch_logits(base, tmp_path)
+    assert modules == 3 * 7
+    assert np.abs(theirs - ours).max() < np.abs(plain - ours).max()
+    # At the rank it has anyway nothing is lost.
+    full = tmp_path / "full"
+    export = to_peft(full, *saved, base_model=str(base), params=params, max_rank=8)
+    assert (export.rank, export.error) == (8, 0.0)
+    np.testing.assert_allclose(torch_logits(base, full)[0], ours, atol=2e-4, rtol=0)
+
+
+def peft_adapter(base, folder, **settings):
+    """Let PEFT make an adapter, every factor random, and give the logits it loads to.
+
+    Not those it had: saving sorts patterns by name, and the first that fits counts.
+    """
+    model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rank_pattern beside rsLoRA, when converting
+        model = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return torch_logits(base, folder)[0]
+
+
+THEIRS = {
+    "plain": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]},
+    "rslora_and_patterns": {
+        "r": 3,
+        "lora_alpha": 5,
+        "use_rslora": True,
+        "target_modules": r".*\.(self_attn\.[qkvo]_proj|up_proj)",
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6, "up_proj": 2},
+        "alpha_pattern": {"k_proj": 9, r"^model\.layers\.0\..*": 2},
+    },
+    "some_layers": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["v_proj", "lm_head"],
+        "layers_to_transform": [0, 2],
+        "layers_pattern": "layers",
+    },
+    "gaussian": {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "init_lora_weights": "gaussian",
+    },
+}
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("settings", THEIRS.values(), ids=THEIRS.keys())
+def test_adapters_made_by_peft_start_ours(base, tmp_path, settings, scan_layers):
+    theirs = peft_adapter(base, tmp_path, **settings)
+    model, params = our_model(base, scan_layers=scan_layers)
+    found = from_peft(tmp_path, module_places(params))
+    assert found.base_model == str(base)
+    spec = make_spec(
+        model.apply,
+        {"params": params},
+        found.rules(directions=3),
+        TOKENS,
+        method="tsd",
+    )
+    adapters, directions = found.start(jax.random.key(0), spec)
+    ours = our_logits(model, params, adapters, directions)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    assert np.abs(torch_logits(base)[0] - theirs).max() > 0.1
+    # From here on it is an adapter like any other.
+    adapters, directions, _ = launch(params, adapters, spec)
+    assert np.isfinite(our_logits(model, params, adapters, directions)).all()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient:FutureWarning")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_on_a_changed_base_are_refused_until_converted(base, tmp_path, start):
+    settings = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": start}
+    model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+    first, plain, converted = (tmp_path / n for n in ("first", "plain", "converted"))
+    model.save_pretrained(first)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+        theirs = model(torch.from_numpy(TOKENS)).logits.numpy()
+    model.save_pretrained(plain)
+    ours, params = our_model(base)
+    with pytest.raises(InputError, match="path_initial_model_for_weight_conversion"):
+        from_peft(plain, module_places(params))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it warns of what it undoes
+        model.save_pretrained(
+            converted, path_initial_model_for_weight_conversion=str(first)
+        )
+    found = from_peft(converted, module_places(params))
+    variables = {"params": params}
+    spec = make_spec(ours.apply, variables, found.rules(), TOKENS, method="lora")
+    adapters, directions = found.start(jax.random.key(0), spec)
+    logits = our_logits(ours, params, adapters, directions)
+    np.testing.assert_allclose(logits, theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["1MB", "20KB"])
+def test_a_merged_checkpoint_is_the_adapted_model(tmp_path, shard, tied):
+    folder, merged = tmp_path / "base", tmp_path / "merged"
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    stock = transformers.LlamaForCausalLM(config)
+    stock.save_pretrained(folder, max_shard_size=shard)
+    model, params = our_model(folder)
+    adapters, directions = trained(model, params, ALL, "tsd")
+    to_merged(merged, adapters, directions, module_name, base_folder=folder)
+    assert len(list(merged.glob("*.safetensors"))) == len(
+        list(folder.glob("*.safetensors"))
+    )
+    assert (len(list(merged.glob("*.safetensors"))) > 2) == (shard == "20KB")
+    _, info = transformers.LlamaForCausalLM.from_pretrained(
+        merged, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    theirs, _ = torch_logits(merged)
+    ours = our_logits(model, params, adapters, directions)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    assert np.abs(torch_logits(folder)[0] - theirs).max() > 1
+
+
+def test_a_bfloat16_base_is_merged_exactly_into_float32(base, tmp_path):
+    stock = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    stock.save_pretrained(tmp_path / "base")
+    model, params = our_model(tmp_path / "base")
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    adapters, directions = trained(model, params, ALL, "dash")
+    where = {"base_folder": tmp_path / "base"}
+    tree = (adapters, directions, module_name)
+    wide = to_merged(tmp_path / "wide", *tree, **where, dtype="float32")
+    narrow = to_merged(tmp_path / "narrow", *tree, **where)
+    assert wide.error == 0 < 1e-4 < narrow.error
+    theirs, _ = torch_logits(tmp_path / "wide")
+    ours = our_logits(model, params, adapters, directions)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert again.dtype == torch.bfloat16

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tsd_jax.analysis import arrays, plots
+from tsd_jax.core.spec import Spec
 from tsd_jax.training.state import TrainState
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -66,6 +67,19 @@ def gains_used(state: TrainState) -> dict[str, list[int]]:
             counts = np.full(shape, size) if gate is None else np.sum(gate, -1)
             used[path] = [int(count) for count in np.reshape(counts, -1)]
     return used
+
+
+def launched_indices(
+    workdir: Path, spec: Spec, state: TrainState
+) -> dict[str, np.ndarray] | None:
+    """Give {kernel: launched directions, (*batch, c)}; None before launch."""
+    if not state.launched:
+        return None
+    found = arrays.read_directions(workdir / "directions.npz")
+    return {
+        kernel.path: found[kernel.path].indices.reshape(*kernel.batch_shape, -1)
+        for kernel in spec.kernels
+    }
 
 
 def write_plots(

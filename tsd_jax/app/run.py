@@ -13,11 +13,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from tsd_jax.app import artifacts
+from tsd_jax.app.export import ADAPTER
 from tsd_jax.app.task import Evaluate
 from tsd_jax.binding.linen import bind
 from tsd_jax.core.launch import Extraction
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.loss import next_token_loss
+from tsd_jax.interchange.native import save_adapter
 from tsd_jax.interchange.peft import to_peft
 from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import DECODER_RULES, Decoder
@@ -245,6 +247,15 @@ def finish(
     state = artifacts.on_host(state)
     if jax.process_index() != 0:
         return
+    save_adapter(
+        run.workdir / ADAPTER,
+        state.adapters,
+        state.directions,
+        run.spec,
+        launched=bool(state.launched),
+        indices=artifacts.launched_indices(run.workdir, run.spec, state),
+        base_model=run.base.name,
+    )
     rank = to_peft(
         run.workdir / "adapter",
         state.adapters,
@@ -254,7 +265,7 @@ def finish(
         ),
         base_model=run.base.name,
         params=run.base.params,
-    )
+    ).rank
     old = files.read_json(run.workdir / "summary.json")
     launches = [row for row in recorder.rows if row["kind"] == "launch"]
     launch = launches[0] if launches else {"step": run.plan.launch_step}

@@ -10,20 +10,43 @@ so lora_A = down^T and lora_B = up^T with lora_alpha = r, and nothing is rounded
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
+from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.errors import InputError
+from tsd_jax.interchange import factors as low_rank
+from tsd_jax.interchange.factors import Factors, ModuleName
+from tsd_jax.interchange.files import write_json, write_tensors
 
-ModuleName = Callable[[str, int | None], str]
-Factors = tuple[np.ndarray, np.ndarray]
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PeftExport:
+    """Say what was written.
+
+    Attributes:
+      rank: of the adapter, the largest of its modules. Servers cap it (vLLM:
+        `max_lora_rank`, 16 by default).
+      errors: {torch module: ||dK - dK'||_F / ||dK||_F}, of those that `max_rank` cut.
+      error: the same of all modules taken as one matrix; 0 where nothing was cut.
+    """
+
+    rank: int
+    errors: Mapping[str, float]
+    error: float
 
 
 def to_peft(
@@ -34,7 +57,8 @@ def to_peft(
     *,
     base_model: str,
     params: Mapping[str, Any] | None = None,
-) -> int:
+    max_rank: int | None = None,
+) -> PeftExport:
     """Write `adapter_config.json` and `adapter_model.safetensors`, loaded by PEFT.
 
     Columns of L that are zero (before launch, all of them), or have no coordinate
@@ -49,63 +73,67 @@ def to_peft(
       base_model: name or path of the base model, for the config.
       params: the base's parameter tree. With it, modules are named by their last part
         ("q_proj") where all of that name are adapted; without it, in full.
-
-    Returns:
-      The rank of the adapter, the largest of its modules. Servers cap it
-      (vLLM: `max_lora_rank`, 16 by default).
+      max_rank: cut modules of a higher rank to this one, by the SVD of their factors;
+        what that costs is returned and logged. Without it the export is exact.
 
     Raises:
-      InputError: there is no adapter, or a kernel is stacked along several axes.
+      InputError: there is no adapter, max_rank is below 1, or the folder cannot be
+        written.
     """
-    if not adapters:
-        raise InputError("there are no adapters to export")
+    factors = low_rank.module_factors(adapters, directions, module_name)
     in_full = _named_in_full(adapters, params)
-    factors: dict[str, Factors] = {}
-    targets: set[str] = set()
+    targets = set()
     for path, adapter in adapters.items():
-        modules = _modules(path, adapter, directions[path], module_name)
-        factors |= modules
-        targets |= {n if path in in_full else _last(n) for n in modules}
-    ranks = {name: down.shape[1] for name, (down, _) in factors.items()}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(save(_tensors(factors), {"format": "pt"}))
-    config = _config(ranks, targets, base_model)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return max(ranks.values())
-
-
-def _modules(
-    path: str, adapter: Adapter, directions: Directions, module_name: ModuleName
-) -> dict[str, Factors]:
-    """Give every torch module that a (stacked) kernel stands for its own factors."""
-    down, up = (
-        np.asarray(x, np.float32) for x in low_rank_factors(adapter, directions)
+        names = _names(path, adapter, module_name)
+        targets |= {n if path in in_full else _last(n) for n in names}
+    return write_adapter(
+        folder, factors, targets, base_model=base_model, max_rank=max_rank
     )
-    if down.ndim == 2:
-        return {module_name(path, None): _trim(down, up, adapter.kernel.rank)}
-    if down.ndim > 3:
-        raise InputError(
-            f"{path} is stacked along {down.ndim - 2} axes; PEFT has a module for each "
-            "layer only, so export a model stacked along one axis at most"
-        )
-    return {
-        module_name(path, layer): _trim(*pair, adapter.kernel.rank)
-        for layer, pair in enumerate(zip(down, up, strict=True))
-    }
 
 
-def _trim(down: np.ndarray, up: np.ndarray, rank: int) -> Factors:
-    """Leave out columns that add nothing, but for one: a rank is needed.
+def write_adapter(
+    folder: str | Path,
+    factors: Mapping[str, Factors],
+    targets: set[str],
+    *,
+    base_model: str,
+    max_rank: int | None = None,
+) -> PeftExport:
+    """Write {torch module: factors} as a PEFT adapter; see `to_peft`.
 
-    Those of A stay where B alone is zero, as it is before training.
+    Args:
+      folder: made if it is not there.
+      factors: dK of every module, its scale within.
+      targets: what `target_modules` shall say.
+      base_model: for the config. max_rank: as in `to_peft`.
     """
-    coordinates = np.any(up != 0, axis=1)
-    coordinates[:rank] = True
-    used = np.flatnonzero(np.any(down != 0, axis=0) & coordinates)
-    used = used if len(used) else [0]
-    return down[:, used], up[used]
+    cut: dict[str, tuple[float, float]] = {}
+    if max_rank is not None:
+        small = {n: low_rank.compress(f, max_rank) for n, f in factors.items()}
+        cut = {name: (each.lost, each.norm) for name, each in small.items()}
+        factors = {name: each.factors for name, each in small.items()}
+    ranks = {name: each.rank for name, each in factors.items()}
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / WEIGHTS, _tensors(factors), {"format": "pt"})
+        write_json(folder / CONFIG, _config(ranks, targets, base_model))
+    except OSError as error:
+        raise InputError(f"cannot write {folder} ({error.strerror})") from error
+    errors = {name: low_rank.relative(*pair) for name, pair in cut.items()}
+    export = PeftExport(
+        rank=max(ranks.values()),
+        errors={name: error for name, error in errors.items() if error},
+        error=low_rank.total(cut) if cut else 0.0,
+    )
+    for name, error in export.errors.items():
+        _log.info("%s: cut to rank %d, relative error %.3g", name, max_rank, error)
+    return export
+
+
+def _names(path: str, adapter: Adapter, module_name: ModuleName) -> list[str]:
+    indices = low_rank.stack_indices(adapter.kernel.batch_shape)
+    return [module_name(path, index) for index in indices]
 
 
 def _named_in_full(
@@ -129,10 +157,20 @@ def _last(module: str) -> str:
 def _tensors(factors: Mapping[str, Factors]) -> dict[str, np.ndarray]:
     tensors = {}
     for name, (down, up) in factors.items():
-        prefix = f"base_model.model.{name}"
+        prefix = PREFIX + name
         tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(down.T)
         tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(up.T)
     return tensors
+
+
+def _pattern(name: str, ranks: Mapping[str, int]) -> str:
+    """Give a regular expression by which PEFT finds this module and no other rank.
+
+    PEFT takes the first key that matches the end of a module's name, from a dot on.
+    """
+    found = re.compile(rf"(.*\.)?({name})$")
+    meant = all(ranks[n] == ranks[name] for n in ranks if found.match(n))
+    return name if meant else "^" + re.escape(name)
 
 
 def _config(
@@ -140,7 +178,9 @@ def _config(
 ) -> dict[str, Any]:
     """Describe the adapter as `peft.LoraConfig` reads it."""
     rank = max(ranks.values())
-    others = {name: r for name, r in sorted(ranks.items()) if r != rank}
+    others = {
+        _pattern(name, ranks): r for name, r in sorted(ranks.items()) if r != rank
+    }
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -115,3 +115,15 @@ def test_another_models_tree_is_refused():
     wrong = params | {"norm": {"scale": np.ones(9)}}
     with pytest.raises(InputError, match=r"norm/scale.*\(9,\)"):
         names.to_huggingface(wrong, CONFIG)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_module_places_invert_module_names(scan_layers):
+    params = names.abstract_params(CONFIG, scan_layers=scan_layers)
+    places = names.module_places(params)
+    assert len(places) == 2 * 7 + 1
+    for module, (path, layer) in places.items():
+        assert names.module_name(path, layer) == module
+    place = ("layers/mlp/up_proj/kernel", 1)
+    place = place if scan_layers else ("layers_1/mlp/up_proj/kernel", None)
+    assert places["model.layers.1.mlp.up_proj"] == place

@@ -3,6 +3,7 @@
 from tsd_jax.models.huggingface.config import read_config as read_config
 from tsd_jax.models.huggingface.names import abstract_params as abstract_params
 from tsd_jax.models.huggingface.names import module_name as module_name
+from tsd_jax.models.huggingface.names import module_places as module_places
 from tsd_jax.models.huggingface.names import to_huggingface as to_huggingface
 from tsd_jax.models.huggingface.source import load_tokenizer as load_tokenizer
 from tsd_jax.models.huggingface.source import resolve as resolve

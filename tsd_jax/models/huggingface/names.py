@@ -68,6 +68,25 @@ def module_name(
     return ".".join(names[1:] if names[1] == "lm_head" else names)
 
 
+def module_places(
+    params: Mapping[str, Any], model_type: str = "llama"
+) -> dict[str, tuple[str, int | tuple[int, ...] | None]]:
+    """Invert `module_name` for every kernel: {torch module: (kernel path, index)}.
+
+    Args:
+      params: the tree of parameters, arrays or shapes, scanned or not.
+      model_type: the family, for some have other names.
+    """
+    places = {}
+    for path, leaf in flatten(params).items():
+        if not is_transposed(path):
+            continue
+        for numbers in np.ndindex(leaf.shape[: stacked_axes(path)]):
+            index = numbers if len(numbers) > 1 else numbers[0] if numbers else None
+            places[module_name(path, index, model_type)] = (path, index)
+    return places
+
+
 def is_stacked(path: str) -> bool:
     """Tell whether the leaf at `path` has the layers as its first axis."""
     return path.startswith("layers/")

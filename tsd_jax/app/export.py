@@ -1,0 +1,192 @@
+"""Give a trained adapter to other tools.
+
+    python -m tsd_jax.app.export RUN --to peft --out DIR [--max-rank 16]
+    python -m tsd_jax.app.export RUN --to merged --out DIR [--dtype float32]
+
+RUN is the workdir of a finished run, its adapter.safetensors, or the folder of a LoRA
+adapter in PEFT's format. Exit code 2 means bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.interchange.factors import ModuleName
+from tsd_jax.interchange.merged import merge_factors, to_merged
+from tsd_jax.interchange.native import SavedAdapter, load_adapter
+from tsd_jax.interchange.peft import CONFIG, PeftExport, to_peft, write_adapter
+from tsd_jax.interchange.peft_reader import read_modules
+from tsd_jax.models import huggingface
+
+ADAPTER = "adapter.safetensors"
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """Hold a PEFT adapter: {torch module: factors}, and the name of its base."""
+
+    factors: Mapping[str, Any]
+    base_model: str | None
+
+
+def read(source: Path) -> SavedAdapter | Foreign:
+    """Read a run's adapter, an adapter file, or a folder of PEFT's.
+
+    Raises:
+      InputError: it is none of them, or damaged.
+    """
+    if (source / ADAPTER).is_file():
+        return load_adapter(source / ADAPTER)
+    if (source / CONFIG).is_file():
+        config, modules = read_modules(source)
+        factors = {name: module.factors for name, module in modules.items()}
+        return Foreign(factors, config.get("base_model_name_or_path"))
+    if source.is_dir():
+        raise InputError(
+            f"{source} holds neither {ADAPTER} of a finished run nor {CONFIG} of PEFT"
+        )
+    return load_adapter(source)
+
+
+def export_peft(
+    found: SavedAdapter | Foreign, out: Path, base: str, max_rank: int | None
+) -> PeftExport:
+    """Write a PEFT adapter."""
+    if isinstance(found, Foreign):
+        return write_adapter(
+            out, found.factors, {*found.factors}, base_model=base, max_rank=max_rank
+        )
+    return to_peft(
+        out,
+        found.adapters,
+        found.directions,
+        _module_name(base),
+        base_model=base,
+        params=_shapes(base, found),
+        max_rank=max_rank,
+    )
+
+
+def _module_name(base: str) -> ModuleName:
+    """Name modules as the base's family does, where the base lies here."""
+    if not (Path(base) / "config.json").is_file():
+        return huggingface.module_name
+    family = huggingface.read_config(base).model_type
+    return functools.partial(huggingface.module_name, model_type=family)
+
+
+def _shapes(base: str, found: SavedAdapter) -> Any:
+    """Give the base's parameter shapes where it lies here: modules get short names."""
+    if not (Path(base) / "config.json").is_file():
+        return None
+    stacked = any(path.startswith("layers/") for path in found.adapters)
+    config = huggingface.read_config(base)
+    return huggingface.abstract_params(config, scan_layers=stacked)
+
+
+def export_merged(
+    found: SavedAdapter | Foreign, out: Path, base: str, dtype: str | None
+) -> str:
+    """Write a merged checkpoint, and tell what rounding did."""
+    folder = huggingface.resolve(base)
+    if isinstance(found, Foreign):
+        done = merge_factors(out, found.factors, base_folder=folder, dtype=dtype)
+    else:
+        done = to_merged(
+            out,
+            found.adapters,
+            found.directions,
+            _module_name(str(folder)),
+            base_folder=folder,
+            dtype=dtype,
+        )
+    told = f"merged {len(done.errors)} modules, {', '.join(done.dtypes)}, in {out}"
+    if done.error:
+        told += (
+            f"\nrounding changed what was merged by {done.error:.2%} of its norm; "
+            "--dtype float32 keeps it"
+        )
+    return told
+
+
+def _peft_told(done: PeftExport, out: Path) -> str:
+    told = f"adapter of rank {done.rank} in {out}"
+    if done.errors:
+        worst = max(done.errors, key=lambda name: done.errors[name])
+        told += (
+            f"\ncut {len(done.errors)} modules; relative error {done.error:.3g} "
+            f"in all, {done.errors[worst]:.3g} at most ({worst})"
+        )
+    if done.rank > 16:
+        told += f"\nvLLM serves it with --max-lora-rank of {done.rank} or more"
+    return told
+
+
+def export(options: argparse.Namespace) -> str:
+    """Do what the options say, and tell about it.
+
+    Raises:
+      InputError: the options, the adapter or the base do not serve.
+    """
+    if options.to == "peft" and options.dtype:
+        raise InputError("--dtype is of merged weights; a PEFT adapter is float32")
+    if options.to == "merged" and options.max_rank is not None:
+        raise InputError("--max-rank is of PEFT adapters; merged weights have no rank")
+    found = read(options.source)
+    base = options.base or found.base_model
+    if not base:
+        raise InputError(f"{options.source} does not name its base: give --base")
+    if options.to == "merged":
+        return export_merged(found, options.out, base, options.dtype)
+    if options.out.resolve() == options.source.resolve():
+        raise InputError(f"{options.out} is what is read: give another --out")
+    done = export_peft(found, options.out, base, options.max_rank)
+    return _peft_told(done, options.out)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    made = _Parser(
+        prog="python -m tsd_jax.app.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("source", metavar="RUN", type=Path)
+    made.add_argument("--to", choices=("peft", "merged"), required=True)
+    made.add_argument("--out", type=Path, required=True, metavar="DIR")
+    made.add_argument("--base", help="the base model, where it is another than noted")
+    made.add_argument("--dtype", choices=_DTYPES, help="merged: of the weights")
+    made.add_argument(
+        "--max-rank", type=int, metavar="N", help="peft: cut to this rank"
+    )
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; give the exit code."""
+    try:
+        print(export(parser().parse_args(argv)))
+    except InputError as error:
+        print(f"export: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    # What the library would log is printed here anyway.
+    logging.getLogger("tsd_jax.interchange").setLevel(logging.ERROR)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""What is added to each torch module, as two factors; and fewer columns of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
+from tsd_jax.core.errors import InputError
+
+Index = int | tuple[int, ...] | None
+"""Which matrix of a stack: its number along one axis, numbers along several, None."""
+
+ModuleName = Callable[[str, Any], str]
+"""(kernel path, `Index` of one of its matrices) -> name of the torch module."""
+
+
+class Factors(NamedTuple):
+    """Hold dK = down @ up of one matrix: down (in, r), up (r, out)."""
+
+    down: np.ndarray
+    up: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        """Columns of `down`."""
+        return self.down.shape[1]
+
+
+class Compressed(NamedTuple):
+    """Hold factors of fewer columns, and what that cost.
+
+    Attributes:
+      factors: of the new rank.
+      lost: ||dK - dK'||_F. norm: ||dK||_F.
+    """
+
+    factors: Factors
+    lost: float
+    norm: float
+
+
+def module_factors(
+    adapters: Mapping[str, Adapter],
+    directions: Mapping[str, Directions],
+    module_name: ModuleName,
+) -> dict[str, Factors]:
+    """Give the float32 factors of every torch module, stacked kernels layer by layer.
+
+    Columns of `down` that are zero are left out, but for one: a rank is needed.
+
+    Raises:
+      InputError: there is no adapter, or two kernels go by the name of one module.
+    """
+    if not adapters:
+        raise InputError("there are no adapters to export")
+    factors: dict[str, Factors] = {}
+    for path, adapter in adapters.items():
+        modules = _modules(path, adapter, directions[path], module_name)
+        twice = modules.keys() & factors.keys()
+        if twice:
+            raise InputError(f"{path}: another kernel is {min(twice)!r} already")
+        factors |= modules
+    return factors
+
+
+def compress(factors: Factors, rank: int) -> Compressed:
+    """Give the best factors of at most `rank` columns (Eckart and Young), balanced.
+
+        down = Q_d R_d,  up^T = Q_u R_u,  R_d R_u^T = U S V^T,
+        down' = Q_d U_k sqrt(S_k),  up' = sqrt(S_k) (Q_u V_k)^T
+
+    Works on the factors alone, in float64; the dense dK is never formed. Factors that
+    have no more than `rank` columns are given back as they are.
+
+    Raises:
+      InputError: the factors are not finite, or `rank` is below 1.
+    """
+    if rank < 1:
+        raise InputError(f"max_rank must be at least 1, not {rank}")
+    require_finite(factors)
+    q_down, r_down = np.linalg.qr(factors.down.astype(np.float64))
+    q_up, r_up = np.linalg.qr(factors.up.T.astype(np.float64))
+    u, s, v_t = np.linalg.svd(r_down @ r_up.T)
+    norm = float(np.linalg.norm(s))
+    if factors.rank <= rank:
+        return Compressed(factors, 0.0, norm)
+    root = np.sqrt(s[:rank])
+    down = (q_down @ u[:, :rank]) * root
+    up = root[:, None] * (v_t[:rank] @ q_up.T)
+    small = Factors(down.astype(np.float32), up.astype(np.float32))
+    return Compressed(small, float(np.linalg.norm(s[rank:])), norm)
+
+
+def require_finite(factors: Factors) -> None:
+    """Raise InputError where a factor holds infinities or no numbers."""
+    if not all(np.isfinite(factor).all() for factor in factors):
+        raise InputError(
+            "the adapter holds values that are not finite: its training diverged"
+        )
+
+
+def relative(lost: float, norm: float) -> float:
+    """Give lost / norm, and 0 where there was nothing to lose."""
+    return lost / norm if norm else 0.0
+
+
+def total(pairs: Mapping[str, tuple[float, float]]) -> float:
+    """Give the relative error of all matrices taken as one, from {_: (lost, norm)}."""
+    lost, norm = np.sqrt(np.square(list(pairs.values())).sum(axis=0))
+    return relative(float(lost), float(norm))
+
+
+def _modules(
+    path: str, adapter: Adapter, directions: Directions, module_name: ModuleName
+) -> dict[str, Factors]:
+    """Give every torch module that a (stacked) kernel stands for its own factors."""
+    down, up = (
+        np.asarray(x, np.float32) for x in low_rank_factors(adapter, directions)
+    )
+    found = {}
+    for index in stack_indices(down.shape[:-2]):
+        one = () if index is None else index
+        found[module_name(path, index)] = _trim(down[one], up[one], adapter.kernel.rank)
+    return found
+
+
+def stack_indices(batch: tuple[int, ...]) -> list[Index]:
+    """List the matrices of a stack, as module names and places have them."""
+    if len(batch) == 1:
+        return list(range(batch[0]))
+    return [index or None for index in np.ndindex(batch)]
+
+
+def _trim(down: np.ndarray, up: np.ndarray, rank: int) -> Factors:
+    """Leave out columns that add nothing, but for one: a rank is needed.
+
+    Those of A stay where B alone is zero, as it is before training.
+    """
+    coordinates = np.any(up != 0, axis=1)
+    coordinates[:rank] = True
+    used = np.flatnonzero(np.any(down != 0, axis=0) & coordinates)
+    used = used if len(used) else [0]
+    return Factors(down[:, used], up[used])

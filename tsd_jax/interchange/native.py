@@ -1,0 +1,294 @@
+"""The library's own adapter file: all that going on, or swapping adapters, needs.
+
+One safetensors file. Its tensors are the leaves of the adapters and directions under
+"<kernel path>/<leaf>", its metadata a format name, a version and a JSON object:
+
+    {"method": {...}, "kernels": [{...}, ...], "launched": true, "base_model": "..."}
+
+with the fields of `Method` and `KernelSpec` as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tsd_jax.core.adapter import (
+    Adapter,
+    Adapters,
+    AllDirections,
+    Directions,
+    init_kernel,
+)
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.layout import Layout
+from tsd_jax.core.methods import Method
+from tsd_jax.core.spec import KernelSpec, Spec
+from tsd_jax.interchange.files import read_tensors, write_tensors
+
+FORMAT = "tsd_jax adapter"
+VERSION = 1
+_INDICES = "indices"
+# A setting of training alone: it may differ between what is saved and what goes on.
+_FREE = ("dropout",)
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapter:
+    """Hold what an adapter file holds.
+
+    Attributes:
+      adapters: {kernel path: Adapter}. directions: {kernel path: Directions}.
+      spec: of the file, or the one given to `load_adapter`.
+      launched: whether launch has happened.
+      indices: {kernel path: launched directions, (*batch, c), int32}, or None.
+      base_model: name or path of the base, or None.
+    """
+
+    adapters: Adapters
+    directions: AllDirections
+    spec: Spec
+    launched: bool
+    indices: dict[str, np.ndarray] | None
+    base_model: str | None
+
+
+def save_adapter(
+    file: str | Path,
+    adapters: Mapping[str, Adapter],
+    directions: Mapping[str, Directions],
+    spec: Spec,
+    *,
+    launched: bool,
+    indices: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Write adapters, directions and their spec into one file, bit for bit.
+
+    The file is written whole or not at all: after a failure an older one of that name
+    is untouched.
+
+    Args:
+      file: by convention NAME.safetensors; its folder must be there.
+      adapters: {kernel path: Adapter}, on this host.
+      directions: {kernel path: Directions}.
+      spec: of `make_spec`.
+      launched: whether `launch` has been called on them.
+      indices: {kernel path: Ranking.indices}, kept for the record.
+      base_model: name or path of the base model.
+
+    Raises:
+      InputError: adapters or directions are not those of the spec, or the file
+        cannot be written.
+    """
+    tensors = dict(_leaves(adapters, directions))
+    for path, kept in (indices or {}).items():
+        tensors[f"{path}/{_INDICES}"] = np.asarray(kept, np.int32)
+    _check(tensors, spec, "the adapters do not fit the spec")
+    facts = {
+        "method": dataclasses.asdict(spec.method),
+        "kernels": [dataclasses.asdict(kernel) for kernel in spec.kernels],
+        "launched": bool(launched),
+        "base_model": base_model,
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "facts": json.dumps(facts)}
+    try:
+        write_tensors(Path(file), tensors, metadata)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {file} ({error.strerror}): name a file in a folder there is"
+        ) from error
+
+
+def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
+    """Read what `save_adapter` wrote.
+
+    Adapters of one spec have one tree structure and one set of shapes: a function that
+    is jitted over them takes any of them without being compiled again.
+
+    Args:
+      file: of `save_adapter`.
+      spec: what it shall fit; dropout alone may differ, and is then the given one.
+        Without it the spec is rebuilt from the file.
+
+    Raises:
+      InputError: the file is missing, damaged, no adapter file or of a newer version,
+        or does not fit `spec`; the line says which, or what differs first.
+    """
+    file = Path(file)
+    tensors, metadata = read_tensors(file)
+    facts = _facts(file, metadata)
+    try:
+        method = _build(Method, facts["method"])
+        kernels = tuple(_kernel(each) for each in facts["kernels"])
+        saved = Spec(kernels, method)
+        for kernel in kernels:
+            kernel.layout.validate(kernel.path, len(kernel.shape))
+        _check(tensors, saved, "tensors and header disagree")
+        launched, base_model = bool(facts["launched"]), facts["base_model"]
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise InputError(f"{file} is damaged ({error}): write it again") from error
+    if spec is not None:
+        different = _difference(saved, spec)
+        if different:
+            raise InputError(f"{file} does not fit: {different}")
+    return SavedAdapter(
+        *_trees(file, tensors, spec or saved),
+        spec=spec or saved,
+        launched=launched,
+        indices=_indices(tensors, saved),
+        base_model=base_model,
+    )
+
+
+def _fields(kind: type) -> list[str]:
+    """Name the array leaves of Adapter or Directions."""
+    return [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.metadata.get("pytree_node", True)
+    ]
+
+
+def _leaves(
+    adapters: Mapping[str, Adapter], directions: Mapping[str, Directions]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Give every leaf there is by its name in the file."""
+    for kind, trees in ((Adapter, adapters), (Directions, directions)):
+        for path, tree in trees.items():
+            for name in _fields(kind):
+                leaf = getattr(tree, name)
+                if leaf is not None:
+                    yield f"{path}/{name}", np.asarray(leaf)
+
+
+def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Give name and shape of every leaf a spec asks for."""
+    wanted = {}
+    for kernel in spec.kernels:
+        pair = jax.eval_shape(
+            lambda kernel=kernel: init_kernel(
+                jax.random.key(0), kernel, jnp.dtype("float32")
+            )
+        )
+        for tree in pair:
+            for name in _fields(type(tree)):
+                leaf = getattr(tree, name)
+                if leaf is not None:
+                    wanted[f"{kernel.path}/{name}"] = leaf.shape
+    return wanted
+
+
+def _check(tensors: Mapping[str, np.ndarray], spec: Spec, fault: str) -> None:
+    """Raise InputError unless the tensors are those the spec asks for."""
+    wanted = _wanted(spec)
+    for kernel in spec.kernels:
+        name = f"{kernel.path}/{_INDICES}"
+        if name in tensors:
+            wanted[name] = (*kernel.batch_shape, kernel.ranked)
+    for name in sorted(wanted.keys() | tensors.keys()):
+        here = tensors[name].shape if name in tensors else "nothing"
+        there = wanted.get(name, "nothing")
+        if here != there:
+            raise InputError(f"{fault}: {name} is {here}, the spec has {there}")
+        kind = jnp.integer if name.endswith(f"/{_INDICES}") else jnp.floating
+        if not jnp.issubdtype(tensors[name].dtype, kind):
+            raise InputError(f"{fault}: {name} is of type {tensors[name].dtype}")
+
+
+def _facts(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Read the header, refusing what is not ours or not known yet."""
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{file} is no adapter file of tsd_jax: a PEFT adapter is read by from_peft"
+        )
+    version = metadata.get("version", "")
+    if version.isdigit() and int(version) > VERSION:
+        raise InputError(
+            f"{file} has format version {version}, and this tsd_jax reads up to "
+            f"{VERSION}: update tsd_jax"
+        )
+    try:
+        facts = json.loads(metadata["facts"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{file} is damaged (its header): write it again") from error
+    if version != str(VERSION) or not isinstance(facts, dict):
+        raise InputError(f"{file} is damaged (its header): write it again")
+    return facts
+
+
+def _build(kind: type[T], facts: Mapping[str, Any]) -> T:
+    """Make a dataclass of JSON values; lists become tuples."""
+    return kind(**{name: _tupled(value) for name, value in facts.items()})
+
+
+def _kernel(facts: Mapping[str, Any]) -> KernelSpec:
+    return _build(KernelSpec, {**facts, "layout": _build(Layout, facts["layout"])})
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+def _difference(saved: Spec, given: Spec) -> str | None:
+    """Say what differs first, in words; None where nothing does."""
+    if saved.method != given.method:
+        return f"it was saved for {saved.method}, the spec has {given.method}"
+    mine = {kernel.path: kernel for kernel in saved.kernels}
+    theirs = {kernel.path: kernel for kernel in given.kernels}
+    for path in sorted(mine.keys() ^ theirs.keys()):
+        missing = "the file has no" if path in theirs else "the spec has no"
+        return f"{missing} kernel {path!r}"
+    for path, kernel in mine.items():
+        for field in dataclasses.fields(kernel):
+            here, there = (getattr(each, field.name) for each in (kernel, theirs[path]))
+            if here != there and field.name not in _FREE:
+                return f"{path}: {field.name} is {here}, the spec has {there}"
+    return None
+
+
+def _trees(
+    file: Path, tensors: Mapping[str, np.ndarray], spec: Spec
+) -> tuple[Adapters, AllDirections]:
+    """Put the leaves together again."""
+
+    def leaf(path: str, name: str) -> jax.Array | None:
+        stored = tensors.get(f"{path}/{name}")
+        if stored is None:
+            return None
+        if jax.dtypes.canonicalize_dtype(stored.dtype) != stored.dtype:
+            raise InputError(
+                f"{file} stores {stored.dtype}, which JAX would round here: set "
+                "jax_enable_x64"
+            )
+        return jnp.asarray(stored)
+
+    adapters, directions = {}, {}
+    for kernel in spec.kernels:
+        trained, frozen = (
+            {name: leaf(kernel.path, name) for name in _fields(kind)}
+            for kind in (Adapter, Directions)
+        )
+        adapters[kernel.path] = Adapter(**trained, kernel=kernel)
+        directions[kernel.path] = Directions(**frozen)
+    return adapters, directions
+
+
+def _indices(
+    tensors: Mapping[str, np.ndarray], spec: Spec
+) -> dict[str, np.ndarray] | None:
+    found = {
+        path: tensors[f"{path}/{_INDICES}"]
+        for path in spec.paths
+        if f"{path}/{_INDICES}" in tensors
+    }
+    return found or None
