@@ -197,7 +197,8 @@ def test_no_program_talks_to_the_host(shape):
         assert not HOST.search(compiled)
     called = re.findall(r'custom_call_target="([^"]*)"', text(program))
     assert "lapack_dsyevd_ffi" in called
-    assert set(called) <= {"lapack_dsyevd_ffi", "TopK", "Sharding"}
+    others = {name for name in called if not name.startswith("lapack_d")}
+    assert others <= {"TopK", "Sharding"}
 
 
 @meshes
