@@ -4,6 +4,7 @@
 #   make test           the tests (no torch)
 #   make test-interop   the tests against torch, transformers and peft
 #   make lint           ruff and pyright
+#   make bench          extraction against the authors' procedure (installs torch)
 #
 # PYTHON names the interpreter (the default, python3, lives in .venv, others in
 # .venv-VERSION). TORCH_INDEX may name an index with torch's CPU build, such as
@@ -21,7 +22,7 @@ JOBS ?= 2
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-interop lint clean
+.PHONY: demo test test-interop bench lint clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@echo "installing into $(VENV) ..."
@@ -49,6 +50,9 @@ test: $(VENV)/installed-test
 
 test-interop: $(VENV)/installed-interop
 	@$(BIN)/python -m pytest tests/interop
+
+bench: $(VENV)/installed-interop
+	@$(BIN)/python bench/extraction.py
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .
