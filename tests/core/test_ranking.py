@@ -218,6 +218,17 @@ def test_sets_and_vectors_are_exact(way, sigma, shape):
     np.testing.assert_allclose(got.moved, moved[order[:8]], rtol=1e-6)
 
 
+def test_small_directions_of_a_wide_kernel_are_not_null():
+    """What task-specific directions are: small, and not the rounding of large ones."""
+    sigma = jnp.asarray(geometric(4096, 10, 1e-4), jnp.float32)
+    assert null_threshold(sigma, (4096, 11008), 2.0**-23) < 1e-4
+    assert null_threshold(sigma, (4096, 11008), 2.0**-8) < 1e-4
+    one = jnp.asarray(np.eye(1, 96)[0], jnp.float32)
+    rounded = np.outer(np.linspace(1, 2, 96), np.linspace(3, 5, 150)).astype("f4")
+    noise = np.linalg.svd(rounded.astype(float))[1]
+    assert 0 < noise[1] / noise[0] < null_threshold(one, (96, 150), 2.0**-23)
+
+
 @ways
 @pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)], ids=str)
 @pytest.mark.parametrize(

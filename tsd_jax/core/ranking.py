@@ -16,6 +16,7 @@ from tsd_jax.core.wide import Wide
 
 EPSILON = 1e-6
 _SPARE = 8  # directions looked at closely beyond those asked for
+_SETTLED, _STEPS = 1e-6, 5  # refinement ends below this correction, or there
 _SMALL = 512  # up to here a full decomposition takes no time worth saving
 
 
@@ -60,17 +61,27 @@ def refine(spectrum: Spectrum, kernel: Wide, indices: jax.Array) -> jax.Array:
 
     Forming G = K K^T rounds by eps sigma_1^2, which turns directions of small sigma
     into their neighbours by eps sigma_1^2 / gap. The residual K (K^T v) - sigma^2 v
-    has no such error, and G's decomposition solves for the correction: one step
-    squares the error. So it does for eigenvectors stored in float32.
+    has no such error, and G's decomposition solves for the correction, which about
+    squares the error; most often one is enough.
 
     Args:
       spectrum: of K K^T. kernel: K, (n, m). indices: (c,).
     """
-    short = spectrum.vectors(indices)
-    long = kernel.transposed_times(short)
-    residual = kernel.times(long) - short * jnp.sum(long**2, 0)[None]
-    short = short + spectrum.correct(residual, indices)
-    short = short / jnp.linalg.norm(short, axis=0)[None]
+
+    def improve(state: tuple[jax.Array, jax.Array, jax.Array]):
+        short, _, step = state
+        long = kernel.transposed_times(short)
+        residual = kernel.times(long) - short * jnp.sum(long**2, 0)[None]
+        change = spectrum.correct(residual, indices)
+        short = short + change
+        short = short / jnp.linalg.norm(short, axis=0)[None]
+        return short, jnp.max(jnp.linalg.norm(change, axis=0)), step + 1
+
+    def unsettled(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return (state[1] > _SETTLED) & (state[2] < _STEPS)
+
+    start = (spectrum.vectors(indices), jnp.asarray(jnp.inf), jnp.asarray(0))
+    short, _, _ = jax.lax.while_loop(unsettled, improve, start)
     return 1.5 * short - 0.5 * short @ (short.T @ short)  # orthonormal to second order
 
 

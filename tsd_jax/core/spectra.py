@@ -43,23 +43,27 @@ class Dense(NamedTuple):
         Directions whose eigenvalues cannot be told apart are not mixed.
         """
         gaps = self.eigenvalues[indices][None] - self.eigenvalues[:, None]
-        size, eps = len(self.eigenvalues), jnp.finfo(gaps.dtype).eps
-        apart = jnp.abs(gaps) > size * eps * self.eigenvalues[0]
+        noise = 4 * len(gaps) ** 0.5 * jnp.finfo(gaps.dtype).eps
+        apart = jnp.abs(gaps) > noise * self.eigenvalues[0]
         shares = self.project(residual) / jnp.where(apart, gaps, 1.0)
         return self.combine(jnp.where(apart, shares, 0.0))
 
 
 def null_threshold(sigma: jax.Array, shape: tuple[int, ...], eps: float) -> jax.Array:
-    """Bound the numerical null space: max(in, out) * eps * sigma_1.
+    """Bound the numerical null space: eps ||K||_F.
 
-    The storage type's eps counts, but never more than float32's: a bfloat16 kernel
-    is an exact float32 matrix, and bfloat16's eps times a width of a few hundred
-    would call every direction null. Nor does a float64 kernel's own eps count: the
-    squares in its Gram matrix leave noise of sqrt(max(in, out) * eps) * sigma_1.
+    Rounding to the storage type moves K by at most eps / 2 ||K||_F, and with it every
+    singular value. The usual max(in, out) eps sigma_1 is hundreds of times that, and
+    would take sound directions of small sigma, where task-specific ones are, for null.
+    A bfloat16 kernel is an exact float32 matrix and counts as one. Under
+    sqrt(max(in, out) eps_64) sigma_1 the Gram matrix knows nothing, whatever the type.
+
+    Args:
+      sigma: descending, (k,). shape: of the kernel. eps: of its storage type.
     """
-    size = max(shape)
-    stored = size * min(eps, float(jnp.finfo(jnp.float32).eps))
-    return max(stored, math.sqrt(size * float(jnp.finfo(jnp.float64).eps))) * sigma[0]
+    stored = min(eps, float(jnp.finfo(jnp.float32).eps)) * jnp.linalg.norm(sigma)
+    known = math.sqrt(max(shape) * float(jnp.finfo(jnp.float64).eps)) * sigma[0]
+    return jnp.maximum(stored, known)
 
 
 def diagonalize(lower: jax.Array) -> Dense:

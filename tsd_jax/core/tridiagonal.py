@@ -16,7 +16,7 @@ from jax.scipy.linalg import eigh_tridiagonal
 
 _COLUMNS = 512  # eigenvectors of T formed at a time
 _UNROLL = 8  # steps of a recurrence in one turn of its loop
-_DISTINCT = 1e-12  # gaps, in units of the largest eigenvalue, that can be told apart
+_DISTINCT = 1e-13  # gaps, in units of the largest eigenvalue, that can be told apart
 
 
 class Tridiagonal(NamedTuple):
