@@ -16,7 +16,7 @@ from tsd_jax.core.wide import Wide
 
 EPSILON = 1e-6
 _SPARE = 8  # directions looked at closely beyond those asked for
-_SETTLED, _STEPS = 1e-6, 5  # refinement ends below this correction, or there
+_SETTLED, _STEPS = 1e-7, 5  # refinement ends below this correction, or there
 _SMALL = 512  # up to here a full decomposition takes no time worth saving
 
 
