@@ -136,14 +136,8 @@ def _parts(kernel, a, b, noise, change, start, chunks):
 
 
 @functools.partial(jax.jit, static_argnames=("chunks", "program"))
-def _launch_chunk(kernel, a, b, noise, change, start, *, chunks, program):
-    """Launch a chunk where its matrices lie."""
-    return chunks.map(program, *_parts(kernel, a, b, noise, change, start, chunks))
-
-
-@functools.partial(jax.jit, static_argnames=("chunks", "program"))
-def _launch_known(kernel, a, b, noise, change, start, spectra, *, chunks, program):
-    """Launch a chunk whose spectra are known."""
+def _launch_chunk(kernel, a, b, noise, change, start, spectra=None, *, chunks, program):
+    """Launch a chunk where its matrices lie; their spectra may be known."""
     parts = _parts(kernel, a, b, noise, change, start, chunks)
     return chunks.map(program, *parts, spectra)
 
@@ -235,8 +229,8 @@ def _launch_kernel(
     arrays = (kernel, adapter.a, adapter.b, _noise(adapter.kernel, seed), change)
     results = []
     with jax.enable_x64(True):
+        run = _chunk_runner(extraction, kernel)
         for start in chunks.starts:
-            run = _chunk_runner(extraction, kernel)
             results.append(run(arrays, np.int32(start), chunks, program))
             progress(min(start + chunks.width, chunks.count))
         places = _out_shardings(adapter.a, adapter.b, gated=adapter.kernel.gated)
@@ -277,7 +271,7 @@ def _on_hosts(arrays, start, chunks, program, store):
 
 def _by_store(arrays, start, chunks, program, store):
     spectra = spectra_of(arrays[0], start, chunks, store)
-    return _launch_known(*arrays, start, spectra, chunks=chunks, program=program)
+    return _launch_chunk(*arrays, start, spectra, chunks=chunks, program=program)
 
 
 def _chunk_runner(extraction: Extraction, kernel: Any) -> Callable:
