@@ -2,6 +2,7 @@
 #
 #   make demo           fine-tune the embedded model with LoRA-TSD and with LoRA
 #   make test           the tests (no torch)
+#   make test-slow      slower proofs, left out of `make test` (no torch)
 #   make test-interop   the tests against torch, transformers and peft
 #   make lint           ruff and pyright
 #   make bench          extraction against the authors' procedure (installs torch)
@@ -22,7 +23,7 @@ JOBS ?= 2
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-interop bench lint clean
+.PHONY: demo test test-slow test-interop bench lint clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@echo "installing into $(VENV) ..."
@@ -46,7 +47,10 @@ demo: $(VENV)/installed
 	@$(BIN)/python -m tsd_jax.app.compare runs/demo/tsd runs/demo/lora
 
 test: $(VENV)/installed-test
-	@$(BIN)/python -m pytest -n $(JOBS) --ignore=tests/interop
+	@$(BIN)/python -m pytest -n $(JOBS) --ignore=tests/interop -m "not slow"
+
+test-slow: $(VENV)/installed-test
+	@$(BIN)/python -m pytest -n $(JOBS) --ignore=tests/interop -m slow
 
 test-interop: $(VENV)/installed-interop
 	@$(BIN)/python -m pytest tests/interop
