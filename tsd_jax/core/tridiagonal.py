@@ -12,9 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import eigh_tridiagonal
 
-_COLUMNS = 512  # eigenvectors of T formed at a time
+from tsd_jax.core.bisection import eigenvalues
+
+_COLUMNS = 256  # eigenvectors of T formed at a time
 _UNROLL = 8  # steps of a recurrence in one turn of its loop
 _DISTINCT = 1e-13  # gaps, in units of the largest eigenvalue, that can be told apart
 
@@ -142,5 +143,5 @@ class Tridiagonal(NamedTuple):
 def tridiagonalize(gram: jax.Array) -> Tridiagonal:
     """Reduce a symmetric matrix (n, n), n >= 2; only its lower triangle is read."""
     reflectors, diagonal, off, taus = lax.linalg.tridiagonal(gram, lower=True)
-    ascending = eigh_tridiagonal(diagonal, off, eigvals_only=True)
-    return Tridiagonal(reflectors[1:, :-1], taus, diagonal, off, ascending[::-1])
+    descending = eigenvalues(diagonal, off)[::-1]
+    return Tridiagonal(reflectors[1:, :-1], taus, diagonal, off, descending)
