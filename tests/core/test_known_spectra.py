@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers.trees import small_spec, trained
+from tsd_jax.core import known_spectra
 from tsd_jax.core.known_spectra import fingerprint
 from tsd_jax.core.launch import Extraction, launch
 from tsd_jax.core.layout import Layout
@@ -85,3 +88,12 @@ def test_fingerprints_tell_bits_shapes_and_types_apart():
     assert len({fingerprint(x) for x in different}) == len(different)
     assert fingerprint(matrix[:, ::-1][:, ::-1]) == fingerprint(matrix.copy())
     assert fingerprint(matrix).startswith("3x4-float32-")
+
+
+def test_fingerprints_hash_every_block_in_order(monkeypatch):
+    monkeypatch.setattr(known_spectra, "_BLOCK", 20)
+    matrix = np.arange(12, dtype=np.float32).reshape(3, 4)  # 48 bytes: 20, 20, 8
+    content = matrix.tobytes()
+    parts = [content[:20], content[20:40], content[40:]]
+    whole = b"".join(hashlib.sha256(part).digest() for part in parts)
+    assert fingerprint(matrix) == f"3x4-float32-{hashlib.sha256(whole).hexdigest()}"
