@@ -20,7 +20,6 @@ from tsd_jax.core.ranking import decompose
 from tsd_jax.core.spectra import Dense
 from tsd_jax.core.stacks import Chunks
 
-
 _BLOCK = 2**24  # bytes that one thread hashes at a time
 
 
