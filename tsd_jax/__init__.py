@@ -14,6 +14,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import Extraction, Ranking, launch
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
+from tsd_jax.core.parts import Part, Whole, WholeSpec
 from tsd_jax.core.ranking import rank_directions
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
 from tsd_jax.interchange.merged import MergedExport, to_merged
@@ -40,6 +41,7 @@ __all__ = [
     "Layout",
     "MergedExport",
     "Method",
+    "Part",
     "PeftAdapter",
     "PeftExport",
     "Ranking",
@@ -47,6 +49,8 @@ __all__ = [
     "SavedAdapter",
     "Spec",
     "SpectraFolder",
+    "Whole",
+    "WholeSpec",
     "adapted",
     "bind",
     "delta",

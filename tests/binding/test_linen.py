@@ -85,7 +85,7 @@ def test_bind_names_a_missing_kernel():
     _, params, spec = net("plain", EVERYTHING)
     pairs = random_all(0, spec)
     del params["head"]
-    with pytest.raises(ValueError, match="no kernel 'head/kernel'"):
+    with pytest.raises(ValueError, match="no 'head/kernel'"):
         bind(params, *pairs)
 
 

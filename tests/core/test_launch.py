@@ -275,7 +275,7 @@ def test_runs_inside_jit_and_leaves_the_settings_alone():
 
 def test_errors():
     spec, params, adapters = problem("tsd", (6, 9))
-    with pytest.raises(InputError, match="no kernel 'k'"):
+    with pytest.raises(InputError, match="no 'k'"):
         launch({"other": params["k"]}, adapters, spec)
     lora = small_spec("lora", shape=(6, 9))
     with pytest.raises(InputError, match="'lora' has no launch"):

@@ -14,6 +14,7 @@ import numpy as np
 
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Part, kernels_in
 
 Row = Mapping[str, Any]
 
@@ -132,16 +133,16 @@ def subspace_overlap(
 
 
 def learned_overlap(
-    adapters: Mapping[str, Adapter], directions: Mapping[str, Directions]
+    adapters: Mapping[str, Adapter | Part], directions: Mapping[str, Directions]
 ) -> dict[str, np.ndarray]:
     """Give every launched kernel's `subspace_overlap`: {kernel path: (matrices,)}.
 
     Args:
-      adapters: {kernel path: Adapter}, trained, on this host.
+      adapters: {path: Adapter or Part}, trained, on this host; parts are left out.
       directions: {kernel path: Directions}; kernels that have none are left out.
     """
     overlaps = {}
-    for path, adapter in adapters.items():
+    for path, adapter in kernels_in(adapters).items():
         left = directions[path].left
         if left is not None:
             down, up = low_rank_factors(adapter, directions[path])

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tsd_jax.analysis import arrays, plots
+from tsd_jax.core.parts import kernels_in
 from tsd_jax.core.spec import Spec
 from tsd_jax.training.state import TrainState
 
@@ -59,7 +60,7 @@ def gains_used(state: TrainState) -> dict[str, list[int]]:
       state: on the host; methods without gains give an empty dict.
     """
     used = {}
-    for path, adapter in state.adapters.items():
+    for path, adapter in kernels_in(state.adapters).items():
         gate = state.directions[path].gate
         if adapter.gain is not None:
             shape = adapter.gain.shape[:-1]

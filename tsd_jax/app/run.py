@@ -125,7 +125,8 @@ def execute(run: Run) -> None:
         files.write_json(run.workdir / "config.json", content)
     init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
     with Checkpoints(run.workdir / "checkpoints") as checkpoints:
-        state, places = start(run, init_key, places, checkpoints if goes_on else None)
+        saved = checkpoints if goes_on else None
+        state, places = start(run, init_key, params, places, saved)
         with Recorder(
             run.workdir,
             steps=run.plan.steps,
@@ -143,25 +144,31 @@ def execute(run: Run) -> None:
 
 
 def start(
-    run: Run, key: jax.Array, params: Any, checkpoints: Checkpoints | None
+    run: Run, key: jax.Array, params: Any, base: Any, checkpoints: Checkpoints | None
 ) -> tuple[TrainState, Places]:
-    """Create the state where it shall lie, or restore the newest one."""
-    create = functools.partial(
-        create_state,
-        spec=run.spec,
-        optimizer=run.optimizer,
-        settling=run.plan.settling,
-    )
-    abstract = jax.eval_shape(create, key)
-    places = sharding.state_shardings(abstract, run.spec, params, run.mesh)
+    """Create the state where it shall lie, or restore the newest one.
+
+    Args:
+      run: all that is fixed. key: for the adapters.
+      params: the base's tree, and `base` its shardings.
+      checkpoints: where the newest may be; None for a new run.
+    """
+
+    def create(key: jax.Array, params: Any) -> TrainState:
+        settling = run.plan.settling
+        return create_state(key, run.spec, run.optimizer, settling, params=params)
+
+    abstract = jax.eval_shape(create, key, params)
+    places = sharding.state_shardings(abstract, run.spec, base, run.mesh)
     if checkpoints is None or checkpoints.latest is None:
-        return jax.jit(create, out_shardings=places)(key), Places(params, places)
+        state = jax.jit(create, out_shardings=places)(key, params)
+        return state, Places(base, places)
     template = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
         abstract,
         places,
     )
-    return checkpoints.restore(template), Places(params, places)
+    return checkpoints.restore(template), Places(base, places)
 
 
 def make_parts(run: Run, params: Any, places: Places, recorder: Recorder) -> loop.Parts:

@@ -27,6 +27,7 @@ from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method, get_method
+from tsd_jax.core.parts import Part, Whole, place_part, whole_spec
 from tsd_jax.core.spec import KernelSpec, Rule, Spec, build_spec, match_rules
 
 SUFFIX = "_tsd"
@@ -51,13 +52,13 @@ class Bound(struct.PyTreeNode):
 def make_spec(
     apply_fn: Callable,
     variables: Mapping[str, Any],
-    rules: Sequence[Rule],
+    rules: Sequence[Rule | Whole],
     *args: Any,
     method: str | Method = "tsd",
     handlers: Mapping[type[nn.Module], Handler] = HANDLERS,
     **kwargs: Any,
 ) -> Spec:
-    """Choose the kernels to adapt, from one abstract trace of the model.
+    """Choose what to adapt and what to train whole, from one abstract trace of the model.
 
     Nothing is computed: arrays may be ShapeDtypeStructs.
 
@@ -74,13 +75,20 @@ def make_spec(
 
     Raises:
       InputError: a rule matches nothing; a matched kernel is used by no known module
-        in that trace, or in two ways; rank or directions exceed the kernel.
+        in that trace, or in two ways; rank or directions exceed the kernel; what shall
+        train whole is quantised, or has no such rows.
     """
     params = paths.flatten(variables["params"])
     boxed = [path for path, leaf in params.items() if not hasattr(leaf, "shape")]
     if boxed:
         raise InputError(f"{boxed[0]} is boxed metadata: call nn.meta.unbox first")
-    matched = match_rules(tuple(params), rules)
+    chosen = match_rules(tuple(params), rules)
+    matched = {path: rule for path, rule in chosen.items() if isinstance(rule, Rule)}
+    whole = tuple(
+        whole_spec(path, params[path], rule)
+        for path, rule in chosen.items()
+        if isinstance(rule, Whole)
+    )
     layouts, owners = trace_layouts(
         apply_fn, variables, tuple(matched), handlers, args, kwargs
     )
@@ -94,7 +102,7 @@ def make_spec(
             layouts[path] = _overridden(path, rule.layout, layouts[path])
     shapes = {path: tuple(params[path].shape) for path in matched}
     method = get_method(method) if isinstance(method, str) else method
-    return build_spec(shapes, layouts, matched, method)
+    return build_spec(shapes, layouts, matched, method, whole)
 
 
 def _unused(path: str, owner: str | None, handlers: Mapping) -> str:
@@ -155,22 +163,27 @@ def _dropout_keys(key: jax.Array, kernel: KernelSpec) -> jax.Array:
 
 def bind(
     params: Mapping[str, Any],
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Adapter | Part],
     directions: Mapping[str, Directions],
     dropout_key: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Put adapters beside their kernels, for a model called through `adapted`.
+    """Put adapters beside their kernels and parts in their place, for a model called through `adapted`.
 
     Args:
-      params: the parameter tree; its leaves are passed on untouched.
-      adapters: {path: Adapter}. directions: {path: Directions}.
+      params: the parameter tree; its other leaves are passed on untouched.
+      adapters: {path: Adapter or Part}. directions: {path: Directions}.
       dropout_key: a typed key; without one there is no dropout (evaluation).
 
     Returns:
-      A new tree with one more leaf, `<kernel>_tsd`, beside every adapted kernel.
+      A new tree with one more leaf, `<kernel>_tsd`, beside every adapted kernel, and
+      the trained value, in the base's type, where a parameter trains whole.
     """
     bound = {}
+    base = paths.select(params, tuple(adapters))
     for path, adapter in adapters.items():
+        if isinstance(adapter, Part):
+            bound[path] = place_part(base[path], adapter)
+            continue
         kernel = adapter.kernel
         down, up = low_rank_factors(adapter, directions[path])
         key = None
@@ -180,7 +193,6 @@ def bind(
         bound[path + SUFFIX] = Bound(
             *placed, batch=kernel.layout.visible_batch, dropout=kernel.dropout
         )
-    paths.select(params, tuple(adapters))
     return paths.update(params, bound)
 
 

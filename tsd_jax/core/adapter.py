@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from tsd_jax.core import paths
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Part, place_part, start_part
 from tsd_jax.core.spec import KernelSpec, Spec
 
 Leaf = Any
@@ -49,7 +51,8 @@ class Directions(struct.PyTreeNode):
     gate: Leaf = None
 
 
-Adapters = dict[str, Adapter]
+Adapters = dict[str, Any]
+"""{path: Adapter of a kernel, or `Part` of a parameter that trains whole}."""
 AllDirections = dict[str, Directions]
 
 
@@ -78,7 +81,11 @@ def init_kernel(
 
 
 def init(
-    key: jax.Array, spec: Spec, dtype: jnp.dtype = jnp.float32
+    key: jax.Array,
+    spec: Spec,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    params: Mapping[str, Any] | None = None,
 ) -> tuple[Adapters, AllDirections]:
     """Create the adapters and directions of a spec; the function does not change.
 
@@ -89,18 +96,37 @@ def init(
       key: a JAX random key.
       spec: of `make_spec`.
       dtype: of all leaves; float32 also beside a bfloat16 base.
+      params: the base's tree, where parts start from; else it is not needed.
 
     Returns:
-      ({path: Adapter}, {path: Directions}).
+      ({path: Adapter or Part}, {path: Directions}).
+
+    Raises:
+      InputError: the spec trains parameters whole, and `params` is missing, lacks one
+        or has it in another shape.
     """
     keys = {
         path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in spec.paths
     }
     pairs = {k.path: init_kernel(keys[k.path], k, dtype) for k in spec.kernels}
-    return (
-        {path: pair[0] for path, pair in pairs.items()},
-        {path: pair[1] for path, pair in pairs.items()},
-    )
+    adapters: Adapters = {path: pair[0] for path, pair in pairs.items()}
+    if spec.whole:
+        adapters |= _start_parts(spec, params, dtype)
+    return adapters, {path: pair[1] for path, pair in pairs.items()}
+
+
+def _start_parts(
+    spec: Spec, params: Mapping[str, Any] | None, dtype: jnp.dtype
+) -> dict[str, Part]:
+    """Start what trains whole at the base's own values."""
+    if params is None:
+        raise InputError(
+            f"{spec.whole[0].path} trains whole and starts from the base: give params"
+        )
+    leaves = paths.select(params, tuple(part.path for part in spec.whole))
+    return {
+        part.path: start_part(leaves[part.path], part, dtype) for part in spec.whole
+    }
 
 
 def low_rank_factors(
@@ -144,22 +170,22 @@ def delta(adapter: Adapter, directions: Directions) -> jax.Array:
 
 def merge(
     params: Mapping,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Adapter | Part],
     directions: Mapping[str, Directions],
     dtype: jnp.dtype | None = None,
 ) -> dict:
     """Add every dK to its kernel: K + gamma A B + L diag(g + o) R^T.
 
-    Merging into a bfloat16 kernel rounds most of a small dK away; `dtype` asks for
+    Parameters that trained whole are replaced by their trained values. Merging into a bfloat16 kernel rounds most of a small dK away; `dtype` asks for
     merged kernels in a wider type.
 
     Args:
       params: the parameter tree.
-      adapters: {path: Adapter}. directions: {path: Directions}.
-      dtype: of the merged kernels; None keeps each kernel's own.
+      adapters: {path: Adapter or Part}. directions: {path: Directions}.
+      dtype: of the merged leaves; None keeps each one's own.
 
     Returns:
-      A new tree in which only the adapted kernels differ.
+      A new tree in which only what was adapted or trained whole differs.
 
     Raises:
       InputError: a kernel is not in the tree.
@@ -167,7 +193,11 @@ def merge(
     kernels = paths.select(params, tuple(adapters))
     merged = {}
     for path, kernel in kernels.items():
-        change = delta(adapters[path], directions[path])
+        adapter = adapters[path]
+        if isinstance(adapter, Part):
+            merged[path] = place_part(kernel, adapter, dtype)
+            continue
+        change = delta(adapter, directions[path])
         total = kernel.astype(change.dtype) + change
         merged[path] = total.astype(dtype or kernel.dtype)
     return paths.update(params, merged)

@@ -285,7 +285,7 @@ def _chunk_runner(extraction: Extraction, kernel: Any) -> Callable:
 
 def launch(
     params: Mapping,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Any],
     spec: Spec,
     *,
     epsilon: float = EPSILON,
@@ -304,7 +304,7 @@ def launch(
 
     Args:
       params: the parameter tree with the untouched kernels.
-      adapters: {path: Adapter} as trained so far.
+      adapters: {path: Adapter} as trained so far; parts trained whole go on.
       spec: of `make_spec`; its method says what is started.
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).
       seed: of the ranking "random".
@@ -332,7 +332,8 @@ def launch(
     kernels = paths.select(params, spec.paths)
     total = sum(int(np.prod(kernel.batch_shape)) for kernel in spec.kernels)
     before = 0
-    new_adapters, new_directions, report = {}, {}, {}
+    new_adapters: Adapters = {part.path: adapters[part.path] for part in spec.whole}
+    new_directions, report = {}, {}
     for kernel in spec.kernels:
         adapter = adapters[kernel.path]
         program = MatrixLaunch(

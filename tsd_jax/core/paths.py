@@ -35,7 +35,7 @@ def select(tree: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
     for path in paths:
         if path not in flat:
             raise InputError(
-                f"the parameters have no kernel {path!r}: "
+                f"the parameters have no {path!r}: "
                 "they are not the tree the spec was made from"
             )
     return {path: flat[path] for path in paths}

@@ -1,4 +1,4 @@
-"""Rules choose kernels; a spec fixes the shapes of all that is put beside them."""
+"""Rules choose what trains; a spec fixes the shapes of all that is put beside them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
+from tsd_jax.core.parts import Whole, WholeSpec
 
 SCALINGS = {
     "lora": lambda alpha, rank: alpha / rank,
@@ -126,10 +127,12 @@ class Spec:
     Attributes:
       kernels: one entry per adapted kernel, in the order of the parameter tree.
       method: what happens at launch.
+      whole: parameters that train whole beside them, in the same order.
     """
 
     kernels: tuple[KernelSpec, ...]
     method: Method
+    whole: tuple[WholeSpec, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -139,19 +142,21 @@ class Spec:
     @property
     def trainable(self) -> int:
         """Count the trainable parameters."""
-        return sum(kernel.trainable for kernel in self.kernels)
+        return sum(each.trainable for each in (*self.kernels, *self.whole))
 
 
-def match_rules(paths: Sequence[str], rules: Sequence[Rule]) -> dict[str, Rule]:
+def match_rules(
+    paths: Sequence[str], rules: Sequence[Rule | Whole]
+) -> dict[str, Rule | Whole]:
     """Give {path: rule} for every path a rule matches in full; the first rule wins.
 
     Raises:
-      InputError: there is no rule, a rule matches nothing, or only paths that
+      InputError: no rule is of kernels, a rule matches nothing, or only paths that
         earlier rules took.
     """
-    if not rules:
+    if not any(isinstance(rule, Rule) for rule in rules):
         raise InputError("no rules: name at least one kernel to adapt")
-    matched: dict[str, Rule] = {}
+    matched: dict[str, Rule | Whole] = {}
     for rule in rules:
         hits = [path for path in paths if re.fullmatch(rule.pattern, path)]
         if not hits:
@@ -217,6 +222,7 @@ def build_spec(
     layouts: Mapping[str, Layout],
     matched: Mapping[str, Rule],
     method: Method,
+    whole: tuple[WholeSpec, ...] = (),
 ) -> Spec:
     """Put the specs of all matched kernels together.
 
@@ -225,9 +231,10 @@ def build_spec(
       layouts: {path: layout}, a rule's own taken in where it has one.
       matched: {path: rule}, of `match_rules`.
       method: what happens at launch.
+      whole: what trains whole beside them, of `whole_spec`.
     """
     kernels = (
         kernel_spec(path, shapes[path], layouts[path], rule, method)
         for path, rule in matched.items()
     )
-    return Spec(tuple(kernels), method)
+    return Spec(tuple(kernels), method, whole)

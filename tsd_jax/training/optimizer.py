@@ -1,4 +1,4 @@
-"""One optimizer for two groups: A and B ("lora"), and the gains ("gain").
+"""One optimizer for the groups A and B ("lora"), the gains ("gain"), parts ("whole").
 
 Before launch the gains' gradients are exactly zero (L = R = 0), so they move nothing
 and add nothing to the clipping norm. What must not go on over the launch is Adam's
@@ -18,8 +18,10 @@ import optax
 from tsd_jax.core.adapter import Adapter
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.methods import Method
+from tsd_jax.core.parts import Part
 
 GROUPS = ("lora", "gain")
+"""The groups that launch may start again; parts trained whole always go on."""
 
 DECAYS: dict[str, Callable[[float, int], optax.Schedule]] = {
     "constant": lambda peak, steps: optax.constant_schedule(peak),
@@ -69,32 +71,39 @@ def make_schedule(
     )
 
 
-def group_labels(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Label every leaf with its optimizer group, for `optax.partition`."""
-    return {
-        path: adapter.replace(
-            a="lora", b="lora", gain=None if adapter.gain is None else "gain"
-        )
-        for path, adapter in adapters.items()
-    }
+def _labels(adapter: Adapter | Part) -> Adapter | Part:
+    if isinstance(adapter, Part):
+        return adapter.replace(value="whole")
+    gain = None if adapter.gain is None else "gain"
+    return adapter.replace(a="lora", b="lora", gain=gain)
+
+
+def group_labels(adapters: Mapping[str, Adapter | Part]) -> dict[str, Adapter | Part]:
+    """Label every leaf with its optimizer group, for `optax.partition`.
+
+    "lora" (A and B), "gain", and, where parts train whole, "whole".
+    """
+    return {path: _labels(adapter) for path, adapter in adapters.items()}
 
 
 def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     gain_learning_rate: optax.ScalarOrSchedule,
     *,
+    whole_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """Build AdamW over both groups, each with a learning rate of its own.
+    """Build AdamW over all groups, each with a learning rate of its own.
 
     Args:
       learning_rate: of A and B. gain_learning_rate: of the gains.
+      whole_learning_rate: of parts trained whole; None for that of A and B.
       b1: of Adam. b2: of Adam. eps: of Adam.
-      weight_decay: decoupled, on A and B; gains have none.
+      weight_decay: decoupled, on A, B and parts; gains have none.
       clip_norm: bound on the global norm of all gradients; None for no clipping.
     """
 
@@ -108,6 +117,10 @@ def make_optimizer(
     groups: dict[Hashable, optax.GradientTransformation] = {
         "lora": group(learning_rate, weight_decay),
         "gain": group(gain_learning_rate, 0.0),
+        "whole": group(
+            learning_rate if whole_learning_rate is None else whole_learning_rate,
+            weight_decay,
+        ),
     }
     clip = (
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
@@ -120,7 +133,8 @@ def reset_moments(
 ) -> optax.OptState:
     """Start Adam again for what launch starts again; schedules go on.
 
-    `dash` resets the gains (their count has run), `init` and `tsd` A and B as well.
+    `dash` resets the gains (their count has run), `init` and `tsd` A and B as well;
+    parts trained whole go on.
 
     Args:
       opt_state: of an optimizer with an `optax.partition` over `group_labels`

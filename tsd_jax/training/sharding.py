@@ -12,8 +12,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Directions
+from tsd_jax.core.adapter import Adapter, Adapters, Directions
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Part, WholeSpec
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.state import TrainState
 
@@ -131,6 +132,14 @@ def adapter_shardings(
     )
 
 
+def part_sharding(part: WholeSpec, sharding: NamedSharding) -> Part:
+    """Lay what trains whole as its base's parameter, rows of it whole along theirs."""
+    axes = [*sharding.spec, *(None,) * (len(part.shape) - len(sharding.spec))]
+    if part.rows is not None:
+        axes[part.axis] = None
+    return Part(NamedSharding(sharding.mesh, PartitionSpec(*axes)), part)
+
+
 def state_shardings(
     state: TrainState, spec: Spec, params: Mapping[str, Any], mesh: Mesh
 ) -> TrainState:
@@ -144,14 +153,16 @@ def state_shardings(
     """
     kernels = paths.select(params, spec.paths)
     pairs = {k.path: adapter_shardings(k, kernels[k.path]) for k in spec.kernels}
-    adapters = {path: pair[0] for path, pair in pairs.items()}
+    adapters: Adapters = {path: pair[0] for path, pair in pairs.items()}
+    leaves = paths.select(params, tuple(part.path for part in spec.whole))
+    adapters |= {p.path: part_sharding(p, leaves[p.path]) for p in spec.whole}
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def like_adapter(keys, leaf) -> NamedSharding:
         del leaf
         names = [getattr(key, "key", getattr(key, "name", None)) for key in keys]
         for path, field in itertools.pairwise(names):
-            if path in adapters and field in ("a", "b", "gain"):
+            if path in adapters and field in ("a", "b", "gain", "value"):
                 return getattr(adapters[path], field)
         return replicated
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -39,9 +40,18 @@ def create_state(
     spec: Spec,
     optimizer: optax.GradientTransformation,
     settling: SettlingConfig | None = None,
+    *,
+    params: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Start a run: adapters without effect, no directions, empty moments."""
-    adapters, directions = init(key, spec)
+    """Start a run: adapters without effect, no directions, empty moments.
+
+    Args:
+      key: a JAX random key.
+      spec: of `make_spec`. optimizer: over the adapters.
+      settling: when directions have settled, where that decides when to launch.
+      params: the base's tree, needed where the spec trains parameters whole.
+    """
+    adapters, directions = init(key, spec, params=params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         launched=jnp.zeros((), bool),

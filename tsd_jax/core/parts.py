@@ -1,0 +1,185 @@
+"""Parameters that train whole beside the adapters: heads, norms, new embedding rows.
+
+What trains is the value itself and no difference to the base, in the adapters' type:
+a file of it is complete also where no checkpoint has the parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.core import meta
+
+from tsd_jax.core.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """Train every parameter whose whole path matches `pattern` as it is, without rank.
+
+    Stands among the rules of adapters; the first match wins.
+
+    Attributes:
+      pattern: regular expression over "/"-joined paths, matched in full.
+      rows: (start, stop): train only this part of one axis, as the embedding's rows of
+        added tokens; None for all of it.
+      axis: that `rows` counts along; 1 for a head's kernel (in, vocabulary).
+    """
+
+    pattern: str
+    rows: tuple[int, int] | None = None
+    axis: int = 0
+
+    def __post_init__(self):
+        """Refuse values no parameter could have."""
+        where = f"rule {self.pattern!r}"
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise InputError(f"{where}: not a regular expression: {error}") from None
+        if self.rows is None:
+            return
+        if len(self.rows) != 2 or not 0 <= self.rows[0] < self.rows[1]:
+            raise InputError(
+                f"{where}: rows must be (start, stop), 0 <= start < stop, not "
+                f"{self.rows}"
+            )
+        if self.axis < 0:
+            raise InputError(f"{where}: axis must be 0 or more, not {self.axis}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeSpec:
+    """Describe one parameter that trains whole, or some rows of it; static.
+
+    Attributes:
+      path: "/"-joined path in the parameter tree.
+      shape: of the parameter, as stored.
+      rows: (start, stop) of what trains, or None for all. axis: that they lie along.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    axis: int = 0
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Shape of what trains."""
+        if self.rows is None:
+            return self.shape
+        count = self.rows[1] - self.rows[0]
+        return (*self.shape[: self.axis], count, *self.shape[self.axis + 1 :])
+
+    @property
+    def trainable(self) -> int:
+        """Count the trainable parameters."""
+        return math.prod(self.value_shape)
+
+
+class Part(struct.PyTreeNode):
+    """Hold the trained value of one parameter, or of its rows.
+
+    Attributes:
+      value: `part.value_shape`, float32.
+      part: its static description.
+    """
+
+    value: Any
+    part: WholeSpec = struct.field(pytree_node=False)
+
+
+def whole_spec(path: str, leaf: Any, rule: Whole) -> WholeSpec:
+    """Fix what of a parameter trains.
+
+    Args:
+      path: of the parameter.
+      leaf: an array or ShapeDtypeStruct.
+      rule: that matched it.
+
+    Raises:
+      InputError: the parameter is quantised or of no float type, or has no such rows.
+    """
+    if isinstance(leaf, meta.AxisMetadata):
+        raise InputError(
+            f"{path} is quantised or boxed and cannot train whole: load it in a float "
+            "type, or leave it out of the rules"
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise InputError(
+            f"{path} is of type {leaf.dtype} and cannot train: leave it out of the "
+            "rules"
+        )
+    shape = tuple(leaf.shape)
+    if rule.rows is not None:
+        if rule.axis >= len(shape) or rule.rows[1] > shape[rule.axis]:
+            raise InputError(
+                f"{path} has shape {shape}, and the rule asks for {rule.rows} along "
+                f"axis {rule.axis}"
+            )
+    return WholeSpec(path=path, shape=shape, rows=rule.rows, axis=rule.axis)
+
+
+def start_part(leaf: jax.Array, part: WholeSpec, dtype: Any) -> Part:
+    """Copy what shall train out of the base.
+
+    Raises:
+      InputError: the parameter has another shape than the spec says.
+    """
+    _check_shape(leaf, part)
+    if part.rows is not None:
+        leaf = jax.lax.slice_in_dim(leaf, *part.rows, axis=part.axis)
+    # A copy also where nothing is cast: a donated state must not take the base along.
+    return Part(jnp.array(leaf, dtype, copy=True), part)
+
+
+def place_part(leaf: jax.Array, trained: Part, dtype: Any = None) -> jax.Array:
+    """Give the parameter with its trained value, in the base's type unless asked.
+
+    Args:
+      leaf: the base's parameter. trained: its `Part`.
+      dtype: of the result; None keeps the base's.
+
+    Raises:
+      InputError: the parameter has another shape than the spec says.
+    """
+    part = trained.part
+    _check_shape(leaf, part)
+    dtype = dtype or leaf.dtype
+    value = trained.value.astype(dtype)
+    if part.rows is None:
+        return value
+    # Padded and selected, not updated in place: a sharded axis stays sharded.
+    start, stop = part.rows
+    size = part.shape[part.axis]
+    padding = [(0, 0)] * len(part.shape)
+    padding[part.axis] = (start, size - stop)
+    inside = (jnp.arange(size) >= start) & (jnp.arange(size) < stop)
+    others = [axis for axis in range(len(part.shape)) if axis != part.axis]
+    chosen = jnp.expand_dims(inside, others)
+    return jnp.where(chosen, jnp.pad(value, padding), leaf.astype(dtype))
+
+
+def _check_shape(leaf: jax.Array, part: WholeSpec) -> None:
+    if tuple(leaf.shape) != part.shape:
+        raise InputError(
+            f"{part.path} has shape {tuple(leaf.shape)}, and the spec was made for "
+            f"{part.shape}"
+        )
+
+
+def parts_in(adapters: Mapping[str, Any]) -> dict[str, Part]:
+    """Give the entries that are parameters trained whole."""
+    return {path: each for path, each in adapters.items() if isinstance(each, Part)}
+
+
+def kernels_in(adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the entries that are adapters of kernels."""
+    return {path: each for path, each in adapters.items() if not isinstance(each, Part)}
