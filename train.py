@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 import tsd_jax as tsd
 from tsd_jax.app.plan import describe
-from tsd_jax.app.run import Base, Run, execute
+from tsd_jax.app.run import Added, Base, Run, execute
 from tsd_jax.app.task import (
     Data,
     DataSettings,
@@ -35,8 +36,10 @@ from tsd_jax.app.task import (
     make_evaluation,
     read_data,
 )
+from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import check_changes
+from tsd_jax.interchange.whole import check_modules
 from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import Decoder
 from tsd_jax.training import loop, sharding
@@ -63,15 +66,21 @@ def open_model(config: Config) -> Base:
     dtype = jnp.dtype(config.dtype)
     folder = huggingface.resolve(config.path)
     decoder = huggingface.read_config(folder)
+    tokenizer = huggingface.load_tokenizer(folder)
+    added = None
+    if config.added_tokens:
+        rows = huggingface.add_tokens(tokenizer, config.added_tokens)
+        added = Added(rows, decoder.vocab_size)
+        decoder = huggingface.grown_config(decoder, rows)
     network = Decoder(
         decoder, dtype, dtype, scan_layers=config.scan_layers, remat=config.remat
     )
     shapes = huggingface.abstract_params(decoder, scan_layers=config.scan_layers)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    tokenizer = huggingface.load_tokenizer(folder)
     local = Path(config.path).expanduser().is_dir()
     name = str(folder.resolve()) if local else config.path
-    return Base(name, folder, network, tokenizer, params, tsd.adapted(network.apply))
+    apply = tsd.adapted(network.apply)
+    return Base(name, folder, network, tokenizer, params, apply, added)
 
 
 def make_spec(config: Config, base: Base) -> tsd.Spec:
@@ -91,9 +100,25 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
         dropout=config.adapter.dropout,
         scaling=config.adapter.scaling,
     )
+    rules = [rule, *whole_rules(config, base)]
     tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
     variables = {"params": base.params}
-    return tsd.make_spec(base.network.apply, variables, [rule], tokens, method=method)
+    spec = tsd.make_spec(base.network.apply, variables, rules, tokens, method=method)
+    check_modules({part.path: part for part in spec.whole}, spec.paths)
+    return spec
+
+
+def whole_rules(config: Config, base: Base) -> list[tsd.Whole]:
+    """Say what trains whole: what is asked for, and the rows of added tokens."""
+    pattern = config.adapter.train_whole
+    rules = [tsd.Whole(pattern=pattern)] if pattern else []
+    rows = base.added.rows if base.added else None
+    flat = paths.flatten(base.params)
+    for path, axis in huggingface.ROWS.items():
+        taken = pattern and re.fullmatch(pattern, path)
+        if rows and path in flat and not taken:
+            rules.append(tsd.Whole(pattern=re.escape(path), rows=rows, axis=axis))
+    return rules
 
 
 def optimizer_of(
@@ -106,6 +131,9 @@ def optimizer_of(
             "optimizer.restart=True needs a launch whose step is known beforehand, "
             f"and method {config.method.name!r} has none here"
         )
+    names = ["learning_rate", "gain_learning_rate"]
+    if settings.whole_learning_rate:
+        names.append("whole_learning_rate")
     rates = {
         name: tsd.make_schedule(
             settings[name],
@@ -114,7 +142,7 @@ def optimizer_of(
             decay=settings.decay,
             restart=plan.launch_step if settings.restart else None,
         )
-        for name in ("learning_rate", "gain_learning_rate")
+        for name in names
     }
     optimizer = tsd.make_optimizer(
         **rates,

@@ -26,6 +26,8 @@ def get_config() -> Any:
     config.model.dtype = "float32"  # of the frozen base: float32 or bfloat16
     config.model.scan_layers = True
     config.model.remat = False
+    # Tokens the tokenizer shall learn, ("<a>", "<b>"); their embedding rows train.
+    config.model.added_tokens = ()
 
     config.method = ConfigDict()
     config.method.name = "tsd"  # lora, dash, init or tsd; pissa, milora, random
@@ -64,6 +66,9 @@ def get_config() -> Any:
     config.adapter.auto_directions = False
     config.adapter.dropout = 0.0
     config.adapter.scaling = "lora"  # lora: alpha/r; rslora: alpha/sqrt(r)
+    # Parameters that train whole beside the adapters: an expression over their paths,
+    # as r"norm/scale|lm_head/kernel"; "" for none.
+    config.adapter.train_whole = ""
 
     config.data = ConfigDict()
     config.data.kind = "instructions"  # instructions or text
@@ -84,6 +89,7 @@ def get_config() -> Any:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-4  # of A and B
     config.optimizer.gain_learning_rate = 2e-4  # of the gains along the directions
+    config.optimizer.whole_learning_rate = 0.0  # of parts; 0 for learning_rate
     config.optimizer.warmup = 0
     config.optimizer.decay = "linear"  # constant, linear or cosine
     config.optimizer.restart = False  # warm up and decay once more from launch on

@@ -13,6 +13,7 @@ from tests.helpers.trees import filled, method_of, random_all, zeros
 from tsd_jax.binding.linen import SUFFIX, adapted, bind, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import init, merge
+from tsd_jax.core.parts import Whole
 from tsd_jax.core.spec import Rule
 from tsd_jax.models.llama import Llama, LlamaConfig
 
@@ -208,3 +209,60 @@ def test_a_spec_can_be_made_from_a_decoding_call():
         mutable=["cache"],
     )
     assert same == spec
+
+
+def test_parts_take_the_place_of_their_parameters():
+    """In outputs and gradients as merged; rows too, stacked leaves and tied tables."""
+    config = LlamaConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        tie_word_embeddings=True,
+    )
+    model, tokens = Llama(config), jnp.arange(11)[None]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    params = filled(0, shapes, 0.4)
+    rules = [
+        Rule(pattern=r".*/q_proj/kernel", rank=2),
+        Whole(pattern=r".*/(scale|up_proj/kernel)"),
+        Whole(pattern="embed_tokens/embedding", rows=(8, 11)),
+    ]
+    spec = make_spec(model.apply, {"params": shapes}, rules, tokens, method="lora")
+    assert spec.paths == ("layers/self_attn/q_proj/kernel",)
+    assert [part.path for part in spec.whole] == [
+        "embed_tokens/embedding",
+        "layers/input_layernorm/scale",
+        "layers/mlp/up_proj/kernel",
+        "layers/post_attention_layernorm/scale",
+        "norm/scale",
+    ]
+    adapters, directions = init(jax.random.key(0), spec, params=params)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+
+    def loss(adapters, forward):
+        return jnp.sum(forward(adapters) ** 2)
+
+    def factored(adapters):
+        bound = bind(params, adapters, directions)
+        return adapted(model.apply)({"params": bound}, tokens)
+
+    def merged(adapters):
+        return model.apply({"params": merge(params, adapters, directions)}, tokens)
+
+    @jax.jit
+    def both(adapters):
+        each = (factored, merged)
+        return [jax.value_and_grad(loss)(adapters, forward) for forward in each]
+
+    (ours, gradients), (theirs, want) = both(adapters)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    for got, wanted in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(want), strict=True
+    ):
+        assert np.abs(wanted).max() > 1e-4
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
+    assert gradients["embed_tokens/embedding"].value.shape == (3, 8)

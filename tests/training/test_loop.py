@@ -20,6 +20,7 @@ import pytest
 from tests.helpers.mlp import RULES, Mlp, mlp_batch, mlp_params
 from tsd_jax.binding.linen import adapted, make_spec
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Whole, kernels_in, parts_in
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.loop import LoopConfig, Parts, StopRequested, run, stop_signals
@@ -48,9 +49,13 @@ class Setup(NamedTuple):
 
 
 def build(settling: SettlingConfig | None = None) -> Setup:
-    """Build LoRA-TSD with dropout; its step may be traced once by all tests."""
+    """Build LoRA-TSD with dropout and two parts that train whole.
+
+    Its step may be traced once by all tests.
+    """
     params = jax.device_put(mlp_params(), jax.devices()[0])
     rules = [dataclasses.replace(rule, dropout=0.2) for rule in RULES]
+    rules += [Whole(pattern="down/bias"), Whole(pattern="embed/.*", rows=(2, 5))]
     tokens = jnp.zeros((1, 1), jnp.int32)
     spec = make_spec(Mlp().apply, {"params": params}, rules, tokens, method="tsd")
     optimizer = make_optimizer(*RATES.values(), clip_norm=0.3)
@@ -74,7 +79,7 @@ def build(settling: SettlingConfig | None = None) -> Setup:
         rates=RATES,
         settle=settle,
     )
-    start = jax.jit(create)(jax.random.key(0))
+    start = jax.jit(create)(jax.random.key(0), params=params)
     return Setup(params, jax.tree.map(np.asarray, start), parts)
 
 
@@ -164,7 +169,9 @@ def test_launch_happens_between_two_steps(whole, setup):
     state = whole[0]
     assert state.step == STEPS
     assert state.launched
-    for path, adapter in state.adapters.items():
+    for path, part in parts_in(state.adapters).items():
+        assert (part.value != setup.start.adapters[path].value).all()
+    for path, adapter in kernels_in(state.adapters).items():
         assert (adapter.gain != 0).all()
         assert np.abs(state.directions[path].left).sum() > 0
         assert not np.array_equal(adapter.a, setup.start.adapters[path].a)

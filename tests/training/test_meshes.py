@@ -16,6 +16,7 @@ from tests.helpers.trees import filled
 from tsd_jax.binding.linen import adapted, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.launch import launch
+from tsd_jax.core.parts import Whole
 from tsd_jax.core.spec import Rule, Spec
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.models.llama import LLAMA_RULES, Llama, LlamaConfig
@@ -40,7 +41,12 @@ CONFIG = LlamaConfig(
     head_dim=4,
     tie_word_embeddings=True,
 )
-RULES = [Rule(pattern=r".*/(q|o|down)_proj/kernel", rank=3, directions=2)]
+RULES = [
+    Rule(pattern=r".*/(q|o|down)_proj/kernel", rank=3, directions=2),
+    Whole(pattern="embed_tokens/embedding", rows=(20, 24)),
+    Whole(pattern=r".*/scale"),
+    Whole(pattern=r".*/up_proj/kernel"),
+]
 STEPS, LAUNCH, KEY = 6, 3, jax.random.key(0)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 meshes = pytest.mark.parametrize("shape", MESHES, ids=lambda s: "x".join(map(str, s)))
@@ -74,9 +80,12 @@ def place(shape: tuple[int, int, int], devices: int = 8) -> Placed:
     params = jax.device_put(filled(0, shapes, 0.3), at)
     spec = make_spec(model.apply, {"params": shapes}, RULES, tokens, method="tsd")
     optimizer = make_optimizer(1e-2, 2e-2, clip_norm=1.0)
-    abstract = jax.eval_shape(lambda: create_state(KEY, spec, optimizer))
-    where = state_shardings(abstract, spec, at, mesh)
-    state = jax.device_put(create_state(KEY, spec, optimizer), where)
+
+    def create(params: Any) -> TrainState:
+        return create_state(KEY, spec, optimizer, params=params)
+
+    where = state_shardings(jax.eval_shape(create, params), spec, at, mesh)
+    state = jax.jit(create, out_shardings=where)(params)
     step = make_train_step(
         next_token_loss(adapted(model.apply)),
         optimizer,
@@ -172,6 +181,10 @@ def test_state_stays_where_it_was_put(shape):
     del data
     assert q.a.addressable_shards[0].data.shape == (2, 16 // fsdp, 3)
     assert q.b.addressable_shards[0].data.shape == (2, 3, 16 // tensor)
+    up = placed.state.adapters["layers/mlp/up_proj/kernel"].value
+    assert up.addressable_shards[0].data.shape == (2, 16 // fsdp, 24 // tensor)
+    rows = placed.state.adapters["embed_tokens/embedding"].value
+    assert rows.addressable_shards[0].data.shape == (4, 16 // fsdp)
 
 
 def text(program: Any) -> str:

@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.trees import filled, method_of, pair_shapes, small_spec, zeros
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.methods import get_method
+from tsd_jax.core.parts import Part, WholeSpec
 from tsd_jax.training.optimizer import (
     group_labels,
     make_optimizer,
@@ -278,3 +279,56 @@ def test_shapes_and_types_stay():
     assert jax.tree.structure(new) == jax.tree.structure(state)
     for ours, theirs in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+PART = WholeSpec(path="norm", shape=(4,))
+
+
+def both(seed: int) -> Any:
+    """Give an adapter and a part of random numbers."""
+    value = jax.ShapeDtypeStruct((4,), np.float32)
+    return {**tree(seed), "norm": Part(filled(seed + 9, value), PART)}
+
+
+def test_parts_are_a_group_of_their_own():
+    labels = group_labels(both(0))
+    assert labels["norm"] == Part("whole", PART)
+    assert labels["k"].a == labels["k"].b == "lora"
+    assert set(jax.tree.leaves(group_labels(tree(0)))) == {"lora", "gain"}
+
+
+@pytest.mark.parametrize(("rate", "used"), [(None, RATE), (0.5, 0.5)])
+def test_parts_have_a_rate_of_their_own_and_the_decay_of_a_and_b(rate, used):
+    """The first step of AdamW is -rate (g / (|g| + eps) + decay value)."""
+    made = make_optimizer(RATE, GAIN_RATE, whole_learning_rate=rate, weight_decay=0.3)
+    adapters, grads = both(0), both(1)
+    updates, _ = made.update(grads, made.init(adapters), adapters)
+    direction = np.sign(np.asarray(grads["norm"].value))
+    wanted = -used * (direction + 0.3 * np.asarray(adapters["norm"].value))
+    np.testing.assert_allclose(updates["norm"].value, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dash", "init", "tsd"])
+def test_launch_never_resets_parts(method):
+    made = make_optimizer(RATE, GAIN_RATE)
+    _, state = made.update(both(1), made.init(both(0)), both(0))
+    again = reset_moments(state, get_method(method))
+
+    def moments(state: Any) -> Any:
+        return state[1].inner_states["whole"]
+
+    for kept, before in zip(
+        jax.tree.leaves(moments(again)), jax.tree.leaves(moments(state)), strict=True
+    ):
+        assert np.any(before != 0)
+        np.testing.assert_array_equal(kept, before)
+
+
+def test_a_partition_of_two_groups_serves_where_no_parts_are():
+    groups = {"lora": optax.adam(RATE), "gain": optax.adam(GAIN_RATE)}
+    made = optax.partition(groups, group_labels)
+    state = reset_moments(made.init(tree(0)), get_method("tsd"))
+    updates, _ = made.update(tree(1), state, tree(0))
+    assert set(jax.tree.structure(updates).node_data()[1]) == {"k"}
+    with pytest.raises(ValueError, match="whole"):
+        made.init(both(0))

@@ -18,12 +18,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import parts_in
 from tsd_jax.interchange.factors import ModuleName
 from tsd_jax.interchange.merged import merge_factors, to_merged
 from tsd_jax.interchange.native import SavedAdapter, load_adapter
 from tsd_jax.interchange.peft import CONFIG, PeftExport, to_peft, write_adapter
+from tsd_jax.interchange.peft_parts import read_whole
 from tsd_jax.interchange.peft_reader import read_modules
+from tsd_jax.interchange.vocabulary import copy_tokenizer, has_tokenizer
+from tsd_jax.interchange.whole import WholeTensor, neighbours
 from tsd_jax.models import huggingface
 
 ADAPTER = "adapter.safetensors"
@@ -32,10 +37,17 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """Hold a PEFT adapter: {torch module: factors}, and the name of its base."""
+    """Hold a PEFT adapter.
+
+    Attributes:
+      factors: {torch module: factors}. base_model: name of its base, or None.
+      whole: {tensor: what it trains whole}. tied: whether head and embedding are one.
+    """
 
     factors: Mapping[str, Any]
     base_model: str | None
+    whole: Mapping[str, WholeTensor]
+    tied: bool
 
 
 def read(source: Path) -> SavedAdapter | Foreign:
@@ -49,7 +61,12 @@ def read(source: Path) -> SavedAdapter | Foreign:
     if (source / CONFIG).is_file():
         config, modules = read_modules(source)
         factors = {name: module.factors for name, module in modules.items()}
-        return Foreign(factors, config.get("base_model_name_or_path"))
+        return Foreign(
+            factors,
+            config.get("base_model_name_or_path"),
+            read_whole(source),
+            bool(config.get("ensure_weight_tying")),
+        )
     if source.is_dir():
         raise InputError(
             f"{source} holds neither {ADAPTER} of a finished run nor {CONFIG} of PEFT"
@@ -63,7 +80,13 @@ def export_peft(
     """Write a PEFT adapter."""
     if isinstance(found, Foreign):
         return write_adapter(
-            out, found.factors, {*found.factors}, base_model=base, max_rank=max_rank
+            out,
+            found.factors,
+            {*found.factors},
+            base_model=base,
+            max_rank=max_rank,
+            tensors=found.whole,
+            tied=found.tied,
         )
     return to_peft(
         out,
@@ -85,21 +108,38 @@ def _module_name(base: str) -> ModuleName:
 
 
 def _shapes(base: str, found: SavedAdapter) -> Any:
-    """Give the base's parameter shapes where it lies here: modules get short names."""
+    """Give the base's parameter shapes where it lies here: modules get short names.
+
+    The arrays, where a part is not all of its module.
+    """
     if not (Path(base) / "config.json").is_file():
         return None
     stacked = any(path.startswith("layers/") for path in found.adapters)
     config = huggingface.read_config(base)
-    return huggingface.abstract_params(config, scan_layers=stacked)
+    shapes = huggingface.abstract_params(config, scan_layers=stacked)
+    if not neighbours(parts_in(found.adapters), paths.flatten(shapes)):
+        return shapes
+    return huggingface.load_params(base, config, scan_layers=stacked)
 
 
 def export_merged(
-    found: SavedAdapter | Foreign, out: Path, base: str, dtype: str | None
+    found: SavedAdapter | Foreign,
+    out: Path,
+    base: str,
+    dtype: str | None,
+    tokenizer: Path | None = None,
 ) -> str:
     """Write a merged checkpoint, and tell what rounding did."""
     folder = huggingface.resolve(base)
     if isinstance(found, Foreign):
-        done = merge_factors(out, found.factors, base_folder=folder, dtype=dtype)
+        done = merge_factors(
+            out,
+            found.factors,
+            base_folder=folder,
+            dtype=dtype,
+            whole=found.whole,
+            tokenizer_folder=tokenizer,
+        )
     else:
         done = to_merged(
             out,
@@ -108,6 +148,7 @@ def export_merged(
             _module_name(str(folder)),
             base_folder=folder,
             dtype=dtype,
+            tokenizer_folder=tokenizer,
         )
     told = f"merged {len(done.errors)} modules, {', '.join(done.dtypes)}, in {out}"
     if done.error:
@@ -146,11 +187,22 @@ def export(options: argparse.Namespace) -> str:
     if not base:
         raise InputError(f"{options.source} does not name its base: give --base")
     if options.to == "merged":
-        return export_merged(found, options.out, base, options.dtype)
+        tokenizer = _tokenizer_folder(options.source)
+        return export_merged(found, options.out, base, options.dtype, tokenizer)
     if options.out.resolve() == options.source.resolve():
         raise InputError(f"{options.out} is what is read: give another --out")
     done = export_peft(found, options.out, base, options.max_rank)
+    tokenizer = _tokenizer_folder(options.source)
+    if tokenizer is not None and tokenizer.resolve() != options.out.resolve():
+        copy_tokenizer(tokenizer, options.out)
     return _peft_told(done, options.out)
+
+
+def _tokenizer_folder(source: Path) -> Path | None:
+    """Find the tokenizer that lies beside an adapter with added tokens."""
+    beside = source if (source / CONFIG).is_file() else source / "adapter"
+    folder = source.parent / "adapter" if source.is_file() else beside
+    return folder if has_tokenizer(folder) else None
 
 
 class _Parser(argparse.ArgumentParser):

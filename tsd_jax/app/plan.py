@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsd_jax.core import paths
+from tsd_jax.core.parts import WholeSpec
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.settling import SettlingConfig
 
@@ -27,6 +28,14 @@ def _row(kernel: KernelSpec) -> tuple[str, ...]:
         "<= " * kernel.gated + str(kernel.gains or "-"),
         f"{kernel.trainable:,}",
     )
+
+
+def _part_row(part: WholeSpec) -> tuple[str, ...]:
+    what = "whole"
+    if part.rows is not None:
+        what = f"rows {part.rows[0]} to {part.rows[1] - 1} of axis {part.axis}"
+    shape = "x".join(map(str, part.shape))
+    return part.path, shape, what, "-", "-", f"{part.trainable:,}"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -61,7 +70,7 @@ def describe(
     steps: int,
     settling: SettlingConfig | None = None,
 ) -> str:
-    """Tell the matched kernels, their layout and rank, and what trains.
+    """Tell the matched kernels, their layout and rank, the parts, and what trains.
 
     Args:
       spec: of `make_spec`.
@@ -70,11 +79,12 @@ def describe(
       settling: what decides instead of `launch_step`.
     """
     total = count_parameters(params)
+    frozen = total - sum(part.trainable for part in spec.whole)
     method = spec.method.name + (" (keep)" if spec.method.keep else "")
     when = _when(launch_step, settling)
     return (
-        table([_HEAD, *map(_row, spec.kernels)])
+        table([_HEAD, *map(_row, spec.kernels), *map(_part_row, spec.whole)])
         + f"\nmethod {method}, {when}, {steps} steps"
-        + f"\ntrainable {spec.trainable:,} beside {total:,} frozen parameters "
+        + f"\ntrainable {spec.trainable:,} beside {frozen:,} frozen parameters "
         + f"({100 * spec.trainable / total:.2f} %)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from tsd_jax.app import artifacts
 from tsd_jax.app.export import ADAPTER
 from tsd_jax.app.task import Evaluate
 from tsd_jax.binding.linen import bind
+from tsd_jax.core import paths
 from tsd_jax.core.launch import Extraction
+from tsd_jax.core.parts import parts_in
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.interchange.native import save_adapter
 from tsd_jax.interchange.peft import to_peft
+from tsd_jax.interchange.whole import neighbours
 from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import DECODER_RULES, Decoder
 from tsd_jax.training import files, loop, sharding
@@ -46,6 +50,18 @@ _FREE = (
 
 
 @dataclass(frozen=True)
+class Added:
+    """Hold what tokens were added.
+
+    Attributes:
+      rows: (start, stop) of their ids. before: rows the stored model has.
+    """
+
+    rows: tuple[int, int]
+    before: int
+
+
+@dataclass(frozen=True)
 class Base:
     """Hold the model before its weights are read.
 
@@ -53,6 +69,7 @@ class Base:
       name: for the adapter's config: a hub id, or the folder in full.
       folder: where it lies. network: the Linen module. tokenizer: of transformers.
       params: abstract tree, in the dtype asked for. apply: with adapters.
+      added: tokens that the stored model does not have, or None.
     """
 
     name: str
@@ -61,6 +78,7 @@ class Base:
     tokenizer: Any
     params: Mapping[str, Any]
     apply: Callable
+    added: Added | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +129,7 @@ def execute(run: Run) -> None:
     """
     goes_on = files.claim_workdir(run.workdir, run.settings, _FREE)
     places = sharding.param_shardings(run.base.params, DECODER_RULES, run.mesh)
-    params = huggingface.load_params(
-        run.base.folder,
-        run.base.network.config,
-        dtype=run.base.network.param_dtype,
-        scan_layers=run.base.network.scan_layers,
-        shardings=places,
-    )
+    params = load_base(run.base, run.mesh, places)
     first = jax.process_index() == 0
     if first:
         run.workdir.mkdir(parents=True, exist_ok=True)
@@ -140,7 +152,27 @@ def execute(run: Run) -> None:
                 state, params, dropout_key, parts, run.plan, recorder, checkpoints
             )
             after = evaluated(recorder, parts, state, at=run.plan.steps)
-            finish(run, state, recorder, watch, before, after)
+            finish(run, state, params, recorder, watch, before, after)
+
+
+def load_base(base: Base, mesh: Mesh, places: Any) -> dict[str, Any]:
+    """Load the weights, and give them rows for added tokens."""
+    config, scan = base.network.config, base.network.scan_layers
+    at = places
+    if base.added is not None:
+        config = dataclasses.replace(config, vocab_size=base.added.before)
+        shapes = huggingface.abstract_params(config, scan_layers=scan)
+        at = sharding.param_shardings(shapes, DECODER_RULES, mesh)
+    params = huggingface.load_params(
+        base.folder,
+        config,
+        dtype=base.network.param_dtype,
+        scan_layers=scan,
+        shardings=at,
+    )
+    if base.added is None:
+        return params
+    return huggingface.grow(params, base.added.rows, places)
 
 
 def start(
@@ -245,6 +277,7 @@ def evaluated(
 def finish(
     run: Run,
     state: TrainState,
+    params: Mapping[str, Any],
     recorder: Recorder,
     watch: loop.Stopwatch,
     before: Figures | None,
@@ -252,6 +285,8 @@ def finish(
 ) -> None:
     """Write adapter, summary and plots, and say where they are."""
     state = artifacts.on_host(state)
+    rest = neighbours(parts_in(state.adapters), paths.flatten(params))
+    rest = artifacts.on_host(rest)
     if jax.process_index() != 0:
         return
     save_adapter(
@@ -271,8 +306,10 @@ def finish(
             huggingface.module_name, model_type=run.base.network.config.model_type
         ),
         base_model=run.base.name,
-        params=run.base.params,
+        params=paths.update(run.base.params, rest),
     ).rank
+    if run.base.added is not None:
+        run.base.tokenizer.save_pretrained(str(run.workdir / "adapter"))
     old = files.read_json(run.workdir / "summary.json")
     launches = [row for row in recorder.rows if row["kind"] == "launch"]
     launch = launches[0] if launches else {"step": run.plan.launch_step}

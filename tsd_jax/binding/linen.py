@@ -58,7 +58,7 @@ def make_spec(
     handlers: Mapping[type[nn.Module], Handler] = HANDLERS,
     **kwargs: Any,
 ) -> Spec:
-    """Choose what to adapt and what to train whole, from one abstract trace of the model.
+    """Choose what to adapt or train whole, from one abstract trace of the model.
 
     Nothing is computed: arrays may be ShapeDtypeStructs.
 
@@ -167,7 +167,7 @@ def bind(
     directions: Mapping[str, Directions],
     dropout_key: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Put adapters beside their kernels and parts in their place, for a model called through `adapted`.
+    """Put adapters beside kernels and parts in place, for a model run by `adapted`.
 
     Args:
       params: the parameter tree; its other leaves are passed on untouched.

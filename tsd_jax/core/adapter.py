@@ -176,8 +176,9 @@ def merge(
 ) -> dict:
     """Add every dK to its kernel: K + gamma A B + L diag(g + o) R^T.
 
-    Parameters that trained whole are replaced by their trained values. Merging into a bfloat16 kernel rounds most of a small dK away; `dtype` asks for
-    merged kernels in a wider type.
+    Parameters that trained whole are replaced by their trained values. Merging into a
+    bfloat16 kernel rounds most of a small dK away; `dtype` asks for merged kernels in
+    a wider type.
 
     Args:
       params: the parameter tree.

@@ -118,12 +118,12 @@ def whole_spec(path: str, leaf: Any, rule: Whole) -> WholeSpec:
             "rules"
         )
     shape = tuple(leaf.shape)
-    if rule.rows is not None:
-        if rule.axis >= len(shape) or rule.rows[1] > shape[rule.axis]:
-            raise InputError(
-                f"{path} has shape {shape}, and the rule asks for {rule.rows} along "
-                f"axis {rule.axis}"
-            )
+    sizes = shape[rule.axis : rule.axis + 1]
+    if rule.rows is not None and not (sizes and rule.rows[1] <= sizes[0]):
+        raise InputError(
+            f"{path} has shape {shape}, and the rule asks for {rule.rows} along axis "
+            f"{rule.axis}"
+        )
     return WholeSpec(path=path, shape=shape, rows=rule.rows, axis=rule.axis)
 
 

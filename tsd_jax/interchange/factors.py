@@ -9,6 +9,7 @@ import numpy as np
 
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Part, kernels_in
 
 Index = int | tuple[int, ...] | None
 """Which matrix of a stack: its number along one axis, numbers along several, None."""
@@ -43,21 +44,23 @@ class Compressed(NamedTuple):
 
 
 def module_factors(
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Adapter | Part],
     directions: Mapping[str, Directions],
     module_name: ModuleName,
 ) -> dict[str, Factors]:
     """Give the float32 factors of every torch module, stacked kernels layer by layer.
 
-    Columns of `down` that are zero are left out, but for one: a rank is needed.
+    Parts trained whole are left out, and so are columns of `down` that are zero, but
+    for one: a rank is needed.
 
     Raises:
       InputError: there is no adapter, or two kernels go by the name of one module.
     """
-    if not adapters:
+    kernels = kernels_in(adapters)
+    if not kernels:
         raise InputError("there are no adapters to export")
     factors: dict[str, Factors] = {}
-    for path, adapter in adapters.items():
+    for path, adapter in kernels.items():
         modules = _modules(path, adapter, directions[path], module_name)
         twice = modules.keys() & factors.keys()
         if twice:

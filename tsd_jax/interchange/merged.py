@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from safetensors.numpy import save_file
 
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Part, parts_in
 from tsd_jax.interchange.factors import (
     Factors,
     ModuleName,
@@ -32,6 +34,15 @@ from tsd_jax.interchange.factors import (
     total,
 )
 from tsd_jax.interchange.files import open_tensors, read_json, read_tensor, write_json
+from tsd_jax.interchange.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    copy_tokenizer,
+    grown_vocabulary,
+    replaced,
+    with_copy,
+)
+from tsd_jax.interchange.whole import WholeTensor, whole_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,7 +56,6 @@ _BESIDE = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_TIED = ("lm_head.weight", "model.embed_tokens.weight")
 
 _log = logging.getLogger(__name__)
 
@@ -68,29 +78,33 @@ class MergedExport:
 
 def to_merged(
     folder: str | Path,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Adapter | Part],
     directions: Mapping[str, Directions],
     module_name: ModuleName,
     *,
     base_folder: str | Path,
     dtype: DTypeLike | None = None,
+    tokenizer_folder: str | Path | None = None,
 ) -> MergedExport:
     """Write the base's checkpoint with every dK added to its weight.
 
         W' = round(W + dK^T),  added in float32 and rounded once
 
-    Same files and index as the base's, with config.json, generation_config.json,
-    tokenizer and licence beside them. The folder appears when all of it is written.
+    Parts trained whole take their tensors' places; rows past the base's vocabulary
+    grow it. Same files and index as the base's, with config.json,
+    generation_config.json, tokenizer and licence beside them. The folder appears when
+    all of it is written.
 
     Args:
       folder: new, or empty.
-      adapters: {kernel path: Adapter}, on this host.
+      adapters: {path: Adapter or Part}, on this host.
       directions: {kernel path: Directions}.
-      module_name: (kernel path, layer of a stacked kernel or None) -> name of the
-        torch module; its `weight` is (out, in).
+      module_name: (path, layer of a stacked leaf or None) -> name of the torch
+        module; a kernel's `weight` is (out, in).
       base_folder: the base in Hugging Face format.
       dtype: of all float weights; by default each keeps its own. A small dK drowns in
         bfloat16: see the errors returned, and logged where they exceed 1 %.
+      tokenizer_folder: holds the tokenizer of a vocabulary that has grown.
 
     Raises:
       InputError: the folder is not empty or is the base's own; the base is damaged,
@@ -98,7 +112,14 @@ def to_merged(
         another shape.
     """
     factors = module_factors(adapters, directions, module_name)
-    return merge_factors(folder, factors, base_folder=base_folder, dtype=dtype)
+    return merge_factors(
+        folder,
+        factors,
+        base_folder=base_folder,
+        dtype=dtype,
+        whole=whole_tensors(parts_in(adapters), module_name),
+        tokenizer_folder=tokenizer_folder,
+    )
 
 
 def merge_factors(
@@ -107,8 +128,10 @@ def merge_factors(
     *,
     base_folder: str | Path,
     dtype: DTypeLike | None = None,
+    whole: Mapping[str, WholeTensor] = MappingProxyType({}),
+    tokenizer_folder: str | Path | None = None,
 ) -> MergedExport:
-    """Merge {torch module: factors}; see `to_merged`."""
+    """Merge {torch module: factors} and {tensor: `whole`}; see `to_merged`."""
     folder, base = Path(folder), Path(base_folder)
     target = None if dtype is None else jnp.dtype(dtype)
     if target is not None and not jnp.issubdtype(target, jnp.floating):
@@ -117,13 +140,22 @@ def merge_factors(
     config = read_json(base / "config.json")
     wanted = {f"{name}.weight": (name, pair) for name, pair in factors.items()}
     files = _files(base)
-    _check_base(base, config, files, wanted)
+    shapes = _shapes(files)
+    _check_base(base, config, shapes, wanted)
+    tied = bool(config.get("tie_word_embeddings"))
+    whole = with_copy(whole, {*shapes}, tied=tied)
+    size = grown_vocabulary(whole, shapes, base)
+    if size is not None:
+        config = {**config, "vocab_size": size}
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         _copy_beside(base, part, config, target)
+        if size is not None and tokenizer_folder is not None:
+            copy_tokenizer(Path(tokenizer_folder), part)
         report = _Report()
-        sizes = [_write_shard(file, part, wanted, target, report) for file in files]
+        changes = {**wanted, **whole}
+        sizes = [_write_shard(file, part, changes, target, report) for file in files]
         if (base / INDEX).is_file() and not (base / SINGLE).is_file():
             _write_index(base / INDEX, part, sum(sizes))
         os.replace(part, folder)
@@ -186,23 +218,27 @@ def _files(base: Path) -> list[Path]:
     return [base / name for name in sorted({*listed.values()})]
 
 
-def _check_base(
-    base: Path,
-    config: Mapping[str, Any],
-    files: list[Path],
-    wanted: Mapping[str, tuple[str, Factors]],
-) -> None:
-    """See from the headers that every dK has its own float weight to go into."""
-    if config.get("quantization_config"):
-        raise InputError(f"{base} is quantised: merge into its unquantised original")
+def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of all weights from the headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with open_tensors(file) as opened:
-            names = set(opened.keys())
-            for name in wanted.keys() & names:
+            for name in opened.keys():  # noqa: SIM118  it is no mapping
                 shapes[name] = tuple(opened.get_slice(name).get_shape())
+    return shapes
+
+
+def _check_base(
+    base: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[str, Factors]],
+) -> None:
+    """See that every dK has its own float weight to go into."""
+    if config.get("quantization_config"):
+        raise InputError(f"{base} is quantised: merge into its unquantised original")
     for name, (module, pair) in wanted.items():
-        if config.get("tie_word_embeddings") and name in _TIED:
+        if config.get("tie_word_embeddings") and name in (EMBEDDING, HEAD):
             raise InputError(
                 f"{module} shares its weight with another module (tied embeddings): "
                 "a change of one alone has no place in this checkpoint"
@@ -221,21 +257,22 @@ def _check_base(
 def _copy_beside(
     base: Path, part: Path, config: Mapping[str, Any], target: Any
 ) -> None:
-    """Copy what lies beside the weights; the config names their type."""
+    """Copy what lies beside the weights; `config`, and their type, as they are now."""
     found = {file for pattern in _BESIDE for file in base.glob(pattern)}
     for file in sorted(found):
         if file.is_file() and file.name not in (INDEX, "adapter_config.json"):
             shutil.copyfile(file, part / file.name)
     if target is not None:
         keys = {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}
-        changed = {**config, **dict.fromkeys(keys, str(target))}
-        write_json(part / "config.json", changed)
+        config = {**config, **dict.fromkeys(keys, str(target))}
+    if config != read_json(base / "config.json"):
+        write_json(part / "config.json", config)
 
 
 def _write_shard(
     file: Path,
     part: Path,
-    wanted: Mapping[str, tuple[str, Factors]],
+    wanted: Mapping[str, tuple[str, Factors] | WholeTensor],
     target: np.dtype | None,
     report: _Report,
 ) -> int:
@@ -250,7 +287,7 @@ def _write_shard(
             if name in wanted:
                 if not floating:
                     raise InputError(f"{file}: {name!r} is of type {stored.dtype}")
-                tensors[name] = _merge(stored, *wanted[name], dtype, report)
+                tensors[name] = _changed(stored, wanted[name], dtype, report)
             else:
                 tensors[name] = stored.astype(dtype, copy=False)
     written = part / file.name
@@ -259,12 +296,22 @@ def _write_shard(
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _merge(
-    stored: np.ndarray, name: str, pair: Factors, dtype: np.dtype, report: _Report
+def _changed(
+    stored: np.ndarray,
+    wanted: tuple[str, Factors] | WholeTensor,
+    dtype: np.dtype,
+    report: _Report,
 ) -> np.ndarray:
-    """Add one dK to its weight, and note what rounding does to it."""
-    change = (pair.down @ pair.up).T
-    exact = stored.astype(np.promote_types(stored.dtype, np.float32)) + change
+    """Add one dK to its weight, or replace it, and note what rounding does to it."""
+    if isinstance(wanted, WholeTensor):
+        name, exact = wanted.name.removesuffix(".weight"), replaced(stored, wanted)
+        before = np.zeros_like(exact)
+        before[: len(stored)] = stored
+        change = exact - before
+    else:
+        name, pair = wanted
+        change = (pair.down @ pair.up).T
+        exact = stored.astype(np.promote_types(stored.dtype, np.float32)) + change
     merged = exact.astype(dtype)
     lost = merged.astype(exact.dtype) - exact
     report.add(

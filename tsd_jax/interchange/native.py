@@ -1,11 +1,13 @@
 """The library's own adapter file: all that going on, or swapping adapters, needs.
 
 One safetensors file. Its tensors are the leaves of the adapters and directions under
-"<kernel path>/<leaf>", its metadata a format name, a version and a JSON object:
+"<path>/<leaf>", its metadata a format name, a version and a JSON object:
 
-    {"method": {...}, "kernels": [{...}, ...], "launched": true, "base_model": "..."}
+    {"method": {...}, "kernels": [{...}, ...], "whole": [{...}, ...],
+     "launched": true, "base_model": "..."}
 
-with the fields of `Method` and `KernelSpec` as they are.
+with the fields of `Method`, `KernelSpec` and `WholeSpec` as they are. Version 1 had no
+"whole"; it is read as before.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from tsd_jax.core.adapter import (
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
+from tsd_jax.core.parts import Part, WholeSpec
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.interchange.files import read_tensors, write_tensors
 
 FORMAT = "tsd_jax adapter"
-VERSION = 1
+VERSION = 2
 _INDICES = "indices"
 # A setting of training alone: it may differ between what is saved and what goes on.
 _FREE = ("dropout",)
@@ -47,7 +50,7 @@ class SavedAdapter:
     """Hold what an adapter file holds.
 
     Attributes:
-      adapters: {kernel path: Adapter}. directions: {kernel path: Directions}.
+      adapters: {path: Adapter or Part}. directions: {kernel path: Directions}.
       spec: of the file, or the one given to `load_adapter`.
       launched: whether launch has happened.
       indices: {kernel path: launched directions, (*batch, c), int32}, or None.
@@ -64,7 +67,7 @@ class SavedAdapter:
 
 def save_adapter(
     file: str | Path,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Adapter | Part],
     directions: Mapping[str, Directions],
     spec: Spec,
     *,
@@ -79,7 +82,7 @@ def save_adapter(
 
     Args:
       file: by convention NAME.safetensors; its folder must be there.
-      adapters: {kernel path: Adapter}, on this host.
+      adapters: {path: Adapter or Part}, on this host.
       directions: {kernel path: Directions}.
       spec: of `make_spec`.
       launched: whether `launch` has been called on them.
@@ -97,6 +100,7 @@ def save_adapter(
     facts = {
         "method": dataclasses.asdict(spec.method),
         "kernels": [dataclasses.asdict(kernel) for kernel in spec.kernels],
+        "whole": [dataclasses.asdict(part) for part in spec.whole],
         "launched": bool(launched),
         "base_model": base_model,
     }
@@ -130,7 +134,8 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
     try:
         method = _build(Method, facts["method"])
         kernels = tuple(_kernel(each) for each in facts["kernels"])
-        saved = Spec(kernels, method)
+        whole = tuple(_build(WholeSpec, each) for each in facts.get("whole", ()))
+        saved = Spec(kernels, method, whole)
         for kernel in kernels:
             kernel.layout.validate(kernel.path, len(kernel.shape))
         _check(tensors, saved, "tensors and header disagree")
@@ -151,7 +156,7 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
 
 
 def _fields(kind: type) -> list[str]:
-    """Name the array leaves of Adapter or Directions."""
+    """Name the array leaves of Adapter, Part or Directions."""
     return [
         field.name
         for field in dataclasses.fields(kind)
@@ -160,12 +165,12 @@ def _fields(kind: type) -> list[str]:
 
 
 def _leaves(
-    adapters: Mapping[str, Adapter], directions: Mapping[str, Directions]
+    adapters: Mapping[str, Adapter | Part], directions: Mapping[str, Directions]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Give every leaf there is by its name in the file."""
-    for kind, trees in ((Adapter, adapters), (Directions, directions)):
+    for trees in (adapters, directions):
         for path, tree in trees.items():
-            for name in _fields(kind):
+            for name in _fields(type(tree)):
                 leaf = getattr(tree, name)
                 if leaf is not None:
                     yield f"{path}/{name}", np.asarray(leaf)
@@ -173,7 +178,7 @@ def _leaves(
 
 def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
     """Give name and shape of every leaf a spec asks for."""
-    wanted = {}
+    wanted = {f"{part.path}/value": part.value_shape for part in spec.whole}
     for kernel in spec.kernels:
         pair = jax.eval_shape(
             lambda kernel=kernel: init_kernel(
@@ -221,7 +226,7 @@ def _facts(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         facts = json.loads(metadata["facts"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{file} is damaged (its header): write it again") from error
-    if version != str(VERSION) or not isinstance(facts, dict):
+    if not version.isdigit() or int(version) < 1 or not isinstance(facts, dict):
         raise InputError(f"{file} is damaged (its header): write it again")
     return facts
 
@@ -243,11 +248,24 @@ def _difference(saved: Spec, given: Spec) -> str | None:
     """Say what differs first, in words; None where nothing does."""
     if saved.method != given.method:
         return f"it was saved for {saved.method}, the spec has {given.method}"
-    mine = {kernel.path: kernel for kernel in saved.kernels}
-    theirs = {kernel.path: kernel for kernel in given.kernels}
+    for kind, ours, others in (
+        ("kernel", saved.kernels, given.kernels),
+        ("part", saved.whole, given.whole),
+    ):
+        mine, theirs = ({each.path: each for each in some} for some in (ours, others))
+        different = _first_difference(kind, mine, theirs)
+        if different:
+            return different
+    return None
+
+
+def _first_difference(
+    kind: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> str | None:
+    """Say where two {path: static description} differ first."""
     for path in sorted(mine.keys() ^ theirs.keys()):
         missing = "the file has no" if path in theirs else "the spec has no"
-        return f"{missing} kernel {path!r}"
+        return f"{missing} {kind} {path!r}"
     for path, kernel in mine.items():
         for field in dataclasses.fields(kernel):
             here, there = (getattr(each, field.name) for each in (kernel, theirs[path]))
@@ -272,7 +290,10 @@ def _trees(
             )
         return jnp.asarray(stored)
 
-    adapters, directions = {}, {}
+    adapters: Adapters = {
+        part.path: Part(leaf(part.path, "value"), part) for part in spec.whole
+    }
+    directions: AllDirections = {}
     for kernel in spec.kernels:
         trained, frozen = (
             {name: leaf(kernel.path, name) for name in _fields(kind)}

@@ -6,6 +6,9 @@ What a method adds to a kernel is one ordinary LoRA, whatever the method:
 
 PEFT computes `y + (lora_alpha / r) lora_B(lora_A(x))` with torch's transposed weights,
 so lora_A = down^T and lora_B = up^T with lora_alpha = r, and nothing is rounded.
+
+Parts trained whole are its `modules_to_save`, whole modules under their own names, and
+rows of an embedding its `trainable_token_indices`: the trained rows alone.
 """
 
 from __future__ import annotations
@@ -15,20 +18,28 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Part, WholeSpec, kernels_in, parts_in
 from tsd_jax.interchange import factors as low_rank
+from tsd_jax.interchange import whole
 from tsd_jax.interchange.factors import Factors, ModuleName
 from tsd_jax.interchange.files import write_json, write_tensors
+from tsd_jax.interchange.vocabulary import EMBEDDING, HEAD
+from tsd_jax.interchange.whole import WholeTensor
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+ROWS = "token_adapter.trainable_tokens_delta"
+"""The name of an embedding's trained rows, which are values and no differences."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +62,7 @@ class PeftExport:
 
 def to_peft(
     folder: str | Path,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Adapter | Part],
     directions: Mapping[str, Directions],
     module_name: ModuleName,
     *,
@@ -66,29 +77,58 @@ def to_peft(
 
     Args:
       folder: made if it is not there.
-      adapters: {kernel path: Adapter}, on this host.
+      adapters: {path: Adapter or Part}, on this host.
       directions: {kernel path: Directions}.
-      module_name: (kernel path, layer of a stacked kernel or None) -> name of the
-        torch module.
+      module_name: (path, layer of a stacked leaf or None) -> name of the torch module.
       base_model: name or path of the base model, for the config.
       params: the base's parameter tree. With it, modules are named by their last part
-        ("q_proj") where all of that name are adapted; without it, in full.
+        ("q_proj") where all of that name are adapted; without it, in full. Where a
+        part is not all of its module, as a weight beside a frozen bias, it has the
+        arrays of the rest, which PEFT saves along.
       max_rank: cut modules of a higher rank to this one, by the SVD of their factors;
         what that costs is returned and logged. Without it the export is exact.
 
     Raises:
-      InputError: there is no adapter, max_rank is below 1, or the folder cannot be
-        written.
+      InputError: there is no adapter, max_rank is below 1, the folder cannot be
+        written, or PEFT has no place for a part: beside an adapted kernel, or rows of
+        something else than a tensor's first axis.
     """
     factors = low_rank.module_factors(adapters, directions, module_name)
-    in_full = _named_in_full(adapters, params)
+    kernels, parts = kernels_in(adapters), parts_in(adapters)
+    whole.check_modules(parts, kernels)
+    tensors = whole.whole_tensors(parts, module_name)
+    tied = params is None or "lm_head" not in params
+    if params is not None:
+        rest = whole.neighbours(parts, paths.flatten(params))
+        tensors |= whole.whole_tensors(_as_they_are(rest), module_name)
+    in_full = _named_in_full(kernels, params)
     targets = set()
-    for path, adapter in adapters.items():
+    for path, adapter in kernels.items():
         names = _names(path, adapter, module_name)
         targets |= {n if path in in_full else _last(n) for n in names}
     return write_adapter(
-        folder, factors, targets, base_model=base_model, max_rank=max_rank
+        folder,
+        factors,
+        targets,
+        base_model=base_model,
+        max_rank=max_rank,
+        tensors=tensors,
+        tied=tied,
     )
+
+
+def _as_they_are(leaves: Mapping[str, Any]) -> dict[str, Part]:
+    """Take parameters that did not train as parts."""
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise InputError(
+                f"PEFT saves whole modules, and {path} belongs to one: give params "
+                "with its array, or train it too"
+            )
+    return {
+        path: Part(np.asarray(leaf), WholeSpec(path=path, shape=tuple(leaf.shape)))
+        for path, leaf in leaves.items()
+    }
 
 
 def write_adapter(
@@ -98,6 +138,8 @@ def write_adapter(
     *,
     base_model: str,
     max_rank: int | None = None,
+    tensors: Mapping[str, WholeTensor] = MappingProxyType({}),
+    tied: bool = False,
 ) -> PeftExport:
     """Write {torch module: factors} as a PEFT adapter; see `to_peft`.
 
@@ -106,6 +148,8 @@ def write_adapter(
       factors: dK of every module, its scale within.
       targets: what `target_modules` shall say.
       base_model: for the config. max_rank: as in `to_peft`.
+      tensors: {name: what trained whole}.
+      tied: whether the base's head may be its embedding.
     """
     cut: dict[str, tuple[float, float]] = {}
     if max_rank is not None:
@@ -116,8 +160,13 @@ def write_adapter(
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS, _tensors(factors), {"format": "pt"})
-        write_json(folder / CONFIG, _config(ranks, targets, base_model))
+        stored = _tensors(factors) | _whole_tensors(tensors)
+        config = _config(ranks, targets, base_model) | _whole_config(tensors)
+        if tied and EMBEDDING in tensors and tensors[EMBEDDING].rows is None:
+            config["ensure_weight_tying"] = True
+            stored[PREFIX + HEAD] = tensors[EMBEDDING].value
+        write_tensors(folder / WEIGHTS, stored, {"format": "pt"})
+        write_json(folder / CONFIG, config)
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror})") from error
     errors = {name: low_rank.relative(*pair) for name, pair in cut.items()}
@@ -163,6 +212,21 @@ def _tensors(factors: Mapping[str, Factors]) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _whole_tensors(tensors: Mapping[str, WholeTensor]) -> dict[str, np.ndarray]:
+    """Name what trained whole as PEFT does."""
+    return {
+        f"{PREFIX}{each.module}.{ROWS}" if each.rows else PREFIX + name: each.value
+        for name, each in tensors.items()
+    }
+
+
+def _whole_config(tensors: Mapping[str, WholeTensor]) -> dict[str, Any]:
+    """Say which modules, and which rows of others, take the base's place."""
+    modules = sorted({each.module for each in tensors.values() if each.rows is None})
+    rows = {each.module: list(each.rows) for each in tensors.values() if each.rows}
+    return {"modules_to_save": modules or None, "trainable_token_indices": rows or None}
+
+
 def _pattern(name: str, ranks: Mapping[str, int]) -> str:
     """Give a regular expression by which PEFT finds this module and no other rank.
 
@@ -195,7 +259,6 @@ def _config(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
         "use_dora": False,
         "use_rslora": False,
     }

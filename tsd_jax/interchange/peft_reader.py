@@ -5,7 +5,9 @@
     adapters, directions = found.start(key, spec)
 
 PEFT computes `y + s lora_B(lora_A(x))` with s = lora_alpha / r or lora_alpha / sqrt(r),
-so A = lora_A^T, B = lora_B^T and gamma = s. What is no plain LoRA is refused by name.
+so A = lora_A^T, B = lora_B^T and gamma = s. `modules_to_save` and
+`trainable_token_indices` become parts that train whole. What else is no plain LoRA is
+refused by name.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ import numpy as np
 
 from tsd_jax.core.adapter import Adapters, AllDirections, init
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Part, Whole
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
 from tsd_jax.interchange.factors import Factors, Index, compress
 from tsd_jax.interchange.files import read_json, read_tensors
 from tsd_jax.interchange.peft import CONFIG, PREFIX, WEIGHTS
+from tsd_jax.interchange.peft_parts import is_whole, read_whole
+from tsd_jax.interchange.whole import WholeTensor, filled, whole_rule
 
 Place = tuple[str, int | None]
 """Where a torch module's weight is: kernel path, layer of a stacked kernel or None."""
@@ -37,9 +42,7 @@ _log = logging.getLogger(__name__)
 # Fields of the config that make something else than a plain LoRA of it, and what it is.
 _OTHER = {
     "use_dora": "a DoRA adapter, whose norms have no place here",
-    "modules_to_save": "weights of whole modules beside the LoRA",
     "lora_bias": "biases of its own",
-    "trainable_token_indices": "retrained embeddings",
     "target_parameters": "adapters of parameters that no linear module owns",
     "layer_replication": "a base with repeated layers",
     "alora_invocation_tokens": "an adapter that some tokens switch on",
@@ -87,6 +90,7 @@ class PeftAdapter:
       scaling: of the rules, "lora" or "rslora". dropout: it was trained with.
       base_model: name or path of its base, or None.
       notes: what a user should know of the way it fits in, a line each.
+      parts: {path: {layer, or None: what it trains whole of it}}.
     """
 
     kernels: Mapping[str, Mapping[Index, PeftModule]]
@@ -94,11 +98,17 @@ class PeftAdapter:
     dropout: float
     base_model: str | None
     notes: tuple[str, ...]
+    parts: Mapping[str, Mapping[Index, WholeTensor]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def rules(
         self, *, directions: int = 8, dropout: float | None = None
-    ) -> tuple[Rule, ...]:
+    ) -> tuple[Rule | Whole, ...]:
         """Give one rule a kernel: the adapter's own rank, alpha and scaling.
+
+        Parts that it trains whole have a rule each; rows of an embedding one over all
+        from the first to the last.
 
         Where the layers of a stacked kernel differ, it is the largest rank and that
         layer's alpha.
@@ -107,7 +117,7 @@ class PeftAdapter:
           directions: s, for the methods that have gains.
           dropout: instead of the adapter's own.
         """
-        rules = []
+        rules: list[Rule | Whole] = []
         for path, layers in self.kernels.items():
             largest = max(layers.values(), key=lambda module: module.rank)
             rule = Rule(
@@ -119,10 +129,16 @@ class PeftAdapter:
                 scaling=self.scaling,
             )
             rules.append(rule)
+        rules += [whole_rule(path, layers) for path, layers in self.parts.items()]
         return tuple(rules)
 
     def start(
-        self, key: jax.Array, spec: Spec, dtype: jnp.dtype = jnp.float32
+        self,
+        key: jax.Array,
+        spec: Spec,
+        dtype: jnp.dtype = jnp.float32,
+        *,
+        params: Mapping[str, Any] | None = None,
     ) -> tuple[Adapters, AllDirections]:
         """Give adapters with this adapter's function, and directions still zero.
 
@@ -135,18 +151,24 @@ class PeftAdapter:
           key: a JAX random key, for those columns.
           spec: of `make_spec`, with any method; `rules` give one that fits.
           dtype: of all leaves.
+          params: the base's tree, needed where the spec trains parts whole.
 
         Raises:
-          InputError: the spec lacks a kernel the adapter changes, has a smaller rank
-            for it, or another shape.
+          InputError: the spec lacks a kernel or part the adapter changes, has a
+            smaller rank for it, or another shape; or `params` is missing.
         """
-        for path in self.kernels:
-            if path not in spec.paths:
+        trained = {*spec.paths, *(part.path for part in spec.whole)}
+        for path in (*self.kernels, *self.parts):
+            if path not in trained:
                 raise InputError(
                     f"the adapter changes {path}, which the spec does not adapt: make "
                     "the spec with its rules"
                 )
-        adapters, directions = init(key, spec, dtype)
+        adapters, directions = init(key, spec, dtype, params=params)
+        for part in spec.whole:
+            start = np.asarray(adapters[part.path].value)
+            value = filled(start, part, self.parts.get(part.path, {}))
+            adapters[part.path] = Part(jnp.asarray(value), part)
         for kernel in spec.kernels:
             layers = self.kernels.get(kernel.path, {})
             adapter = adapters[kernel.path]
@@ -157,17 +179,24 @@ class PeftAdapter:
         return adapters, directions
 
 
-def from_peft(folder: str | Path, places: Mapping[str, Place]) -> PeftAdapter:
+def from_peft(
+    folder: str | Path,
+    places: Mapping[str, Place],
+    tensors: Mapping[str, Place] | None = None,
+) -> PeftAdapter:
     """Read a LoRA adapter that PEFT saved.
 
     Args:
       folder: holds adapter_config.json and adapter_model.safetensors.
       places: {torch module: (kernel path, layer of a stacked kernel or None)}; for the
         models here `tsd_jax.models.huggingface.module_places` gives it.
+      tensors: {torch tensor: (parameter path, layer or None)}, for adapters that train
+        parts whole; `tsd_jax.models.huggingface.tensor_places` gives it.
 
     Raises:
       InputError: a file is missing or damaged, the adapter is no plain LoRA, or it
-        changes a module that `places` does not have; one line says which and why.
+        changes a module or tensor that the places do not have; one line says which
+        and why.
     """
     config, modules = read_modules(folder)
     scaling = "rslora" if config.get("use_rslora") else "lora"
@@ -200,7 +229,30 @@ def from_peft(folder: str | Path, places: Mapping[str, Place]) -> PeftAdapter:
         dropout=float(config.get("lora_dropout") or 0.0),
         base_model=config.get("base_model_name_or_path"),
         notes=tuple(notes),
+        parts=_place_parts(Path(folder), tensors),
     )
+
+
+def _place_parts(
+    folder: Path, places: Mapping[str, Place] | None
+) -> dict[str, dict[Index, WholeTensor]]:
+    """Find the parameters that the adapter trains whole."""
+    parts: dict[str, dict[Index, WholeTensor]] = {}
+    for name, tensor in read_whole(folder).items():
+        if places is None:
+            raise InputError(
+                f"{folder} trains {name} whole: give the places of tensors "
+                "(huggingface.tensor_places)"
+            )
+        if name not in places:
+            near = difflib.get_close_matches(name, places, n=1, cutoff=0.0)
+            raise InputError(
+                f"{folder} trains {name} whole, and the model has no such tensor; the "
+                f"nearest is {', '.join(near) or 'none'}"
+            )
+        path, layer = places[name]
+        parts.setdefault(path, {})[layer] = tensor
+    return parts
 
 
 def read_modules(folder: str | Path) -> tuple[dict[str, Any], dict[str, PeftModule]]:
@@ -219,7 +271,8 @@ def read_modules(folder: str | Path) -> tuple[dict[str, Any], dict[str, PeftModu
             "load it with PEFT and save it again with safe_serialization=True"
         )
     tensors, _ = read_tensors(weights)
-    names = sorted({_module_of(weights, tensor) for tensor in tensors})
+    factors = [name for name in tensors if not is_whole(name, config)]
+    names = sorted({_module_of(weights, tensor) for tensor in factors})
     if not names:
         raise InputError(f"{weights} holds no LoRA tensors: fetch it again")
     for name in names:

@@ -87,6 +87,25 @@ def module_places(
     return places
 
 
+def tensor_places(
+    params: Mapping[str, Any], model_type: str = "llama"
+) -> dict[str, tuple[str, int | tuple[int, ...] | None]]:
+    """Invert `tensor_names` for every parameter: {torch tensor: (path, index)}.
+
+    Args:
+      params: the tree of parameters, arrays or shapes, scanned or not.
+      model_type: the family, for some have other names.
+    """
+    places = {}
+    for path, leaf in flatten(params).items():
+        numbers = list(np.ndindex(leaf.shape[: stacked_axes(path)]))
+        names = tensor_names(path, leaf.shape, model_type)
+        for name, index in zip(names, numbers, strict=True):
+            short = index if len(index) > 1 else index[0] if index else None
+            places[name] = (path, short)
+    return places
+
+
 def is_stacked(path: str) -> bool:
     """Tell whether the leaf at `path` has the layers as its first axis."""
     return path.startswith("layers/")
