@@ -22,6 +22,7 @@ from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.methods import get_method
+from tsd_jax.models.huggingface import load_tokenizer
 from tsd_jax.training.loop import StopRequested
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +181,47 @@ def test_a_run_that_launches_before_its_first_step(tmp_path):
     assert (rates[:, :-1] > 0).all(), "there is a change to rank by"
 
 
+def test_a_run_with_added_tokens_and_parts(tmp_path):
+    """Its rows and a norm train; exports have them, and the tokenizer."""
+    config = small_config(
+        method__name="lora",
+        model__added_tokens=("<fair>", "<street>"),
+        adapter__train_whole=r"(.*/)?norm/scale",
+        adapter__dropout=0.0,
+        optimizer__whole_learning_rate=0.02,
+        train__steps=3,
+    )
+    run = train.prepare(config, tmp_path / "run")
+    assert run.base.network.config.vocab_size == 1181
+    assert [(p.path, p.rows) for p in run.spec.whole] == [
+        ("embed_tokens/embedding", (1179, 1181)),
+        ("norm/scale", None),
+    ]
+    execute(run)
+    saved = tsd.load_adapter(tmp_path / "run" / "adapter.safetensors")
+    base = load_file(ROOT / demo.ASSETS / "model" / "model.safetensors")
+    table = base["model.embed_tokens.weight"].astype(np.float32)
+    rows = np.asarray(saved.adapters["embed_tokens/embedding"].value)
+    assert 0 < np.abs(rows - table.mean(0)).max() < 0.07  # 3 steps of at most 0.02
+    norm = np.asarray(saved.adapters["norm/scale"].value)
+    moved = np.abs(norm - base["model.norm.weight"].astype(np.float32))
+    assert 0.02 < moved.max() < 0.07
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line).get("whole_learning_rate") for line in metrics]
+    assert max(rate or 0 for rate in rates) == pytest.approx(0.02)
+    out = tmp_path / "merged"
+    assert main([str(tmp_path / "run"), "--to", "merged", "--out", str(out)]) == 0
+    merged = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(merged[:1179], base["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(merged[1179:], rows.astype(merged.dtype))
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 1181
+    tokenizer = load_tokenizer(out)
+    assert tokenizer.convert_tokens_to_ids(["<fair>", "<street>"]) == [1179, 1180]
+    assert main([str(tmp_path / "run"), "--to", "peft", "--out", f"{out}2"]) == 0
+    for file in (tmp_path / "run" / "adapter").iterdir():
+        assert (tmp_path / "merged2" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_finished_run_started_again_changes_nothing(finished, capsys):
     before = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
     summary = json.loads((finished / "summary.json").read_text())
@@ -250,6 +292,8 @@ BAD = {
     "model__path": ("no/such/folder", r"model folder no/such/folder does not exist"),
     "model__dtype": ("float16", r"model.dtype 'float16'"),
     "adapter__pattern": ("nothing.*", r"rule 'nothing\.\*' matches no parameter"),
+    "adapter__train_whole": ("norm", r"rule 'norm' matches no parameter; the nearest"),
+    "model__added_tokens": (("<a>", "<a>"), r"has token '<a>' already"),
     "adapter__rank": (97, r"rank 97 is larger .* at most 96"),
     "adapter__directions": (100, r"directions 100 is larger"),
     "adapter__dropout": (1.5, r"dropout must be in"),
@@ -344,6 +388,14 @@ BAD_TOGETHER = {
     "no room to restart": (
         {"optimizer__restart": True, "optimizer__warmup": 4},
         r"warmup 4 must be in \[0, steps\), steps are 4",
+    ),
+    "an expression of nothing": (
+        {"adapter__train_whole": "("},
+        r"rule '\(': not a regular expression",
+    ),
+    "whole and adapted": (
+        {"adapter__train_whole": "layers/self_attn/q_proj/kernel"},
+        r"matches only what earlier rules took",
     ),
     "start of nothing": (
         {"method__name": "dash", "method__start": "zero"},

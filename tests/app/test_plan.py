@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from tsd_jax.app.plan import count_parameters, describe, table
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import get_method
+from tsd_jax.core.parts import WholeSpec
 from tsd_jax.core.spec import Rule, build_spec
 from tsd_jax.training.settling import SettlingConfig
 
@@ -48,3 +49,23 @@ def test_describe_tells_what_decides_when_to_launch():
     text = describe(spec, params(), None, 150, settling)
     assert "launch once directions have settled, between step 12 and 34" in text
     assert "<= 4" in next(line for line in text.splitlines() if line.startswith(path))
+
+
+def test_describe_names_parts_and_counts_them_once():
+    path = "layers/up/kernel"
+    rules = {path: Rule(pattern="x", rank=2, directions=4)}
+    whole = (
+        WholeSpec(path="head", shape=(3, 6, 10)),
+        WholeSpec(path="table", shape=(9, 5), rows=(7, 9)),
+    )
+    spec = build_spec(
+        {path: (3, 6, 10)}, {path: STACKED}, rules, get_method("lora"), whole
+    )
+    table = jax.ShapeDtypeStruct((9, 5), jnp.float32)
+    text = describe(spec, params() | {"table": table}, None, 150)
+    lines = {line.split()[0]: line.split() for line in text.splitlines()}
+    assert lines["head"] == ["head", "3x6x10", "whole", "-", "-", "180"]
+    rows = ["rows", "7", "to", "8", "of", "axis", "0"]
+    assert lines["table"] == ["table", "9x5", *rows, "-", "-", "10"]
+    trained = 3 * 2 * (6 + 10) + 180 + 10
+    assert f"trainable {trained} beside {360 + 45 - 190} frozen" in text

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.adapter import delta
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Part, WholeSpec
 from tsd_jax.core.spec import Spec
 from tsd_jax.interchange import files, native
 from tsd_jax.interchange.native import load_adapter, save_adapter
@@ -180,7 +181,7 @@ def test_a_newer_version_is_refused(saved):
     file, _ = saved
     newer = metadata_of(file) | {"version": str(native.VERSION + 1), "facts": "?"}
     save_file(load_file(file), file, newer)
-    with pytest.raises(InputError, match="format version 2, and this tsd_jax reads"):
+    with pytest.raises(InputError, match="format version 3, and this tsd_jax reads"):
         load_adapter(file)
 
 
@@ -192,6 +193,8 @@ def test_a_newer_version_is_refused(saved):
         {"kernels": [{}]},
         {"kernels": 3},
         {"kernels": []},
+        {"whole": 3},
+        {"whole": [{"path": "norm/scale"}]},
     ],
 )
 def test_a_damaged_header_is_refused(saved, facts):
@@ -220,3 +223,60 @@ def test_a_type_jax_would_round_is_refused(saved):
     with jax.enable_x64(True):
         found = load_adapter(file)
     assert found.adapters["k"].a.dtype == jnp.float64
+
+
+PARTS = (
+    WholeSpec(path="norm/scale", shape=(5,)),
+    WholeSpec(path="embed/embedding", shape=(7, 3), rows=(4, 6)),
+)
+
+
+def with_parts(seed: int = 0):
+    """Give a spec with parts, and trees of random numbers for it."""
+    spec = small_spec("tsd")
+    adapters, directions = random_all(seed, spec)
+    rng = np.random.default_rng(seed)
+    for part in PARTS:
+        value = jnp.asarray(rng.normal(size=part.value_shape), jnp.float32)
+        adapters[part.path] = Part(value, part)
+    return Spec(spec.kernels, spec.method, PARTS), adapters, directions
+
+
+def test_parts_come_back_bit_for_bit(tmp_path):
+    spec, *trees = with_parts()
+    file = tmp_path / "one.safetensors"
+    save_adapter(file, *trees, spec, launched=True)
+    stored = load_file(file)
+    assert stored["embed/embedding/value"].shape == (2, 3)
+    for given in (None, spec):
+        found = load_adapter(file, given)
+        assert found.spec == spec
+        same((found.adapters, found.directions), tuple(trees))
+
+
+def test_a_spec_of_other_parts_is_refused(tmp_path):
+    spec, *trees = with_parts()
+    file = tmp_path / "one.safetensors"
+    save_adapter(file, *trees, spec, launched=True)
+    fewer = Spec(spec.kernels, spec.method, PARTS[:1])
+    with pytest.raises(InputError, match="the spec has no part 'embed/embedding'"):
+        load_adapter(file, fewer)
+    moved = dataclasses.replace(PARTS[1], rows=(5, 7))
+    other = Spec(spec.kernels, spec.method, (PARTS[0], moved))
+    with pytest.raises(InputError, match=r"rows is \(4, 6\), the spec has \(5, 7\)"):
+        load_adapter(file, other)
+    with pytest.raises(InputError, match="embed/embedding/value is"):
+        save_adapter(file, *trees, small_spec("tsd"), launched=True)
+
+
+def test_files_of_the_first_version_are_read(saved):
+    """They have no list of parts."""
+    file, spec = saved
+    metadata = metadata_of(file)
+    facts = json.loads(metadata["facts"])
+    assert facts.pop("whole") == []
+    old = metadata | {"version": "1", "facts": json.dumps(facts)}
+    before = load_adapter(file)
+    save_file(load_file(file), file, old)
+    found = load_adapter(file, spec)
+    same((found.adapters, found.directions), (before.adapters, before.directions))

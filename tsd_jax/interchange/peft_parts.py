@@ -36,19 +36,14 @@ def whole_of(
         each = _whole(file, name.removeprefix(PREFIX), value, config)
         if each is not None:
             found[each.name] = each._replace(value=np.asarray(value, np.float32))
-    for module in config.get("modules_to_save") or ():
-        if not any(each.module.endswith(module) for each in found.values()):
+    kinds = {each.rows is None for each in found.values()}
+    # PEFT names heads by every name they may have: one of them must be there.
+    for key, kind in (("modules_to_save", True), ("trainable_token_indices", False)):
+        if config.get(key) and kind not in kinds:
             raise InputError(
-                f"{file} lacks module {module!r}, which modules_to_save of {CONFIG} "
-                "names: fetch both again"
+                f"{file} holds nothing of what {key} of {CONFIG} names, {config[key]}: "
+                "fetch both again"
             )
-    if config.get("trainable_token_indices") and not any(
-        each.rows for each in found.values()
-    ):
-        raise InputError(
-            f"{file} lacks the rows that trainable_token_indices of {CONFIG} names: "
-            "fetch both again"
-        )
     both = {EMBEDDING, HEAD} <= found.keys() and config.get("ensure_weight_tying")
     if both and np.array_equal(found[EMBEDDING].value, found[HEAD].value):
         del found[HEAD]  # PEFT's copy of the same

@@ -1,0 +1,297 @@
+"""Parts trained whole in torch's files, against tensors written down by hand."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.helpers.trees import random_all, small_spec
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Part, WholeSpec
+from tsd_jax.core.spec import Spec
+from tsd_jax.interchange.merged import to_merged
+from tsd_jax.interchange.peft import to_peft
+from tsd_jax.interchange.peft_reader import from_peft
+from tsd_jax.interchange.vocabulary import grown_vocabulary
+from tsd_jax.interchange.whole import (
+    WholeTensor,
+    filled,
+    torch_rows,
+    whole_rule,
+    whole_tensors,
+)
+
+V, D, LAYERS = 5, 3, 2
+PREFIX = "base_model.model."
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PARTS = {
+    "embed_tokens/embedding": WholeSpec(
+        path="embed_tokens/embedding", shape=(V + 2, D), rows=(V, V + 2)
+    ),
+    "lm_head/kernel": WholeSpec(
+        path="lm_head/kernel", shape=(D, V + 2), rows=(V, V + 2), axis=1
+    ),
+    "layers/norm/scale": WholeSpec(path="layers/norm/scale", shape=(LAYERS, D)),
+    "layers/up/kernel": WholeSpec(path="layers/up/kernel", shape=(LAYERS, D, 4)),
+}
+NAMES = {
+    "embed_tokens/embedding": "model.embed_tokens",
+    "lm_head/kernel": "lm_head",
+    "layers/norm/scale": "model.layers.{}.norm",
+    "layers/up/kernel": "model.layers.{}.up",
+    "layers/up/bias": "model.layers.{}.up",
+    "k": "model.k",
+    "stack": "model.layers.{}.stack",
+}
+
+
+def module_name(path: str, index: int | None) -> str:
+    assert ("{}" in NAMES[path]) == (index is not None)
+    return NAMES[path].format(index)
+
+
+def parts(*paths: str) -> dict[str, Part]:
+    rng = np.random.default_rng(4)
+    return {
+        path: Part(jnp.asarray(rng.normal(size=PARTS[path].value_shape), "float32"), p)
+        for path, p in PARTS.items()
+        if path in paths or not paths
+    }
+
+
+def trees(*paths: str):
+    adapters, directions = random_all(0, small_spec("tsd"))
+    return adapters | parts(*paths), directions
+
+
+def test_tensors_lie_as_torch_has_them():
+    found, values = whole_tensors(parts(), module_name), parts()
+    assert set(found) == {
+        TABLE,
+        HEAD,
+        *(f"model.layers.{n}.{part}.weight" for n in (0, 1) for part in ("norm", "up")),
+    }
+    table, head = (
+        np.asarray(values[path].value)
+        for path in ("embed_tokens/embedding", "lm_head/kernel")
+    )
+    np.testing.assert_array_equal(found[TABLE].value, table)
+    np.testing.assert_array_equal(found[HEAD].value, head.T)
+    assert found[TABLE].rows == found[HEAD].rows == (V, V + 1)
+    for n in range(LAYERS):
+        up = np.asarray(values["layers/up/kernel"].value)[n]
+        np.testing.assert_array_equal(found[f"model.layers.{n}.up.weight"].value, up.T)
+        assert found[f"model.layers.{n}.up.weight"].rows is None
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        (WholeSpec(path="x/alpha", shape=(3,)), "only leaves named kernel, embedding"),
+        (
+            WholeSpec(path="x/kernel", shape=(3, 4), rows=(0, 1)),
+            "rows along axis 0 of .* are no rows of one tensor",
+        ),
+        (
+            WholeSpec(path="x/kernel", shape=(2, 3, 4), rows=(0, 1), axis=1),
+            "no rows of one tensor",
+        ),
+    ],
+)
+def test_what_torch_has_no_place_for_is_refused(part, told):
+    with pytest.raises(InputError, match=told):
+        torch_rows(part)
+
+
+def test_tensors_fill_parts_again():
+    values = parts()
+    for path, part in PARTS.items():
+        indices = (0, 1) if path.startswith("layers") else (None,)
+        tensors = whole_tensors({path: values[path]}, module_name).values()
+        layers = dict(zip(indices, tensors, strict=True))
+        rule = whole_rule(path, layers)
+        assert (rule.rows, rule.axis) == (part.rows, part.axis)
+        got = filled(np.zeros(part.value_shape, np.float32), part, layers)
+        np.testing.assert_array_equal(got, values[path].value)
+
+
+def test_rows_may_have_gaps():
+    tensor = WholeTensor("e", "weight", np.ones((2, D), np.float32), (2, 4))
+    assert whole_rule("e/embedding", {None: tensor}).rows == (2, 5)
+    part = WholeSpec(path="e/embedding", shape=(V, D), rows=(2, 5))
+    got = filled(np.zeros((3, D)), part, {None: tensor})
+    np.testing.assert_array_equal(got[:, 0], [1, 0, 1])
+    outside = WholeSpec(path="e/embedding", shape=(V, D), rows=(3, 5))
+    with pytest.raises(InputError, match="does not fit what the spec trains of it"):
+        filled(np.zeros((2, D)), outside, {None: tensor})
+
+
+def test_the_peft_folder_names_modules_and_rows(tmp_path):
+    to_peft(tmp_path, *trees(), module_name, base_model="org/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == [
+        f"model.layers.{n}.{part}" for n in (0, 1) for part in ("norm", "up")
+    ]
+    rows = [V, V + 1]
+    indices = {"model.embed_tokens": rows, "lm_head": rows}
+    assert config["trainable_token_indices"] == indices
+    assert not {m for m in config["target_modules"] if "norm" in m or "head" in m}
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    value = parts()["embed_tokens/embedding"].value
+    name = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
+    np.testing.assert_array_equal(stored[name], value)
+    assert stored[f"{PREFIX}model.layers.0.norm.weight"].shape == (D,)
+    assert len([n for n in stored if "lora" not in n]) == 6
+
+
+def test_peft_gets_whole_modules(tmp_path):
+    """A frozen bias goes along with its weight."""
+    pair, bias = trees("layers/up/kernel"), np.ones((LAYERS, 4), np.float32)
+    shapes = {"layers": {"up": {"bias": jax.ShapeDtypeStruct(bias.shape, "float32")}}}
+    with pytest.raises(InputError, match="layers/up/bias belongs to one: give params"):
+        to_peft(tmp_path, *pair, module_name, base_model="b", params=shapes)
+    params = {"layers": {"up": {"bias": bias}}, "k": 0, "stack": 0}
+    to_peft(tmp_path, *pair, module_name, base_model="b", params=params)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    np.testing.assert_array_equal(stored[f"{PREFIX}model.layers.1.up.bias"], bias[1])
+
+
+def test_a_part_beside_an_adapter_is_refused(tmp_path):
+    adapters, directions = random_all(0, small_spec("tsd"))
+    kernel = {"k/kernel": adapters["k"]}, {"k/kernel": directions["k"]}
+    bias = Part(jnp.ones(7), WholeSpec(path="k/bias", shape=(7,)))
+    with pytest.raises(InputError, match="k/bias trains whole and the kernel beside"):
+        to_peft(
+            tmp_path,
+            {**kernel[0], "k/bias": bias},
+            kernel[1],
+            lambda path, index: "m",
+            base_model="b",
+        )
+    assert not list(tmp_path.iterdir())
+
+
+PLACES = {"model.k": ("k", None)} | {
+    f"model.layers.{n}.stack": ("stack", n) for n in range(3)
+}
+TENSORS = {TABLE: ("embed_tokens/embedding", None), HEAD: ("lm_head/kernel", None)} | {
+    f"model.layers.{n}.{part}.weight": (f"layers/{part}/{leaf}", n)
+    for n in range(LAYERS)
+    for part, leaf in (("norm", "scale"), ("up", "kernel"))
+}
+
+
+def test_parts_are_read_back(tmp_path):
+    to_peft(tmp_path, *trees(), module_name, base_model="org/base")
+    found = from_peft(tmp_path, PLACES, TENSORS)
+    assert found.parts.keys() == PARTS.keys()
+    base = small_spec("lora", rank=found.kernels["k"][None].rank)
+    spec = Spec(base.kernels, base.method, tuple(PARTS.values()))
+    flat = {path: jnp.zeros(part.shape) for path, part in PARTS.items()}
+    params: dict = {"layers": {}}
+    for path, leaf in flat.items():
+        *above, module, name = path.split("/")
+        (params["layers"] if above else params)[module] = {name: leaf}
+    adapters, _ = found.start(jax.random.key(0), spec, params=params)
+    for path, part in parts().items():
+        np.testing.assert_array_equal(adapters[path].value, part.value)
+    with pytest.raises(InputError, match="changes lm_head/kernel, which the"):
+        found.start(jax.random.key(0), base)
+    with pytest.raises(InputError, match="whole, and the model has no such tensor"):
+        from_peft(tmp_path, PLACES, {TABLE: TENSORS[TABLE]})
+
+
+def test_an_adapter_at_odds_with_itself_is_refused(tmp_path):
+    to_peft(tmp_path, *trees(), module_name, base_model="org/base")
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    indices = {"model.embed_tokens": [V], "lm_head": [V, V + 1]}
+    file.write_text(json.dumps(config | {"trainable_token_indices": indices}))
+    with pytest.raises(InputError, match=r"rows of shape \(2, 3\).*names 1 of them"):
+        from_peft(tmp_path, PLACES, TENSORS)
+
+
+def checkpoint(folder, *, tied: bool, dtype="float32", head: bool = True):
+    """Write a base with a vocabulary of V."""
+    folder.mkdir()
+    rng = np.random.default_rng(7)
+    shapes = {f"{name}.weight": (7, 6) for name in PLACES} | {TABLE: (V, D)}
+    shapes |= {f"model.layers.{n}.norm.weight": (D,) for n in range(LAYERS)}
+    shapes |= {HEAD: (V, D)} if head else {}
+    tensors = {n: rng.normal(size=shape).astype(dtype) for n, shape in shapes.items()}
+    if tied and head:
+        tensors[HEAD] = tensors[TABLE]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {"vocab_size": V, "tie_word_embeddings": tied, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("old")
+    (folder / "added_tokens.json").write_text("old")
+    return tensors
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_merged_checkpoint_grows(tmp_path, tied):
+    """With its tokenizer; a tied head that is stored follows its table."""
+    old = checkpoint(tmp_path / "base", tied=tied)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "tokenizer.json").write_text("new")
+    some = {"embed_tokens/embedding", "layers/norm/scale"}
+    some |= set() if tied else {"lm_head/kernel"}
+    pair = trees(*some)
+    out = tmp_path / "out"
+    to_merged(
+        out,
+        *pair,
+        module_name,
+        base_folder=tmp_path / "base",
+        tokenizer_folder=tmp_path / "new",
+    )
+    found = load_file(out / "model.safetensors")
+    table = np.concatenate([old[TABLE], pair[0]["embed_tokens/embedding"].value])
+    np.testing.assert_array_equal(found[TABLE], table)
+    new = parts()["lm_head/kernel"].value.T
+    head = table if tied else np.concatenate([old[HEAD], new])
+    np.testing.assert_array_equal(found[HEAD], head)
+    np.testing.assert_array_equal(
+        found["model.layers.1.norm.weight"], pair[0]["layers/norm/scale"].value[1]
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert config["vocab_size"] == V + 2
+    assert (out / "tokenizer.json").read_text() == "new"
+    assert not (out / "added_tokens.json").exists()
+
+
+def test_a_checkpoint_grown_in_one_place_is_refused(tmp_path):
+    checkpoint(tmp_path / "base", tied=False)
+    pair = trees("embed_tokens/embedding")
+    with pytest.raises(InputError, match="vocabulary would have 7 and 5 rows in"):
+        to_merged(tmp_path / "out", *pair, module_name, base_folder=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_another_base_are_refused(tmp_path):
+    def grown(name, value, rows=None, shape=(V, D)):
+        tensor = WholeTensor(name, "weight", np.zeros(value), rows)
+        return grown_vocabulary({tensor.name: tensor}, {tensor.name: shape}, tmp_path)
+
+    assert grown("x", (V, D)) is None
+    assert grown("x", (1, D), (V - 1,)) is None
+    assert grown("lm_head", (V + 3, D)) == V + 3
+    assert grown("lm_head", (1, D), (V,)) == V + 1
+    for bad in [
+        ("x", (V + 1, D)),
+        ("x", (1, D), (V,)),
+        ("lm_head", (V, D + 1)),
+        ("lm_head", (1, D), (V + 1,)),  # a row between would be nothing
+        ("lm_head", (1, D + 1), (V,)),
+    ]:
+        with pytest.raises(InputError, match="does not fit what was trained of it"):
+            grown(*bad)
+    tensor = WholeTensor("y", "weight", np.zeros(3))
+    with pytest.raises(InputError, match=r"has no tensor 'y.weight'"):
+        grown_vocabulary({"y.weight": tensor}, {}, tmp_path)
