@@ -28,7 +28,7 @@ COLUMNS = WholeSpec(path="head/kernel", shape=(3, 7), rows=(5, 7), axis=1)
 PARTS = (NORM, ROWS, COLUMNS)
 
 
-def base(dtype=np.float32) -> dict:
+def base(dtype: str = "float32") -> dict:
     rng = np.random.default_rng(0)
     leaves = {
         part.path.split("/")[0]: {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import chex
 import jax
@@ -231,9 +232,10 @@ PARTS = (
 )
 
 
-def with_parts(seed: int = 0):
+def with_parts(seed: int = 0) -> tuple[Spec, Any, Any]:
     """Give a spec with parts, and trees of random numbers for it."""
     spec = small_spec("tsd")
+    adapters: Any
     adapters, directions = random_all(seed, spec)
     rng = np.random.default_rng(seed)
     for part in PARTS:
@@ -243,21 +245,21 @@ def with_parts(seed: int = 0):
 
 
 def test_parts_come_back_bit_for_bit(tmp_path):
-    spec, *trees = with_parts()
+    spec, adapters, directions = with_parts()
     file = tmp_path / "one.safetensors"
-    save_adapter(file, *trees, spec, launched=True)
+    save_adapter(file, adapters, directions, spec, launched=True)
     stored = load_file(file)
     assert stored["embed/embedding/value"].shape == (2, 3)
     for given in (None, spec):
         found = load_adapter(file, given)
         assert found.spec == spec
-        same((found.adapters, found.directions), tuple(trees))
+        same((found.adapters, found.directions), (adapters, directions))
 
 
 def test_a_spec_of_other_parts_is_refused(tmp_path):
-    spec, *trees = with_parts()
+    spec, adapters, directions = with_parts()
     file = tmp_path / "one.safetensors"
-    save_adapter(file, *trees, spec, launched=True)
+    save_adapter(file, adapters, directions, spec, launched=True)
     fewer = Spec(spec.kernels, spec.method, PARTS[:1])
     with pytest.raises(InputError, match="the spec has no part 'embed/embedding'"):
         load_adapter(file, fewer)
@@ -266,7 +268,7 @@ def test_a_spec_of_other_parts_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"rows is \(4, 6\), the spec has \(5, 7\)"):
         load_adapter(file, other)
     with pytest.raises(InputError, match="embed/embedding/value is"):
-        save_adapter(file, *trees, small_spec("tsd"), launched=True)
+        save_adapter(file, adapters, directions, small_spec("tsd"), launched=True)
 
 
 def test_files_of_the_first_version_are_read(saved):

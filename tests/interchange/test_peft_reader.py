@@ -58,7 +58,7 @@ def write(folder, ranks: dict[str, int], *, dtype: Any = np.float32, **config):
     return factors
 
 
-def spec_of(rules, method="tsd"):
+def spec_of(rules: Any, method="tsd"):
     return build_spec(
         SHAPES, LAYOUTS, match_rules(tuple(SHAPES), rules), get_method(method)
     )
@@ -123,9 +123,8 @@ def test_patterns_and_scaling_are_read_as_peft_reads_them(tmp_path, rslora):
         rank, alpha = ranks[name], alphas.get(name, 8)
         scale = alpha / (math.sqrt(rank) if rslora else rank)
         np.testing.assert_allclose(change, expected(factors, name, scale), atol=2e-5)
-    assert [rule.scaling for rule in found.rules()] == [
-        "rslora" if rslora else "lora"
-    ] * 2
+    rules: Any = found.rules()
+    assert [rule.scaling for rule in rules] == ["rslora" if rslora else "lora"] * 2
     ranked, scaled = found.notes
     assert ranked.startswith("stack: its layers have ranks [2, 4]; all are padded to 4")
     assert scaled.startswith("stack: its layers have 3 scales")
@@ -172,6 +171,7 @@ def test_a_rank_above_the_kernels_own_is_cut_to_it(tmp_path, rslora):
     factors = write(tmp_path, {"head.k": 9}, r=9, use_rslora=rslora)
     found = from_peft(tmp_path, PLACES)
     assert found.notes == ("head.k: rank 9 is more than the kernel has; cut to 6",)
+    rule: Any
     (rule,) = found.rules(directions=2)
     assert rule.rank == 6
     spec = build_spec(SHAPES, LAYOUTS, {"k": rule}, get_method("tsd"))

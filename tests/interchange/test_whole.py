@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.parts import Part, WholeSpec
 from tsd_jax.core.spec import Spec
+from tsd_jax.interchange.factors import Index
 from tsd_jax.interchange.merged import to_merged
 from tsd_jax.interchange.peft import to_peft
 from tsd_jax.interchange.peft_reader import from_peft
@@ -64,7 +66,7 @@ def parts(*paths: str) -> dict[str, Part]:
     }
 
 
-def trees(*paths: str):
+def trees(*paths: str) -> tuple[Any, Any]:
     adapters, directions = random_all(0, small_spec("tsd"))
     return adapters | parts(*paths), directions
 
@@ -113,7 +115,7 @@ def test_tensors_fill_parts_again():
     for path, part in PARTS.items():
         indices = (0, 1) if path.startswith("layers") else (None,)
         tensors = whole_tensors({path: values[path]}, module_name).values()
-        layers = dict(zip(indices, tensors, strict=True))
+        layers: dict[Index, WholeTensor] = dict(zip(indices, tensors, strict=True))
         rule = whole_rule(path, layers)
         assert (rule.rows, rule.axis) == (part.rows, part.axis)
         got = filled(np.zeros(part.value_shape, np.float32), part, layers)

@@ -302,6 +302,7 @@ def test_parts_have_a_rate_of_their_own_and_the_decay_of_a_and_b(rate, used):
     """The first step of AdamW is -rate (g / (|g| + eps) + decay value)."""
     made = make_optimizer(RATE, GAIN_RATE, whole_learning_rate=rate, weight_decay=0.3)
     adapters, grads = both(0), both(1)
+    updates: Any
     updates, _ = made.update(grads, made.init(adapters), adapters)
     direction = np.sign(np.asarray(grads["norm"].value))
     wanted = -used * (direction + 0.3 * np.asarray(adapters["norm"].value))
@@ -325,7 +326,7 @@ def test_launch_never_resets_parts(method):
 
 
 def test_a_partition_of_two_groups_serves_where_no_parts_are():
-    groups = {"lora": optax.adam(RATE), "gain": optax.adam(GAIN_RATE)}
+    groups: dict[Any, Any] = {"lora": optax.adam(RATE), "gain": optax.adam(GAIN_RATE)}
     made = optax.partition(groups, group_labels)
     state = reset_moments(made.init(tree(0)), get_method("tsd"))
     updates, _ = made.update(tree(1), state, tree(0))

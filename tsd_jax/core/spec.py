@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
@@ -68,6 +69,9 @@ class Rule:
                 f"{where}: unknown scaling {self.scaling!r}; "
                 f"choose one of {', '.join(SCALINGS)}"
             )
+
+
+AnyRule = TypeVar("AnyRule", bound=Rule | Whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +149,7 @@ class Spec:
         return sum(each.trainable for each in (*self.kernels, *self.whole))
 
 
-def match_rules(
-    paths: Sequence[str], rules: Sequence[Rule | Whole]
-) -> dict[str, Rule | Whole]:
+def match_rules(paths: Sequence[str], rules: Sequence[AnyRule]) -> dict[str, AnyRule]:
     """Give {path: rule} for every path a rule matches in full; the first rule wins.
 
     Raises:
@@ -156,7 +158,7 @@ def match_rules(
     """
     if not any(isinstance(rule, Rule) for rule in rules):
         raise InputError("no rules: name at least one kernel to adapt")
-    matched: dict[str, Rule | Whole] = {}
+    matched: dict[str, AnyRule] = {}
     for rule in rules:
         hits = [path for path in paths if re.fullmatch(rule.pattern, path)]
         if not hits:

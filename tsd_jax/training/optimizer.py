@@ -10,6 +10,7 @@ count included, while the schedules outside it read on from the global step.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def _labels(adapter: Adapter | Part) -> Adapter | Part:
     return adapter.replace(a="lora", b="lora", gain=gain)
 
 
-def group_labels(adapters: Mapping[str, Adapter | Part]) -> dict[str, Adapter | Part]:
+def group_labels(adapters: Mapping[str, Adapter | Part]) -> dict[str, Any]:
     """Label every leaf with its optimizer group, for `optax.partition`.
 
     "lora" (A and B), "gain", and, where parts train whole, "whole".
