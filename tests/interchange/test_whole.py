@@ -178,6 +178,16 @@ def test_a_part_beside_an_adapter_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_experts_are_refused(tmp_path):
+    path = "layers/mlp/experts/up_proj/kernel"
+    part = Part(jnp.ones((2, 3, 4, 5)), WholeSpec(path=path, shape=(2, 3, 4, 5)))
+    adapters, directions = trees("layers/norm/scale")
+    with pytest.raises(InputError, match="fuses the experts of a mixture"):
+        to_peft(
+            tmp_path, {**adapters, path: part}, directions, module_name, base_model="b"
+        )
+
+
 PLACES = {"model.k": ("k", None)} | {
     f"model.layers.{n}.stack": ("stack", n) for n in range(3)
 }

@@ -155,6 +155,11 @@ def check_modules(
     owners = {_owner(path) for path in adapted}
     for path, each in whole.items():
         torch_rows(_spec(each))
+        if "/experts/" in path:
+            raise InputError(
+                f"{path} trains whole, and transformers fuses the experts of a mixture "
+                "into parameters that PEFT cannot save; leave them out"
+            )
         if _owner(path) in owners:
             raise InputError(
                 f"{path} trains whole and the kernel beside it has an adapter: PEFT "
