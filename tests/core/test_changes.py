@@ -145,10 +145,9 @@ def test_what_was_learned_with_dora():
     magnitude = np.random.default_rng(5).uniform(1, 2, 33)
     norms = np.linalg.norm(kernel + 2 * a @ b, axis=0)
     with jax.enable_x64(True):
-        parts = (jnp.asarray(x) for x in (kernel, a, b))
-        plain = learned_change(*parts, 2.0)
-        parts = (jnp.asarray(x) for x in (kernel, a, b))
-        whole = learned_change(*parts, 2.0, jnp.asarray(magnitude))
+        matrix, first, second = (jnp.asarray(x) for x in (kernel, a, b))
+        plain = learned_change(matrix, first, second, 2.0)
+        whole = learned_change(matrix, first, second, 2.0, jnp.asarray(magnitude))
     assert isinstance(plain, LowRank)
     assert isinstance(whole, Rescaled)
     np.testing.assert_allclose(whole.excess, magnitude / norms - 1, rtol=1e-12)

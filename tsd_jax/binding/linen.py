@@ -229,8 +229,13 @@ def _low_rank(call: Call, bound: Bound, y_shape: tuple[int, ...]) -> jax.Array:
     )
 
 
-def _check_owner(module: nn.Module, call: Call) -> None:
-    """Refuse DoRA where the module adds to its output what nobody names."""
+def _bias(module: nn.Module, call: Call, y: jax.Array) -> jax.Array | float:
+    """Give what is added to x K in y, ready to be broadcast; 0 where nothing is.
+
+    Raises:
+      InputError: the module has a parameter that is neither kernel nor bias, so that
+        nobody knows what it does to y.
+    """
     known = (call.kernel, call.kernel + SUFFIX, call.bias)
     for name, value in module.variables["params"].items():
         if name not in known and not isinstance(value, Mapping):
@@ -240,28 +245,13 @@ def _check_owner(module: nn.Module, call: Call) -> None:
                 f"{type(module).__name__}: name it in Call(bias=), or adapt without "
                 "DoRA"
             )
-
-
-def _rescaled(
-    module: nn.Module, call: Call, bound: Bound, y: jax.Array, more: jax.Array
-) -> jax.Array:
-    """Give c o (x K + x dK) + bias, of y = x K + bias and what DoRA comes after."""
-    _check_owner(module, call)
-    scale = spread_outputs(
-        _unplace(bound.scale, bound.batch),
-        call.contraction,
-        batch=bound.batch,
-        y_shape=y.shape,
-    )
-    scaled = scale * (y + more)
     if call.bias is None:
-        return scaled
+        return 0.0
     shape = [
         size if label in call.contraction.kernel else 1
         for label, size in zip(call.contraction.y, y.shape, strict=True)
     ]
-    bias = module.get_variable("params", call.bias).astype(y.dtype).reshape(shape)
-    return scaled + (1 - scale) * bias
+    return module.get_variable("params", call.bias).astype(y.dtype).reshape(shape)
 
 
 def adapted(
@@ -290,10 +280,12 @@ def adapted(
         if not module.has_variable("params", call.kernel + SUFFIX):
             return y
         bound = module.get_variable("params", call.kernel + SUFFIX)
-        more = _low_rank(call, bound, y.shape)
-        if bound.scale is None:
-            return (y + more).astype(y.dtype)
-        return _rescaled(module, call, bound, y, more).astype(y.dtype)
+        total = y + _low_rank(call, bound, y.shape)
+        if bound.scale is not None:
+            row, labels = _unplace(bound.scale, bound.batch), call.contraction
+            c = spread_outputs(row, labels, batch=bound.batch, y_shape=y.shape)
+            total = c * total + (1 - c) * _bias(module, call, y)
+        return total.astype(y.dtype)
 
     @functools.wraps(apply_fn)
     def adapted_apply(variables, *args, **kwargs):
