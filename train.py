@@ -99,6 +99,7 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
         auto_directions=config.adapter.auto_directions,
         dropout=config.adapter.dropout,
         scaling=config.adapter.scaling,
+        dora=config.adapter.dora,
     )
     rules = [rule, *whole_rules(config, base)]
     tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)

@@ -66,6 +66,7 @@ def get_config() -> Any:
     config.adapter.auto_directions = False
     config.adapter.dropout = 0.0
     config.adapter.scaling = "lora"  # lora: alpha/r; rslora: alpha/sqrt(r)
+    config.adapter.dora = False  # train the norms of the kernels' columns apart
     # Parameters that train whole beside the adapters: an expression over their paths,
     # as r"norm/scale|lm_head/kernel"; "" for none.
     config.adapter.train_whole = ""

@@ -501,9 +501,13 @@ def test_wrong_type_ends_with_code_2():
 
 def test_dry_run_prints_the_plan_and_stops(tmp_path):
     done = command(
-        "--config=configs/demo.py", f"--workdir={tmp_path / 'r'}", "--dry-run"
+        "--config=configs/demo.py",
+        f"--workdir={tmp_path / 'r'}",
+        "--dry-run",
+        "--config.adapter.dora=True",
     )
     assert done.returncode == 0, done.stderr
+    assert "method tsd on DoRA, launch after step 24" in done.stdout
     assert re.search(r"layers/mlp/up_proj/kernel +4x96x256 +0 \| 1 \| 2", done.stdout)
     assert "trainable" in done.stdout
     assert not (tmp_path / "r").exists()

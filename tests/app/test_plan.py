@@ -40,6 +40,15 @@ def test_describe_names_kernels_axes_ranks_and_counts():
     assert f"trainable {trainable} beside 360 frozen parameters (30.00 %)" in text
 
 
+def test_describe_counts_magnitudes():
+    path = "layers/up/kernel"
+    rules = {path: Rule(pattern="x", rank=2, directions=4, dora=True)}
+    spec = build_spec({path: (3, 6, 10)}, {path: STACKED}, rules, get_method("dash"))
+    text = describe(spec, params(), 20, 150)
+    assert "method dash on DoRA, launch after step 20" in text
+    assert f"trainable {3 * (2 * (6 + 10) + 4 + 10)} beside 360" in text
+
+
 def test_describe_tells_what_decides_when_to_launch():
     path = "layers/up/kernel"
     rule = Rule(pattern="x", rank=2, directions=4, auto_directions=True)

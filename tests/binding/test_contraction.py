@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsd_jax.binding.contraction import Contraction, low_rank
+from tsd_jax.binding.contraction import Contraction, low_rank, spread_outputs
 from tsd_jax.core.errors import InputError
 
 
@@ -94,6 +94,45 @@ def test_two_thin_products_are_the_thick_one(subscripts, batch):
         y_shape=want.shape,
     )
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("subscripts", "batch"),
+    [
+        ("abc,cd->abd", ()),
+        ("abc,cde->aedb", ()),
+        ("ahc,cdh->adh", (2,)),
+        ("abc,chd->abhd", (1,)),
+    ],
+)
+def test_one_value_an_output_is_laid_along_y(subscripts, batch):
+    """Scaling y by it is scaling the kernel's columns."""
+    contraction = Contraction.parse(subscripts, 0)
+    kernel_shape, x_shape, y_shape = (
+        [SIZES[label] for label in getattr(contraction, part)]
+        for part in ("kernel", "x", "y")
+    )
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=kernel_shape), rng.normal(size=x_shape)
+    stored = range(len(contraction.kernel))
+    kept = [n for n in stored if contraction.kernel[n] in contraction.y]
+    columns = [*batch, *(n for n in kept if n not in batch)]
+    values = rng.normal(size=[kernel_shape[n] for n in columns])
+    flat = values.reshape(*(kernel_shape[n] for n in batch), -1)
+    got = spread_outputs(
+        jnp.asarray(flat, jnp.float32),
+        contraction,
+        batch=batch,
+        y_shape=tuple(y_shape),
+    )
+    labels = "".join(contraction.kernel[n] for n in columns)
+    scaled = np.einsum(
+        f"{contraction.kernel},{labels}->{contraction.kernel}", kernel, values
+    )
+    want = np.einsum(subscripts, x, scaled)
+    assert got.ndim == len(y_shape)
+    plain = np.einsum(subscripts, x, kernel)
+    np.testing.assert_allclose(np.asarray(got) * plain, want, rtol=1e-5, atol=1e-5)
 
 
 def test_low_precision_inputs_are_accumulated_in_float32():

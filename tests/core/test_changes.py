@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
-from tsd_jax.core.changes import Full, LowRank
+from tsd_jax.core.changes import Full, LowRank, Rescaled, learned_change
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import Extraction, launch
 from tsd_jax.core.layout import Layout
@@ -102,3 +102,61 @@ def test_methods_that_make_nothing_of_a_gradient():
     params = {"k": jnp.ones((6, 9))}
     with pytest.raises(InputError, match="'pissa' ranks by 'largest', which looks"):
         launch(params, trained(0, spec)[0], spec, changes=params)
+
+
+def rescaled(shape):
+    """Give a kernel, A, B, c and DoRA's change of it, (K + 2 A B) diag(c) - K."""
+    kernel, _ = problem(shape)
+    rng = np.random.default_rng(4)
+    a, b = 0.1 * rng.normal(size=(shape[0], 3)), 0.1 * rng.normal(size=(3, shape[1]))
+    c = 1 + 0.1 * rng.normal(size=shape[1])
+    return kernel, a, b, c, (kernel + 2 * a @ b) * c - kernel
+
+
+@shapes
+def test_the_change_of_dora_is_ranked_as_defined(shape):
+    """To the digits of float64, for directions of every size."""
+    kernel, a, b, c, change = rescaled(shape)
+    with jax.enable_x64(True):
+        parts = Rescaled.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
+        got = rank_change(jnp.asarray(kernel), parts, count=6, solver="tridiagonal")
+    want = core_directions(kernel, change)
+    np.testing.assert_array_equal(got.indices, want.order[:6])
+    np.testing.assert_allclose(got.rates, want.rates, rtol=1e-6)
+    moved = np.diag(want.P.T @ change @ want.Q)[want.order[:6]]
+    np.testing.assert_allclose(got.moved, moved, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(150, 170), (170, 150)], ids=["wide", "tall"])
+def test_more_directions_than_are_looked_at_together(shape):
+    kernel, _, _ = spectrum_kernel(0, shape, geometric(150))
+    _, a, b, c, _ = rescaled(shape)
+    change = (kernel + 2 * a @ b) * c - kernel
+    with jax.enable_x64(True):
+        parts = Rescaled.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
+        got = rank_change(jnp.asarray(kernel), parts, count=6)
+    want = core_directions(kernel, change)
+    np.testing.assert_allclose(got.rates, want.rates, rtol=1e-6, atol=1e-9)
+
+
+def test_what_was_learned_with_dora():
+    """m over the norms of K + gamma A B; gamma A B alone without m."""
+    kernel, a, b, _, _ = rescaled((20, 33))
+    magnitude = np.random.default_rng(5).uniform(1, 2, 33)
+    norms = np.linalg.norm(kernel + 2 * a @ b, axis=0)
+    with jax.enable_x64(True):
+        matrix, first, second = (jnp.asarray(x) for x in (kernel, a, b))
+        plain = learned_change(matrix, first, second, 2.0)
+        whole = learned_change(matrix, first, second, 2.0, jnp.asarray(magnitude))
+    assert isinstance(plain, LowRank)
+    assert isinstance(whole, Rescaled)
+    np.testing.assert_allclose(whole.excess, magnitude / norms - 1, rtol=1e-12)
+
+
+def test_the_change_of_dora_cannot_be_seen_without_all_vectors():
+    kernel, a, b, c, _ = rescaled((20, 33))
+    with jax.enable_x64(True):
+        few = tridiagonalize(Wide(jnp.asarray(kernel)).gram())
+        parts = Rescaled.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
+        with pytest.raises(TypeError, match="dense spectrum"):
+            parts.products(few, Wide(jnp.asarray(kernel)))

@@ -91,13 +91,16 @@ def net(
     pattern: str = r".*/kernel",
     dtype: Any = jnp.float32,
     dropout: float = 0.0,
+    dora: bool = False,
 ) -> tuple[Net, dict[str, Any], Spec]:
     """Give a model, its parameters, and a spec, over all five kernels by default."""
     model = Net(lift, dtype)
     x = inputs(lift, dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     params = filled(0, shapes, 0.4)
-    rule = Rule(pattern=pattern, rank=2, alpha=3, directions=3, dropout=dropout)
+    rule = Rule(
+        pattern=pattern, rank=2, alpha=3, directions=3, dropout=dropout, dora=dora
+    )
     spec = make_spec(model.apply, {"params": params}, [rule], x, method=method)
     return model, params, spec
 

@@ -30,6 +30,7 @@ def small_spec(
     shape: tuple[int, ...] | None = None,
     layout: Layout | None = None,
     auto: bool = False,
+    dora: bool = False,
 ) -> Spec:
     """Describe a (6, 7) kernel "k" and a stack of three, or one of your own."""
     shapes: dict[str, tuple[int, ...]] = {"k": (6, 7), "stack": (3, 6, 7)}
@@ -42,6 +43,7 @@ def small_spec(
         alpha=alpha,
         directions=directions,
         auto_directions=auto,
+        dora=dora,
     )
     matched = dict.fromkeys(shapes, rule)
     return build_spec(shapes, layouts, matched, method_of(method))
@@ -63,7 +65,8 @@ def zeros(shapes: Any) -> Any:
 def pair_shapes(kernel: KernelSpec) -> tuple[Adapter, Directions]:
     """Give the shapes of what lies beside one kernel."""
     return jax.eval_shape(
-        lambda: init_kernel(jax.random.key(0), kernel, jnp.dtype("float32"))
+        lambda base: init_kernel(jax.random.key(0), kernel, jnp.dtype("float32"), base),
+        jax.ShapeDtypeStruct(kernel.shape, jnp.float32),
     )
 
 

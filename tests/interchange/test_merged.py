@@ -102,6 +102,33 @@ def test_every_change_goes_into_its_weight(tmp_path, shards):
     assert export.errors == dict.fromkeys(MODULES, 0.0)
 
 
+def test_rows_are_scaled_to_their_magnitudes(tmp_path):
+    """DoRA: m o (W + dK^T) / ||W + dK^T||; one row that is zero stays so."""
+    spec = small_spec("tsd", dora=True)
+    adapters, directions = random_all(0, spec)
+    adapters["k"] = adapters["k"].replace(b=adapters["k"].b.at[:, 2].set(0))
+    none = directions["k"].right.at[2].set(0)
+    directions["k"] = directions["k"].replace(right=none)
+    base(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    before = load_file(file)
+    before["lm_head.weight"][2] = 0
+    save_file(before, file, {"format": "pt"})
+    out = tmp_path / "out"
+    to_merged(out, adapters, directions, module_name, base_folder=tmp_path / "base")
+    after = load_file(out / "model.safetensors")
+    for name, (path, layer) in MODULES.items():
+        total = before[f"{name}.weight"] + dense(adapters, directions, (path, layer))
+        magnitude = np.asarray(adapters[path].magnitude, np.float64)
+        magnitude = magnitude if layer is None else magnitude[layer]
+        norms = np.linalg.norm(total, axis=1)
+        scale = magnitude / np.where(norms > 0, norms, 1)
+        np.testing.assert_allclose(
+            after[f"{name}.weight"], scale[:, None] * total, rtol=1e-5, atol=1e-5
+        )
+    np.testing.assert_array_equal(after["lm_head.weight"][2], 0)
+
+
 def test_shards_and_index_are_the_bases(tmp_path):
     base(tmp_path / "base", shards=3)
     out = tmp_path / "out"

@@ -52,7 +52,7 @@ def rewrite(file, **facts):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_round_trip_is_exact(tmp_path, method, dtype):
-    spec = small_spec(method)
+    spec = small_spec(method, dora=method != "dash")
     adapters, directions = random_all(1, spec)
     adapters, directions = jax.tree.map(
         lambda x: x.astype(dtype), (adapters, directions)
@@ -99,6 +99,15 @@ def test_adapters_of_one_spec_are_swapped_without_a_new_trace(tmp_path):
         )
 
 
+def test_files_from_before_dora_are_read(saved):
+    file, spec = saved
+    facts = json.loads(metadata_of(file)["facts"])
+    for kernel in facts["kernels"]:
+        assert kernel.pop("dora") is False
+    rewrite(file, kernels=facts["kernels"])
+    assert load_adapter(file, spec).spec == spec
+
+
 def test_dropout_may_differ_and_is_then_the_given_one(saved):
     file, spec = saved
     other = Spec(
@@ -118,6 +127,7 @@ def test_dropout_may_differ_and_is_then_the_given_one(saved):
         (small_spec("tsd", alpha=4.0), "k: alpha is 3.0, the spec has 4.0"),
         (small_spec("tsd", directions=3), "k: gains is 4, the spec has 3"),
         (small_spec("tsd", shape=(6, 7)), "the spec has no kernel 'stack'"),
+        (small_spec("tsd", dora=True), "k: dora is False, the spec has True"),
     ],
 )
 def test_another_spec_is_refused_by_what_differs(saved, other, words):

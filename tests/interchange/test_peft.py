@@ -25,7 +25,11 @@ def module_name(path: str, layer: int | None) -> str:
 
 
 def adapter(
-    path: str, batch: tuple[int, ...] = (), rank: int = 2, columns: int = 3
+    path: str,
+    batch: tuple[int, ...] = (),
+    rank: int = 2,
+    columns: int = 3,
+    dora: bool = False,
 ) -> tuple[Adapter, Directions]:
     """An adapter after launch, every value random."""
     rng = np.random.default_rng(len(path) + rank)
@@ -34,6 +38,7 @@ def adapter(
         return jnp.asarray(rng.normal(size=(*batch, *shape)), jnp.float32)
 
     stack = len(batch)
+    magnitude = abs(random(OUT)) + 1 if dora else None
     kernel = KernelSpec(
         path=path,
         shape=(*batch, IN, OUT),
@@ -45,9 +50,10 @@ def adapter(
         ranked=columns,
         columns=columns,
         dropout=0.0,
+        dora=dora,
     )
     return (
-        Adapter(random(IN, rank), random(rank, OUT), random(2), kernel),
+        Adapter(random(IN, rank), random(rank, OUT), random(2), kernel, magnitude),
         Directions(random(IN, columns), random(OUT, columns), random(columns)),
     )
 
@@ -162,6 +168,34 @@ def test_a_change_of_nothing_still_has_a_rank(tmp_path):
     pair = (trained.replace(a=0 * trained.a, gain=None), Directions(None, None, None))
     export = to_peft(tmp_path, *collect(q=pair), module_name, base_model="b")
     assert export.rank == 1
+
+
+def test_magnitudes_are_written_as_peft_names_them(tmp_path):
+    pairs = collect(
+        q=adapter("attn/q/kernel", (LAYERS,), dora=True),
+        up=adapter("mlp/up/kernel", dora=True),
+    )
+    to_peft(tmp_path, *pairs, module_name, base_model="org/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["use_dora"] is True
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    found = {name: x for name, x in tensors.items() if "magnitude" in name}
+    prefix, suffix = "base_model.model.model", "lora_magnitude_vector"
+    want = {f"{prefix}.mlp.up.{suffix}": pairs[0]["mlp/up/kernel"].magnitude}
+    for layer in range(LAYERS):
+        magnitude = pairs[0]["attn/q/kernel"].magnitude[layer]
+        want[f"{prefix}.{layer}.attn.q.{suffix}"] = magnitude
+    assert found.keys() == want.keys()
+    for name, magnitude in want.items():
+        np.testing.assert_array_equal(found[name], magnitude)
+
+
+def test_dora_beside_plain_kernels_is_refused_before_anything_is_written(tmp_path):
+    pairs = collect(q=adapter("attn/q/kernel", dora=True), up=adapter("mlp/up/kernel"))
+    words = "model.attn.q has DoRA and model.mlp.up has not, and PEFT's use_dora is one"
+    with pytest.raises(InputError, match=words):
+        to_peft(tmp_path / "new", *pairs, module_name, base_model="org/base")
+    assert not (tmp_path / "new").exists()
 
 
 def test_config_is_that_of_a_plain_causal_lora(tmp_path):

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.helpers.trees import STACKED, random_all, small_spec
-from tsd_jax.core.adapter import delta
+from tsd_jax.core.adapter import delta, merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import get_method
-from tsd_jax.core.spec import build_spec, match_rules
+from tsd_jax.core.spec import Rule, build_spec, match_rules
 from tsd_jax.interchange.peft import to_peft
 from tsd_jax.interchange.peft_reader import from_peft
 
@@ -28,7 +28,14 @@ ALL = dict.fromkeys(PLACES, 4)
 KEY = jax.random.key(0)
 
 
-def write(folder, ranks: dict[str, int], *, dtype: Any = np.float32, **config):
+def write(
+    folder,
+    ranks: dict[str, int],
+    *,
+    dtype: Any = np.float32,
+    magnitudes: int = 0,
+    **config,
+):
     """Write an adapter as PEFT would, and give {module: (lora_A, lora_B)}."""
     rng = np.random.default_rng(0)
     factors = {
@@ -43,6 +50,9 @@ def write(folder, ranks: dict[str, int], *, dtype: Any = np.float32, **config):
         for name, pair in factors.items()
         for side, factor in zip("AB", pair, strict=True)
     }
+    for name in ranks if magnitudes else ():
+        key = f"base_model.model.{name}.lora_magnitude_vector"
+        tensors[key] = rng.uniform(1, 2, size=magnitudes).astype(dtype)
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     known = {
@@ -97,6 +107,39 @@ def test_an_adapter_starts_any_method_with_its_function(tmp_path, method, dtype)
     low, high = factors["model.1.stack"]
     np.testing.assert_array_equal(adapters["stack"].a[1], low.T)
     np.testing.assert_array_equal(adapters["stack"].b[1], high.T)
+
+
+def test_magnitudes_are_read_and_made_where_there_are_none(tmp_path):
+    """A layer without adapter starts at the norms of the base."""
+    ranks = {name: 4 for name in PLACES if name != "model.2.stack"}
+    factors = write(tmp_path, ranks, magnitudes=OUT, use_dora=True)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    found = from_peft(tmp_path, PLACES)
+    spec = spec_of(found.rules(directions=2), "dash")
+    assert all(kernel.dora for kernel in spec.kernels)
+    rng = np.random.default_rng(5)
+    params = {p: rng.normal(size=s).astype(np.float32) for p, s in SHAPES.items()}
+    adapters, directions = found.start(KEY, spec, params=params)
+    merged = merge(params, adapters, directions)
+    for name, (path, layer) in PLACES.items():
+        kernel = params[path] if layer is None else params[path][layer]
+        got = merged[path] if layer is None else merged[path][layer]
+        want = kernel.astype(np.float64)
+        if name in factors:
+            total = kernel + expected(factors, name, 6 / 4)
+            magnitude = stored[f"base_model.model.{name}.lora_magnitude_vector"]
+            want = magnitude / np.linalg.norm(total, axis=0) * total
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="give params=, the base's parameter tree"):
+        found.start(KEY, spec)
+    plain = build_spec(
+        SHAPES,
+        LAYOUTS,
+        dict.fromkeys(SHAPES, Rule(pattern=".*", rank=4, directions=2)),
+        spec.method,
+    )
+    with pytest.raises(InputError, match="k: the adapter has DoRA, the spec not"):
+        found.start(KEY, plain)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -185,7 +228,9 @@ def test_a_rank_above_the_kernels_own_is_cut_to_it(tmp_path, rslora):
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"use_dora": True}, "use_dora is True: it is a DoRA adapter"),
+        ({"use_dora": True}, r"lora_magnitude_vector none, .* asks for \(7,\)"),
+        ({"magnitudes": OUT}, r"lora_magnitude_vector \(7,\), .* asks for none"),
+        ({"magnitudes": 6, "use_dora": True}, r"\(6,\), .* asks for \(7,\)"),
         ({"modules_to_save": ["lm_head"]}, r"nothing of what modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight"),
@@ -212,8 +257,9 @@ def test_starts_that_leave_the_base_alone_are_read(tmp_path, start):
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [
-        ("base_model.model.head.k.lora_magnitude_vector", "lora_magnitude_vector"),
-        ("base_model.model.e.lora_embedding_A", "only lora_A and lora_B of linear"),
+        ("base_model.model.head.k.lora_magnitude_vector", "lacks one factor of head.k"),
+        ("base_model.model.head.k.lora_magnitude", "only lora_A, lora_B and lora_mag"),
+        ("base_model.model.e.lora_embedding_A", "only lora_A, lora_B and"),
         ("base_model.model.lm_head.weight", "lm_head.weight"),
         ("base_model.model.model.0.stack.lora_A.weight", "lacks one factor"),
     ],

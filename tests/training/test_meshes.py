@@ -42,7 +42,8 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=True,
 )
 RULES = [
-    Rule(pattern=r".*/(q|o|down)_proj/kernel", rank=3, directions=2),
+    Rule(pattern=r".*/(q|o)_proj/kernel", rank=3, directions=2),
+    Rule(pattern=r".*/down_proj/kernel", rank=3, directions=2, dora=True),
     Whole(pattern="embed_tokens/embedding", rows=(20, 24)),
     Whole(pattern=r".*/scale"),
     Whole(pattern=r".*/up_proj/kernel"),
@@ -185,6 +186,8 @@ def test_state_stays_where_it_was_put(shape):
     assert up.addressable_shards[0].data.shape == (2, 16 // fsdp, 24 // tensor)
     rows = placed.state.adapters["embed_tokens/embedding"].value
     assert rows.addressable_shards[0].data.shape == (4, 16 // fsdp)
+    down = placed.state.adapters["layers/mlp/down_proj/kernel"]
+    assert down.magnitude.addressable_shards[0].data.shape == (2, 16 // fsdp)
 
 
 def text(program: Any) -> str:

@@ -124,6 +124,9 @@ def test_groups():
     assert (labels.a, labels.b, labels.gain) == ("lora", "lora", "gain")
     lora = {"k": tree(None)["k"].replace(gain=None)}
     assert group_labels(lora)["k"].gain is None
+    assert labels.magnitude is None
+    dora = {"k": tree(None)["k"].replace(magnitude=jnp.zeros(4))}
+    assert group_labels(dora)["k"].magnitude == "lora"
 
 
 def test_each_group_has_its_learning_rate():

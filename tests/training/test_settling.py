@@ -88,9 +88,9 @@ def test_when_to_launch(step, streak, launches):
     assert CONFIG.launches(step, streak) is launches
 
 
-def problem(shape: tuple[int, int]) -> tuple[Spec, Any]:
+def problem(shape: tuple[int, int], dora: bool = False) -> tuple[Spec, Any]:
     layout = Layout((0,), (1,), (2,), lifted=(0,))
-    spec = small_spec("dash", shape=(3, *shape), layout=layout)
+    spec = small_spec("dash", shape=(3, *shape), layout=layout, dora=dora)
     kernels = [spectrum_kernel(n, shape, geometric(min(shape)))[0] for n in range(3)]
     return spec, {"k": np.asarray(kernels, np.float32)}
 
@@ -100,6 +100,10 @@ def wanted(spec: Spec, params: Any, adapters: Any) -> np.ndarray:
     kernel, adapter = params["k"], adapters["k"]
     a, b = np.asarray(adapter.a, np.float64), np.asarray(adapter.b, np.float64)
     change = spec.kernels[0].scale * a @ b
+    if adapter.magnitude is not None:
+        norms = np.linalg.norm(kernel + change, axis=-2)
+        scale = (np.asarray(adapter.magnitude) / norms)[:, None, :]
+        change = scale * (kernel + change) - kernel
     tops = [
         core_directions(*pair).order[:4] for pair in zip(kernel, change, strict=True)
     ]
@@ -157,6 +161,19 @@ def test_what_could_never_be_decided(settings, message):
     base = {"launch_min": 2, "launch_max": 40, "every": 2, "patience": 2}
     with pytest.raises(InputError, match=message):
         SettlingConfig(**{**base, **settings})
+
+
+def test_magnitudes_count_in_what_has_settled():
+    spec, params = problem((6, 9), dora=True)
+    adapters = trained(0, spec)[0]
+    magnitude = np.random.default_rng(1).uniform(1, 9, size=(3, 9))
+    moved = adapters["k"].replace(magnitude=jnp.asarray(magnitude, jnp.float32))
+    placed = {"k": jnp.asarray(params["k"])}
+    seen = Watcher(placed, spec, CONFIG)(init_settling(spec, CONFIG), {"k": moved})
+    want = wanted(spec, params, {"k": moved})
+    np.testing.assert_array_equal(np.sort(seen.sets["k"], -1), want)
+    plain = wanted(spec, params, {"k": moved.replace(magnitude=None)})
+    assert (want != plain).any()
 
 
 def test_devices_without_float64_are_watched_from_the_host(monkeypatch):

@@ -181,12 +181,15 @@ ADAPTERS = {
 @pytest.mark.parametrize("method", ["lora", "dash", "init", "tsd+keep"])
 def test_adapters_lie_as_their_kernel_does(mesh, case, method):
     layout, sizes, spec, rows, columns, batch = ADAPTERS[case]
-    rule = Rule(pattern="k", rank=2, directions=2)
+    rule = Rule(pattern="k", rank=2, directions=2, dora=method == "dash")
     kernel = kernel_spec("k", sizes, layout, rule, method_of(method))
     adapter, frozen = adapter_shardings(kernel, NamedSharding(mesh, spec))
     assert adapter.kernel == kernel
     assert adapter.a == NamedSharding(mesh, P(*batch, rows, None))
     assert adapter.b == NamedSharding(mesh, P(*batch, None, columns))
+    assert (adapter.magnitude is None) == (method != "dash")
+    if adapter.magnitude is not None:
+        assert adapter.magnitude == NamedSharding(mesh, P(*batch, columns))
     assert (adapter.gain is None) == (method in ("lora", "init"))
     if adapter.gain is not None:
         assert adapter.gain == NamedSharding(mesh, P(*batch, None))

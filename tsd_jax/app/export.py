@@ -167,7 +167,9 @@ def _peft_told(done: PeftExport, out: Path) -> str:
             f"\ncut {len(done.errors)} modules; relative error {done.error:.3g} "
             f"in all, {done.errors[worst]:.3g} at most ({worst})"
         )
-    if done.rank > 16:
+    if done.dora:
+        told += "\nDoRA: where that is not served, as in vLLM, export --to merged"
+    elif done.rank > 16:
         told += f"\nvLLM serves it with --max-lora-rank of {done.rank} or more"
     return told
 

@@ -81,6 +81,7 @@ def describe(
     total = count_parameters(params)
     frozen = total - sum(part.trainable for part in spec.whole)
     method = spec.method.name + (" (keep)" if spec.method.keep else "")
+    method += " on DoRA" * any(kernel.dora for kernel in spec.kernels)
     when = _when(launch_step, settling)
     return (
         table([_HEAD, *map(_row, spec.kernels), *map(_part_row, spec.whole)])

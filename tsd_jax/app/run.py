@@ -298,7 +298,7 @@ def finish(
         indices=artifacts.launched_indices(run.workdir, run.spec, state),
         base_model=run.base.name,
     )
-    rank = to_peft(
+    export = to_peft(
         run.workdir / "adapter",
         state.adapters,
         state.directions,
@@ -307,7 +307,7 @@ def finish(
         ),
         base_model=run.base.name,
         params=paths.update(run.base.params, rest),
-    ).rank
+    )
     if run.base.added is not None:
         run.base.tokenizer.save_pretrained(str(run.workdir / "adapter"))
     old = files.read_json(run.workdir / "summary.json")
@@ -320,7 +320,7 @@ def finish(
         "launch_step": launch["step"],
         "steps": run.plan.steps,
         "trainable_params": run.spec.trainable,
-        "adapter_rank": rank,
+        "adapter_rank": export.rank,
         "directions": artifacts.gains_used(state),
         "before": before,
         "after": after,
@@ -331,6 +331,8 @@ def finish(
     }
     files.write_json(run.workdir / "summary.json", summary if timed else summary | old)
     artifacts.write_plots(run.workdir, recorder.rows, state)
-    cap = " (vLLM serves it with --max-lora-rank)" if rank > 16 else ""
-    recorder.say(f"adapter of rank {rank}{cap} in {run.workdir / 'adapter'}")
+    high = export.rank > 16 and not export.dora
+    cap = " (vLLM serves it with --max-lora-rank)" if high else ""
+    kind = "DoRA adapter" if export.dora else "adapter"
+    recorder.say(f"{kind} of rank {export.rank}{cap} in {run.workdir / 'adapter'}")
     recorder.say(f"summary.json and plots/ in {run.workdir}")

@@ -63,6 +63,34 @@ class Contraction:
         return tuple(roles[0]), tuple(roles[1]), tuple(roles[2])
 
 
+def spread_outputs(
+    values: jax.Array,
+    contraction: Contraction,
+    *,
+    batch: tuple[int, ...],
+    y_shape: tuple[int, ...],
+) -> jax.Array:
+    """Lay one value an output along the axes of y, ready to be broadcast.
+
+    Args:
+      values: (*batch, out), out flattened.
+      contraction: labels of x, kernel and y.
+      batch: the kernel's axes that stack matrices.
+      y_shape: shape of the module's output.
+
+    Returns:
+      An array of as many axes as y, 1 where the kernel has none.
+    """
+    sizes = dict(zip(contraction.y, y_shape, strict=True))
+    stacked = [contraction.kernel[axis] for axis in batch]
+    outputs = [c for c in contraction.kernel if c not in (*contraction.x, *stacked)]
+    labels = [*stacked, *outputs]
+    split = values.reshape([sizes[c] for c in labels])
+    order = sorted(range(len(labels)), key=lambda n: contraction.y.index(labels[n]))
+    shape = [sizes[c] if c in labels else 1 for c in contraction.y]
+    return jnp.transpose(split, order).reshape(shape)
+
+
 def low_rank(
     x: jax.Array,
     down: jax.Array,

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tsd_jax.binding.contraction import low_rank
+from tsd_jax.binding.contraction import low_rank, spread_outputs
 from tsd_jax.binding.linen_handlers import HANDLERS, Call, Handler, find_handler
 from tsd_jax.binding.linen_trace import trace_layouts
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
+from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors, output_scale
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method, get_method
@@ -38,6 +38,7 @@ class Bound(struct.PyTreeNode):
 
     Attributes:
       down: A and L. up: gamma B and diag(g + o) R^T. key: dropout key data, or None.
+      scale: c of DoRA, a row, or None.
       batch: stacked axes of the kernel as its module sees it.
       dropout: probability on the input of the low-rank path.
     """
@@ -45,6 +46,7 @@ class Bound(struct.PyTreeNode):
     down: jax.Array
     up: jax.Array
     key: jax.Array | None
+    scale: jax.Array | None
     batch: tuple[int, ...] = struct.field(pytree_node=False)
     dropout: float = struct.field(pytree_node=False)
 
@@ -99,7 +101,7 @@ def make_spec(
             )
     for path, rule in matched.items():
         if rule.layout:
-            layouts[path] = _overridden(path, rule.layout, layouts[path])
+            layouts[path] = _overridden(path, rule, layouts[path])
     shapes = {path: tuple(params[path].shape) for path in matched}
     method = get_method(method) if isinstance(method, str) else method
     return build_spec(shapes, layouts, matched, method, whole)
@@ -123,12 +125,13 @@ def _unused(path: str, owner: str | None, handlers: Mapping) -> str:
     )
 
 
-def _overridden(path: str, wanted: Layout, traced: Layout) -> Layout:
+def _overridden(path: str, rule: Rule, traced: Layout) -> Layout:
     """Take a rule's layout; inputs and outputs may only become batch axes.
 
     The order of flattening permutes rows or columns of the matrix and nothing else:
     it is always the stored one, which the forward pass takes for granted.
     """
+    wanted = rule.layout or traced
     inputs, outputs = tuple(sorted(wanted.inputs)), tuple(sorted(wanted.outputs))
     layout = Layout(wanted.batch, inputs, outputs, traced.lifted)
     fits = set(layout.inputs) <= set(traced.inputs)
@@ -136,6 +139,11 @@ def _overridden(path: str, wanted: Layout, traced: Layout) -> Layout:
         raise InputError(
             f"{path}: the rule's {wanted} contradicts the module, which has "
             f"inputs {traced.inputs} and outputs {traced.outputs}"
+        )
+    if rule.dora and set(layout.inputs) != set(traced.inputs):
+        raise InputError(
+            f"{path}: the rule's layout stacks an axis the module contracts, and DoRA "
+            "scales columns over all of the inputs; leave one of them out"
         )
     return layout
 
@@ -189,7 +197,10 @@ def bind(
         key = None
         if dropout_key is not None and kernel.dropout > 0:
             key = _dropout_keys(dropout_key, kernel)
-        placed = jax.tree.map(functools.partial(_place, kernel=kernel), (down, up, key))
+        scale = output_scale(adapter, base[path], down, up)
+        row = None if scale is None else scale[..., None, :]
+        place = functools.partial(_place, kernel=kernel)
+        placed = jax.tree.map(place, (down, up, key, row))
         bound[path + SUFFIX] = Bound(
             *placed, batch=kernel.layout.visible_batch, dropout=kernel.dropout
         )
@@ -218,12 +229,37 @@ def _low_rank(call: Call, bound: Bound, y_shape: tuple[int, ...]) -> jax.Array:
     )
 
 
+def _bias(module: nn.Module, call: Call, y: jax.Array) -> jax.Array | float:
+    """Give what is added to x K in y, ready to be broadcast; 0 where nothing is.
+
+    Raises:
+      InputError: the module has a parameter that is neither kernel nor bias, so that
+        nobody knows what it does to y.
+    """
+    known = (call.kernel, call.kernel + SUFFIX, call.bias)
+    for name, value in module.variables["params"].items():
+        if name not in known and not isinstance(value, Mapping):
+            raise InputError(
+                f"{'/'.join(module.path)}: DoRA scales x K and not what is added to "
+                f"it, and {name!r} is neither kernel nor bias to the handler of "
+                f"{type(module).__name__}: name it in Call(bias=), or adapt without "
+                "DoRA"
+            )
+    if call.bias is None:
+        return 0.0
+    shape = [
+        size if label in call.contraction.kernel else 1
+        for label, size in zip(call.contraction.y, y.shape, strict=True)
+    ]
+    return module.get_variable("params", call.bias).astype(y.dtype).reshape(shape)
+
+
 def adapted(
     apply_fn: Callable, handlers: Mapping[type[nn.Module], Handler] = HANDLERS
 ) -> Callable:
     """Let a Linen `apply` see the adapters bound beside its kernels.
 
-        y = x K + (x down) up,   never K + dK
+        y = x K + (x down) up,   never K + dK;   with DoRA c times that, but the bias
 
     The low-rank path runs in the adapters' type (float32) and is added before the
     sum is rounded to y's type. Same signature, and the same function where nothing
@@ -244,7 +280,12 @@ def adapted(
         if not module.has_variable("params", call.kernel + SUFFIX):
             return y
         bound = module.get_variable("params", call.kernel + SUFFIX)
-        return (y + _low_rank(call, bound, y.shape)).astype(y.dtype)
+        total = y + _low_rank(call, bound, y.shape)
+        if bound.scale is not None:
+            row, labels = _unplace(bound.scale, bound.batch), call.contraction
+            c = spread_outputs(row, labels, batch=bound.batch, y_shape=y.shape)
+            total = c * total + (1 - c) * _bias(module, call, y)
+        return total.astype(y.dtype)
 
     @functools.wraps(apply_fn)
     def adapted_apply(variables, *args, **kwargs):

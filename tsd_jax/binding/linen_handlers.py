@@ -19,11 +19,14 @@ class Call(NamedTuple):
       kernel: name of the parameter.
       x: the input it is contracted with.
       subscripts: the contraction "x,kernel->y" as for `jnp.einsum`.
+      bias: name of the parameter that is added to the contraction, with the axes of y
+        that the kernel has; DoRA needs to know it. None where there is none.
     """
 
     kernel: str
     x: jax.Array
     subscripts: str
+    bias: str | None = None
 
     @property
     def contraction(self) -> Contraction:
@@ -34,10 +37,13 @@ class Call(NamedTuple):
 Handler = Callable[..., Call]
 
 
+def _bias(module: nn.Dense | nn.DenseGeneral | nn.Einsum) -> str | None:
+    return "bias" if module.use_bias else None
+
+
 def dense(module: nn.Dense, inputs: jax.Array) -> Call:
     """Describe `nn.Dense`: the last axis is contracted."""
-    del module
-    return Call("kernel", inputs, "...a,ab->...b")
+    return Call("kernel", inputs, "...a,ab->...b", _bias(module))
 
 
 def dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Call:
@@ -59,12 +65,14 @@ def dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Call:
     batch = "".join(x[axis] for axis in stacked)
     kernel = batch + "".join(x[axis] for axis in contracted) + produced
     free = [x[a] for a in range(inputs.ndim) if a not in (*contracted, *stacked)]
-    return Call("kernel", inputs, f"{x},{kernel}->{batch}{''.join(free)}{produced}")
+    subscripts = f"{x},{kernel}->{batch}{''.join(free)}{produced}"
+    return Call("kernel", inputs, subscripts, _bias(module))
 
 
 def einsum(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None) -> Call:
     """Describe `nn.Einsum`: its own subscripts."""
-    return Call("kernel", inputs, einsum_str or module.einsum_str or "")
+    subscripts = einsum_str or module.einsum_str or ""
+    return Call("kernel", inputs, subscripts, _bias(module))
 
 
 HANDLERS: Mapping[type[nn.Module], Handler] = {

@@ -12,6 +12,7 @@ from flax import struct
 
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.magnitudes import column_norms, rescaling
 from tsd_jax.core.parts import Part, place_part, start_part
 from tsd_jax.core.spec import KernelSpec, Spec
 
@@ -27,12 +28,15 @@ class Adapter(struct.PyTreeNode):
       gain: g, (*batch, s), the coordinates along the first s launched directions;
         None where the method has none.
       kernel: the kernel's static description.
+      magnitude: m, (*batch, out), the norms of the adapted kernel's columns with DoRA;
+        None without.
     """
 
     a: Leaf
     b: Leaf
     gain: Leaf
     kernel: KernelSpec = struct.field(pytree_node=False)
+    magnitude: Leaf = None
 
 
 class Directions(struct.PyTreeNode):
@@ -57,11 +61,15 @@ AllDirections = dict[str, Directions]
 
 
 def init_kernel(
-    key: jax.Array, kernel: KernelSpec, dtype: jnp.dtype
+    key: jax.Array,
+    kernel: KernelSpec,
+    dtype: jnp.dtype,
+    base: jax.Array | None = None,
 ) -> tuple[Adapter, Directions]:
     """Start one kernel's adapter: A uniform in +-1/sqrt(in), all else zero.
 
-    The same as PEFT's default (`kaiming_uniform_(a=sqrt(5))`).
+    The same as PEFT's default (`kaiming_uniform_(a=sqrt(5))`). With DoRA the magnitudes
+    start at the norms of the base's columns, `base` being the stored kernel.
     """
     batch, size = kernel.batch_shape, (kernel.fan_in, kernel.fan_out)
     bound = size[0] ** -0.5
@@ -70,9 +78,18 @@ def init_kernel(
     )
     b = jnp.zeros((*batch, kernel.rank, size[1]), dtype)
     gain = jnp.zeros((*batch, kernel.gains), dtype) if kernel.gains else None
+    magnitude = None
+    if kernel.dora:
+        if base is None:
+            raise InputError(
+                f"{kernel.path}: DoRA starts at the norms of the base's kernels; give "
+                "params=, the base's parameter tree"
+            )
+        magnitude = column_norms(base, layout=kernel.layout).astype(dtype)
+    adapter = Adapter(a, b, gain, kernel, magnitude)
     if not kernel.columns:
-        return Adapter(a, b, gain, kernel), Directions(None, None, None)
-    return Adapter(a, b, gain, kernel), Directions(
+        return adapter, Directions(None, None, None)
+    return adapter, Directions(
         left=jnp.zeros((*batch, size[0], kernel.columns), dtype),
         right=jnp.zeros((*batch, size[1], kernel.columns), dtype),
         offset=jnp.zeros((*batch, kernel.columns), dtype),
@@ -96,19 +113,25 @@ def init(
       key: a JAX random key.
       spec: of `make_spec`.
       dtype: of all leaves; float32 also beside a bfloat16 base.
-      params: the base's tree, where parts start from; else it is not needed.
+      params: the base's tree, where parts or DoRA's magnitudes start from it; else it
+        is not needed.
 
     Returns:
       ({path: Adapter or Part}, {path: Directions}).
 
     Raises:
-      InputError: the spec trains parameters whole, and `params` is missing, lacks one
-        or has it in another shape.
+      InputError: the spec trains parameters whole or has DoRA, and `params` is missing,
+        lacks one or has it in another shape.
     """
+    dora = tuple(kernel.path for kernel in spec.kernels if kernel.dora)
+    bases = {} if params is None else paths.select(params, dora)
     keys = {
         path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in spec.paths
     }
-    pairs = {k.path: init_kernel(keys[k.path], k, dtype) for k in spec.kernels}
+    pairs = {
+        k.path: init_kernel(keys[k.path], k, dtype, bases.get(k.path))
+        for k in spec.kernels
+    }
     adapters: Adapters = {path: pair[0] for path, pair in pairs.items()}
     if spec.whole:
         adapters |= _start_parts(spec, params, dtype)
@@ -161,11 +184,64 @@ def low_rank_factors(
     )
 
 
-def delta(adapter: Adapter, directions: Directions) -> jax.Array:
-    """Give dK in the kernel's stored shape, in the adapter's dtype."""
+def output_scale(
+    adapter: Adapter, kernel: jax.Array, down: jax.Array, up: jax.Array
+) -> jax.Array | None:
+    """Give DoRA's c = m / ||K + down @ up||, (*batch, out); None without DoRA.
+
+    The norm is a constant to the gradient (arXiv:2402.09353, section 4.3).
+
+    Args:
+      adapter: of the kernel. kernel: as stored.
+      down, up: of `low_rank_factors`.
+    """
+    if adapter.magnitude is None:
+        return None
+    fixed = jax.lax.stop_gradient((kernel, down, up))
+    norms = column_norms(*fixed, layout=adapter.kernel.layout)
+    return rescaling(adapter.magnitude, norms)
+
+
+def _adapted_matrices(
+    adapter: Adapter, directions: Directions, kernel: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Give K and the kernel that is used instead, (*batch, in, out)."""
     down, up = low_rank_factors(adapter, directions)
-    matrices = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
-    return adapter.kernel.layout.from_matrices(matrices, adapter.kernel.shape)
+    change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+    base = adapter.kernel.layout.to_matrices(kernel).astype(change.dtype)
+    total = base + change
+    if adapter.magnitude is not None:
+        scale = rescaling(adapter.magnitude, jnp.linalg.norm(total, axis=-2))
+        total = scale[..., None, :] * total
+    return base, total
+
+
+def delta(
+    adapter: Adapter, directions: Directions, kernel: jax.Array | None = None
+) -> jax.Array:
+    """Give dK in the kernel's stored shape, in the adapter's dtype.
+
+    With DoRA it is c o (K + dK) - K, which depends on the kernel.
+
+    Args:
+      adapter: of one kernel. directions: likewise.
+      kernel: K as stored; needed with DoRA alone.
+
+    Raises:
+      InputError: the adapter has DoRA, and there is no kernel.
+    """
+    spec = adapter.kernel
+    if adapter.magnitude is None:
+        down, up = low_rank_factors(adapter, directions)
+        change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+    elif kernel is None:
+        raise InputError(
+            f"{spec.path}: what DoRA adds depends on the kernel; give kernel="
+        )
+    else:
+        base, total = _adapted_matrices(adapter, directions, kernel)
+        change = total - base
+    return spec.layout.from_matrices(change, spec.shape)
 
 
 def merge(
@@ -176,9 +252,9 @@ def merge(
 ) -> dict:
     """Add every dK to its kernel: K + gamma A B + L diag(g + o) R^T.
 
-    Parameters that trained whole are replaced by their trained values. Merging into a
-    bfloat16 kernel rounds most of a small dK away; `dtype` asks for merged kernels in
-    a wider type.
+    With DoRA its columns are scaled to their magnitudes. Parameters that trained whole
+    are replaced by their trained values. Merging into a bfloat16 kernel rounds most of
+    a small dK away; `dtype` asks for merged kernels in a wider type.
 
     Args:
       params: the parameter tree.
@@ -198,7 +274,8 @@ def merge(
         if isinstance(adapter, Part):
             merged[path] = place_part(kernel, adapter, dtype)
             continue
-        change = delta(adapter, directions[path])
-        total = kernel.astype(change.dtype) + change
-        merged[path] = total.astype(dtype or kernel.dtype)
+        _, total = _adapted_matrices(adapter, directions[path], kernel)
+        spec = adapter.kernel
+        whole = spec.layout.from_matrices(total, spec.shape)
+        merged[path] = whole.astype(dtype or kernel.dtype)
     return paths.update(params, merged)

@@ -1,7 +1,7 @@
-"""What a kernel's directions are ranked by: a change dK, low-rank or full.
+"""What a kernel's directions are ranked by: a change dK, low-rank, full or DoRA's.
 
 A ranking asks a change for p_i = P_i^T dK Q_i only. With Q_i = K^T P_i / sigma_i it
-needs P alone, so both kinds answer with sigma_i p_i = P_i^T dK (K^T P_i).
+needs P alone, so every kind answers with sigma_i p_i = P_i^T dK (K^T P_i).
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from tsd_jax.core.magnitudes import matrix_norms, rescaling
 from tsd_jax.core.spectra import Dense
 from tsd_jax.core.tridiagonal import Tridiagonal
 from tsd_jax.core.wide import Wide
 
 Spectrum = Dense | Tridiagonal
+_BLOCK = 64  # directions looked at together where all of them are
 
 
 class LowRank(NamedTuple):
@@ -90,4 +93,87 @@ class Full(NamedTuple):
         return jnp.sum(short * (self.matrix @ long), 0)
 
 
-Change = LowRank | Full
+class Rescaled(NamedTuple):
+    """Hold DoRA's dW = (K + gamma A B) C - K = K (C - I) + gamma A B C, C = diag(c).
+
+        p_i = sigma_i Q_i^T (C - I) Q_i + gamma (P_i^T A)(B C Q_i)
+
+    The first term sees the squared entries of every Q_i, so its products need all of P.
+    Where the outputs are the short side these are P's own; else K^T P is formed some
+    columns at a time, once more the arithmetic of two Gram matrices.
+
+    Attributes:
+      low_rank: gamma A (B C), c within. excess: c - 1, (out,).
+      short: whether the outputs are the short side, as once transposed.
+    """
+
+    low_rank: LowRank
+    excess: jax.Array
+    short: bool = False
+
+    @classmethod
+    def of(cls, a: jax.Array, b: jax.Array, gamma: float, c: jax.Array) -> Rescaled:
+        """Make it of A (in, r), B (r, out), gamma and c (out,)."""
+        return cls(LowRank(a, b * c[None], gamma), c - 1)
+
+    @property
+    def transposed(self) -> Rescaled:
+        """Give dW^T."""
+        return Rescaled(self.low_rank.transposed, self.excess, not self.short)
+
+    @property
+    def wide(self) -> Rescaled:
+        """Give it in float64."""
+        excess = self.excess.astype(jnp.float64)
+        return Rescaled(self.low_rank.wide, excess, self.short)
+
+    def products(self, spectrum: Spectrum, kernel: Wide) -> jax.Array:
+        """Give sigma_i p_i of every i, (n,).
+
+        Raises:
+          TypeError: the spectrum does not hold all of P.
+        """
+        if not isinstance(spectrum, Dense):
+            raise TypeError("DoRA's change needs a dense spectrum")
+        learned = self.low_rank.products(spectrum, kernel)
+        if self.short:
+            squares = spectrum.all_vectors.astype(jnp.float64) ** 2
+            return learned + spectrum.eigenvalues * (self.excess @ squares)
+
+        def along(start: jax.Array) -> jax.Array:
+            indices = jnp.minimum(start + jnp.arange(_BLOCK), kernel.shape[0] - 1)
+            long = kernel.transposed_times(spectrum.vectors(indices))
+            return self.excess @ long**2
+
+        starts = jnp.arange(0, kernel.shape[0], _BLOCK)
+        return learned + lax.map(along, starts).reshape(-1)[: kernel.shape[0]]
+
+    def products_of(self, short: jax.Array, long: jax.Array) -> jax.Array:
+        """Give sigma_i p_i, (c,), of vectors P_i (n, c) and K^T P_i (m, c)."""
+        learned = self.low_rank.products_of(short, long)
+        if self.short:
+            return learned + jnp.sum(long**2, 0) * (self.excess @ short**2)
+        return learned + self.excess @ long**2
+
+
+Change = LowRank | Full | Rescaled
+
+
+def learned_change(
+    kernel: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    gamma: float,
+    magnitude: jax.Array | None = None,
+) -> LowRank | Rescaled:
+    """Give what training has changed before launch: gamma A B, with DoRA dW; float64.
+
+    Args:
+      kernel: K, (in, out). a: A, (in, r). b: B, (r, out).
+      magnitude: m, (out,); None without DoRA.
+    """
+    a, b = a.astype(jnp.float64), b.astype(jnp.float64)
+    if magnitude is None:
+        return LowRank(a, b, gamma)
+    norms = matrix_norms(kernel, a, gamma * b)
+    return Rescaled.of(a, b, gamma, rescaling(magnitude.astype(jnp.float64), norms))

@@ -17,11 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths, stacks
 from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
-from tsd_jax.core.changes import Full, LowRank
+from tsd_jax.core.changes import Full, learned_change
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.knee import knee
 from tsd_jax.core.known_spectra import SpectraStore, spectra_of
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.magnitudes import matrix_norms
 from tsd_jax.core.methods import Method
 from tsd_jax.core.ranking import EPSILON, Ranked, rank_change
 from tsd_jax.core.spec import KernelSpec, Spec
@@ -30,6 +31,9 @@ from tsd_jax.core.starts import STARTS
 
 Progress = Callable[[int, int], None]
 """(matrices launched so far, of how many) -> None."""
+
+Started = tuple[jax.Array, jax.Array, jax.Array | None, Directions]
+"""A, B, m (None without DoRA) and the frozen factors of one matrix, after launch."""
 
 
 class Ranking(struct.PyTreeNode):
@@ -72,16 +76,19 @@ class MatrixLaunch:
         kernel: jax.Array,
         a: jax.Array,
         b: jax.Array,
+        magnitude: jax.Array | None,
         noise: jax.Array,
         change: jax.Array | None,
         spectrum: Dense | None = None,
-    ) -> tuple[tuple[jax.Array, jax.Array, Directions], Ranking]:
-        """Give A, B and the frozen factors right after launch, and what was seen."""
+    ) -> tuple[Started, Ranking]:
+        """Give A, B, m and the frozen factors right after launch, and what was seen."""
         dtype = a.dtype
         a, b = a.astype(jnp.float64), b.astype(jnp.float64)
         ranked = rank_change(
             kernel,
-            LowRank(a, b, self.scale) if change is None else Full(change),
+            learned_change(kernel, a, b, self.scale, magnitude)
+            if change is None
+            else Full(change),
             count=self.count,
             epsilon=self.epsilon,
             ranking=self.method.ranking,
@@ -90,14 +97,25 @@ class MatrixLaunch:
             spectrum=spectrum,
         )
         used = knee(ranked.rates, self.gains)[None] if self.gains else None
-        started = self._start(ranked, a, b, used)
+        a, b, frozen = self._start(ranked, a, b, used)
+        if magnitude is not None and self.method.begins_again:
+            magnitude = self._norms(kernel, a, b, frozen)
         report = Ranking(
             ranked.sigma.astype(jnp.float32),
             ranked.rates.astype(jnp.float32),
             ranked.indices,
             used,
         )
+        started = (a, b, magnitude, frozen)
         return jax.tree.map(lambda x: x.astype(dtype), started), report
+
+    def _norms(
+        self, kernel: jax.Array, a: jax.Array, b: jax.Array, frozen: Directions
+    ) -> jax.Array:
+        """Give m of a kernel begun again: the function is K + dK, so c = 1."""
+        along = frozen.offset[:, None] * frozen.right.T
+        down = jnp.concatenate([a, frozen.left], -1)
+        return matrix_norms(kernel, down, jnp.concatenate([self.scale * b, along]))
 
     def _start(
         self, ranked: Ranked, a: jax.Array, b: jax.Array, used: jax.Array | None
@@ -128,28 +146,32 @@ class MatrixLaunch:
         return a, b, Directions(left, right, offset, gate)
 
 
-def _parts(kernel, a, b, noise, change, start, chunks):
+def _parts(kernel, a, b, magnitude, noise, change, start, chunks):
     """Give a chunk's matrices and what is beside them."""
-    rows = (chunks.rows(x, start) for x in (a, b, noise))
+    beside = (a, b, magnitude, noise)
+    rows = (None if x is None else chunks.rows(x, start) for x in beside)
     full = None if change is None else chunks.matrices(change, start)
     return chunks.matrices(kernel, start), *rows, full
 
 
 @functools.partial(jax.jit, static_argnames=("chunks", "program"))
-def _launch_chunk(kernel, a, b, noise, change, start, spectra=None, *, chunks, program):
+def _launch_chunk(
+    kernel, a, b, magnitude, noise, change, start, spectra=None, *, chunks, program
+):
     """Launch a chunk where its matrices lie; their spectra may be known."""
-    parts = _parts(kernel, a, b, noise, change, start, chunks)
+    parts = _parts(kernel, a, b, magnitude, noise, change, start, chunks)
     return chunks.map(program, *parts, spectra)
 
 
 @functools.partial(jax.jit, static_argnames="chunks")
-def _spread_chunk(kernel, a, b, noise, change, start, *, chunks):
+def _spread_chunk(kernel, a, b, magnitude, noise, change, start, *, chunks):
     """Give a chunk's matrices, and what is beside them, to the devices in turn."""
-    return _parts(kernel, a, b, noise, change, start, chunks)
+    return _parts(kernel, a, b, magnitude, noise, change, start, chunks)
 
 
-def _out_shardings(a: jax.Array, b: jax.Array, *, gated: bool = False):
+def _out_shardings(adapter: Adapter):
     """Give the results the shardings the adapter has, where it has named ones."""
+    a, b, spec = adapter.a, adapter.b, adapter.kernel
     at_a, at_b = getattr(a, "sharding", None), getattr(b, "sharding", None)
     if not (isinstance(at_a, NamedSharding) and isinstance(at_b, NamedSharding)):
         return None
@@ -162,9 +184,10 @@ def _out_shardings(a: jax.Array, b: jax.Array, *, gated: bool = False):
     def named(*axes):
         return NamedSharding(mesh, PartitionSpec(*batch, *axes))
 
-    extra = named(None) if gated else None
+    extra = named(None) if spec.gated else None
+    magnitude = named(columns) if spec.dora else None
     frozen = Directions(named(rows, None), named(columns, None), named(None), extra)
-    started = (named(rows, None), named(None, columns), frozen)
+    started = (named(rows, None), named(None, columns), magnitude, frozen)
     return started, Ranking(named(None), named(None), named(None), extra)
 
 
@@ -226,15 +249,15 @@ def _launch_kernel(
         adapter.kernel.layout,
         memory_budget=extraction.memory_budget if extraction.store is None else 1,
     )
-    arrays = (kernel, adapter.a, adapter.b, _noise(adapter.kernel, seed), change)
+    trained = (adapter.a, adapter.b, adapter.magnitude)
+    arrays = (kernel, *trained, _noise(adapter.kernel, seed), change)
     results = []
     with jax.enable_x64(True):
         run = _chunk_runner(extraction, kernel)
         for start in chunks.starts:
             results.append(run(arrays, np.int32(start), chunks, program))
             progress(min(start + chunks.width, chunks.count))
-        places = _out_shardings(adapter.a, adapter.b, gated=adapter.kernel.gated)
-        return chunks.join(results, places)
+        return chunks.join(results, _out_shardings(adapter))
 
 
 def check_changes(method: Method) -> None:
@@ -315,8 +338,8 @@ def launch(
       progress: called after every chunk with the matrices done and their number.
 
     Returns:
-      adapters (gains zero; A, B new where the method restarts them), directions, and
-      {path: Ranking}.
+      adapters (gains zero; A, B new where the method restarts them, DoRA's magnitudes
+      where it drops what pre-launch learned), directions, and {path: Ranking}.
 
     Raises:
       InputError: a kernel is not in the tree, the method has no launch, or it makes
@@ -349,7 +372,7 @@ def launch(
             if progress is not None:
                 progress(before + done, total)
 
-        (a, b, frozen), ranking = _launch_kernel(
+        (a, b, magnitude, frozen), ranking = _launch_kernel(
             kernels[kernel.path],
             adapter,
             program,
@@ -361,8 +384,11 @@ def launch(
         before += int(np.prod(kernel.batch_shape))
         if not spec.method.restart:
             a, b = adapter.a, adapter.b
+        if not spec.method.begins_again:
+            magnitude = adapter.magnitude
         gain = None if adapter.gain is None else jnp.zeros_like(adapter.gain)
-        new_adapters[kernel.path] = adapter.replace(a=a, b=b, gain=gain)
+        new = adapter.replace(a=a, b=b, gain=gain, magnitude=magnitude)
+        new_adapters[kernel.path] = new
         new_directions[kernel.path] = frozen
         report[kernel.path] = ranking
     return new_adapters, new_directions, report

@@ -55,6 +55,17 @@ class Layout:
         )
 
     @property
+    def visible(self) -> Layout:
+        """The layout of the kernel as the owning module sees it."""
+
+        def seen(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(
+                axis - sum(lifted < axis for lifted in self.lifted) for axis in axes
+            )
+
+        return Layout(self.visible_batch, seen(self.inputs), seen(self.outputs))
+
+    @property
     def order(self) -> tuple[int, ...]:
         """Axes of the stored kernel in the order batch, inputs, outputs."""
         return (*self.batch, *self.inputs, *self.outputs)

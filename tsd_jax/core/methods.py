@@ -36,6 +36,11 @@ class Method:
         return self.gains or self.restart
 
     @property
+    def begins_again(self) -> bool:
+        """Whether launch drops all that training has changed."""
+        return self.restart and not self.keep
+
+    @property
     def needs_change(self) -> bool:
         """Whether the ranking looks at what training has changed."""
         return self.launches and (self.ranking == "rates" or self.start == "sigma+p")

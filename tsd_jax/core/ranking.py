@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tsd_jax.core.changes import Change, Full, LowRank, Spectrum
+from tsd_jax.core.changes import Change, LowRank, Spectrum
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.spectra import Dense, diagonalize, null_threshold
 from tsd_jax.core.tridiagonal import Tridiagonal, tridiagonalize
@@ -248,8 +248,8 @@ def rank_change(
 
     Args:
       kernel: K, (in, out), any float type.
-      change: dK, (in, out). A `Full` one takes the dense solver, whatever is asked
-        for.
+      change: dK, (in, out). Only a `LowRank` one has a choice of solvers; the others
+        take the dense one.
       count, epsilon, ranking, noise, solver, spectrum: see `rank_directions`.
     """
     _check_float64()
@@ -271,7 +271,7 @@ def rank_change(
             ranking=ranking,
         )
 
-    if isinstance(change, Full):
+    if not isinstance(change, LowRank):
         solver = "dense"
     elif solver == "auto":
         solver = "tridiagonal" if wide.shape[0] > _SMALL else "dense"

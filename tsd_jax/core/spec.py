@@ -32,6 +32,8 @@ class Rule:
       directions: s, the number of task-specific directions Dash trains.
       auto_directions: let every matrix train as many of them as its change rates
         have before their knee, and `directions` at most.
+      dora: train the norms of the adapted kernel's columns apart from their
+        directions (DoRA, arXiv:2402.09353), whatever the method.
       dropout: probability of dropping an input element of the low-rank path.
       scaling: "lora" or "rslora".
       layout: roles of the kernel's axes, where the traced ones shall not hold.
@@ -45,6 +47,7 @@ class Rule:
     scaling: str = "lora"
     layout: Layout | None = None
     auto_directions: bool = False
+    dora: bool = False
 
     def __post_init__(self):
         """Refuse values no kernel could have."""
@@ -88,6 +91,7 @@ class KernelSpec:
       ranked: directions taken at launch.
       columns: columns of the frozen factors L and R.
       dropout: probability on the low-rank path's input.
+      dora: whether a magnitude is trained for every output.
     """
 
     path: str
@@ -101,6 +105,7 @@ class KernelSpec:
     columns: int
     dropout: float
     gated: bool = False
+    dora: bool = False
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -120,7 +125,8 @@ class KernelSpec:
     @property
     def trainable(self) -> int:
         """Count the trainable parameters beside this kernel."""
-        per_matrix = self.rank * (self.fan_in + self.fan_out) + self.gains
+        factors = self.rank * (self.fan_in + self.fan_out)
+        per_matrix = factors + self.gains + self.fan_out * self.dora
         return math.prod(self.batch_shape) * per_matrix
 
 
@@ -216,6 +222,7 @@ def kernel_spec(
         columns=method.columns(rule.rank, rule.directions),
         dropout=rule.dropout,
         gated=rule.auto_directions,
+        dora=rule.dora,
     )
 
 

@@ -67,6 +67,15 @@ class Wide(NamedTuple):
         rows = lax.dynamic_slice_in_dim(self.stored, start, size)
         return rows.astype(jnp.float64)
 
+    def output_squares(self) -> jax.Array:
+        """Give the squared norms of the columns of K as stored, (out,)."""
+
+        def add(total: jax.Array, start: jax.Array, size: int) -> jax.Array:
+            return total + jnp.sum(self._rows(start, size) ** 2, 0)
+
+        zero = jnp.zeros(self.stored.shape[1])
+        return _fold(add, zero, self.stored.shape[0], _SKINNY)
+
     def gram(self) -> jax.Array:
         """Give the lower triangle of K K^T, (n, n).
 

@@ -19,15 +19,28 @@ ModuleName = Callable[[str, Any], str]
 
 
 class Factors(NamedTuple):
-    """Hold dK = down @ up of one matrix: down (in, r), up (r, out)."""
+    """Hold dK = down @ up of one matrix: down (in, r), up (r, out).
+
+    With DoRA its magnitude m, (out,), too: the kernel is m o (K + dK) / ||K + dK||.
+    """
 
     down: np.ndarray
     up: np.ndarray
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
         """Columns of `down`."""
         return self.down.shape[1]
+
+    def applied(self, weight: np.ndarray) -> np.ndarray:
+        """Give the adapted weight, (out, in), of torch's own, in that type."""
+        total = weight + (self.down @ self.up).T
+        if self.magnitude is None:
+            return total
+        norms = np.linalg.norm(total, axis=1)
+        scale = np.where(norms > 0, self.magnitude / np.where(norms > 0, norms, 1), 1)
+        return scale[:, None].astype(total.dtype) * total
 
 
 class Compressed(NamedTuple):
@@ -76,7 +89,8 @@ def compress(factors: Factors, rank: int) -> Compressed:
         down' = Q_d U_k sqrt(S_k),  up' = sqrt(S_k) (Q_u V_k)^T
 
     Works on the factors alone, in float64; the dense dK is never formed. Factors that
-    have no more than `rank` columns are given back as they are.
+    have no more than `rank` columns are given back as they are. DoRA's magnitudes stay:
+    columns keep their norms, and what is cut changes their directions.
 
     Raises:
       InputError: the factors are not finite, or `rank` is below 1.
@@ -93,13 +107,13 @@ def compress(factors: Factors, rank: int) -> Compressed:
     root = np.sqrt(s[:rank])
     down = (q_down @ u[:, :rank]) * root
     up = root[:, None] * (v_t[:rank] @ q_up.T)
-    small = Factors(down.astype(np.float32), up.astype(np.float32))
+    small = Factors(down.astype(np.float32), up.astype(np.float32), factors.magnitude)
     return Compressed(small, float(np.linalg.norm(s[rank:])), norm)
 
 
 def require_finite(factors: Factors) -> None:
     """Raise InputError where a factor holds infinities or no numbers."""
-    if not all(np.isfinite(factor).all() for factor in factors):
+    if not all(np.isfinite(x).all() for x in factors if x is not None):
         raise InputError(
             "the adapter holds values that are not finite: its training diverged"
         )
@@ -123,10 +137,15 @@ def _modules(
     down, up = (
         np.asarray(x, np.float32) for x in low_rank_factors(adapter, directions)
     )
+    magnitude = adapter.magnitude
     found = {}
     for index in stack_indices(down.shape[:-2]):
         one = () if index is None else index
-        found[module_name(path, index)] = _trim(down[one], up[one], adapter.kernel.rank)
+        factors = _trim(down[one], up[one], adapter.kernel.rank)
+        if magnitude is not None:
+            norms = np.ascontiguousarray(np.asarray(magnitude, np.float32)[one])
+            factors = factors._replace(magnitude=norms)
+        found[module_name(path, index)] = factors
     return found
 
 

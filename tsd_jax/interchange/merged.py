@@ -90,10 +90,10 @@ def to_merged(
 
         W' = round(W + dK^T),  added in float32 and rounded once
 
-    Parts trained whole take their tensors' places; rows past the base's vocabulary
-    grow it. Same files and index as the base's, with config.json,
-    generation_config.json, tokenizer and licence beside them. The folder appears when
-    all of it is written.
+    With DoRA its rows are scaled to their magnitudes before they are rounded. Parts
+    trained whole take their tensors' places; rows past the base's vocabulary grow it.
+    Same files and index as the base's, with config.json, generation_config.json,
+    tokenizer and licence beside them. The folder appears when all of it is written.
 
     Args:
       folder: new, or empty.
@@ -307,11 +307,11 @@ def _changed(
         name, exact = wanted.name.removesuffix(".weight"), replaced(stored, wanted)
         before = np.zeros_like(exact)
         before[: len(stored)] = stored
-        change = exact - before
     else:
         name, pair = wanted
-        change = (pair.down @ pair.up).T
-        exact = stored.astype(np.promote_types(stored.dtype, np.float32)) + change
+        before = stored.astype(np.promote_types(stored.dtype, np.float32))
+        exact = pair.applied(before)
+    change = exact - before
     merged = exact.astype(dtype)
     lost = merged.astype(exact.dtype) - exact
     report.add(

@@ -181,9 +181,10 @@ def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
     wanted = {f"{part.path}/value": part.value_shape for part in spec.whole}
     for kernel in spec.kernels:
         pair = jax.eval_shape(
-            lambda kernel=kernel: init_kernel(
-                jax.random.key(0), kernel, jnp.dtype("float32")
-            )
+            lambda base, kernel=kernel: init_kernel(
+                jax.random.key(0), kernel, jnp.dtype("float32"), base
+            ),
+            jax.ShapeDtypeStruct(kernel.shape, jnp.float32),
         )
         for tree in pair:
             for name in _fields(type(tree)):

@@ -5,7 +5,8 @@ What a method adds to a kernel is one ordinary LoRA, whatever the method:
     dK = gamma A B + L diag(g + o) R^T = down @ up
 
 PEFT computes `y + (lora_alpha / r) lora_B(lora_A(x))` with torch's transposed weights,
-so lora_A = down^T and lora_B = up^T with lora_alpha = r, and nothing is rounded.
+so lora_A = down^T and lora_B = up^T with lora_alpha = r, and nothing is rounded. DoRA's
+m is its lora_magnitude_vector, over the norms of the same K + dK.
 
 Parts trained whole are its `modules_to_save`, whole modules under their own names, and
 rows of an embedding its `trainable_token_indices`: the trained rows alone.
@@ -38,6 +39,7 @@ from tsd_jax.interchange.whole import WholeTensor
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
 ROWS = "token_adapter.trainable_tokens_delta"
 """The name of an embedding's trained rows, which are values and no differences."""
 
@@ -53,11 +55,13 @@ class PeftExport:
         `max_lora_rank`, 16 by default).
       errors: {torch module: ||dK - dK'||_F / ||dK||_F}, of those that `max_rank` cut.
       error: the same of all modules taken as one matrix; 0 where nothing was cut.
+      dora: whether it is DoRA, which vLLM does not serve.
     """
 
     rank: int
     errors: Mapping[str, float]
     error: float
+    dora: bool = False
 
 
 def to_peft(
@@ -86,12 +90,14 @@ def to_peft(
         part is not all of its module, as a weight beside a frozen bias, it has the
         arrays of the rest, which PEFT saves along.
       max_rank: cut modules of a higher rank to this one, by the SVD of their factors;
-        what that costs is returned and logged. Without it the export is exact.
+        what that costs is returned and logged. Without it the export is exact. With
+        DoRA magnitudes stay, and the cost is of dK, before columns are scaled.
 
     Raises:
-      InputError: there is no adapter, max_rank is below 1, the folder cannot be
-        written, or PEFT has no place for a part: beside an adapted kernel, or rows of
-        something else than a tensor's first axis.
+      InputError: there is no adapter, some kernels have DoRA and some have not,
+        max_rank is below 1, the folder cannot be written, or PEFT has no place for a
+        part: beside an adapted kernel, or rows of something else than a tensor's first
+        axis.
     """
     factors = low_rank.module_factors(adapters, directions, module_name)
     kernels, parts = kernels_in(adapters), parts_in(adapters)
@@ -151,6 +157,7 @@ def write_adapter(
       tensors: {name: what trained whole}.
       tied: whether the base's head may be its embedding.
     """
+    dora = _uses_dora(factors)
     cut: dict[str, tuple[float, float]] = {}
     if max_rank is not None:
         small = {n: low_rank.compress(f, max_rank) for n, f in factors.items()}
@@ -161,7 +168,7 @@ def write_adapter(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stored = _tensors(factors) | _whole_tensors(tensors)
-        config = _config(ranks, targets, base_model) | _whole_config(tensors)
+        config = _config(ranks, targets, base_model, dora) | _whole_config(tensors)
         if tied and EMBEDDING in tensors and tensors[EMBEDDING].rows is None:
             config["ensure_weight_tying"] = True
             stored[PREFIX + HEAD] = tensors[EMBEDDING].value
@@ -174,10 +181,23 @@ def write_adapter(
         rank=max(ranks.values()),
         errors={name: error for name, error in errors.items() if error},
         error=low_rank.total(cut) if cut else 0.0,
+        dora=dora,
     )
     for name, error in export.errors.items():
         _log.info("%s: cut to rank %d, relative error %.3g", name, max_rank, error)
     return export
+
+
+def _uses_dora(factors: Mapping[str, Factors]) -> bool:
+    """Tell whether modules have DoRA; PEFT has one setting for all of them."""
+    having = {name for name, each in factors.items() if each.magnitude is not None}
+    plain = factors.keys() - having
+    if having and plain:
+        raise InputError(
+            f"{min(having)} has DoRA and {min(plain)} has not, and PEFT's use_dora is "
+            "one for all modules: adapt all kernels alike, or export them merged"
+        )
+    return bool(having)
 
 
 def _names(path: str, adapter: Adapter, module_name: ModuleName) -> list[str]:
@@ -205,10 +225,12 @@ def _last(module: str) -> str:
 
 def _tensors(factors: Mapping[str, Factors]) -> dict[str, np.ndarray]:
     tensors = {}
-    for name, (down, up) in factors.items():
+    for name, (down, up, magnitude) in factors.items():
         prefix = PREFIX + name
         tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(down.T)
         tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(up.T)
+        if magnitude is not None:
+            tensors[f"{prefix}.{MAGNITUDE}"] = magnitude
     return tensors
 
 
@@ -238,7 +260,7 @@ def _pattern(name: str, ranks: Mapping[str, int]) -> str:
 
 
 def _config(
-    ranks: Mapping[str, int], targets: set[str], base_model: str
+    ranks: Mapping[str, int], targets: set[str], base_model: str, dora: bool
 ) -> dict[str, Any]:
     """Describe the adapter as `peft.LoraConfig` reads it."""
     rank = max(ranks.values())
@@ -259,6 +281,6 @@ def _config(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
-        "use_dora": False,
+        "use_dora": dora,
         "use_rslora": False,
     }

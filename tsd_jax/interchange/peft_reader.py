@@ -5,9 +5,9 @@
     adapters, directions = found.start(key, spec)
 
 PEFT computes `y + s lora_B(lora_A(x))` with s = lora_alpha / r or lora_alpha / sqrt(r),
-so A = lora_A^T, B = lora_B^T and gamma = s. `modules_to_save` and
-`trainable_token_indices` become parts that train whole. What else is no plain LoRA is
-refused by name.
+so A = lora_A^T, B = lora_B^T and gamma = s. An adapter of DoRA has its magnitudes, too;
+`modules_to_save` and `trainable_token_indices` become parts that train whole. What else
+is no plain LoRA is refused by name.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tsd_jax.core.adapter import Adapters, AllDirections, init
+from tsd_jax.core import paths
+from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, init
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.magnitudes import column_norms
 from tsd_jax.core.parts import Part, Whole
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
 from tsd_jax.interchange.factors import Factors, Index, compress
 from tsd_jax.interchange.files import read_json, read_tensors
-from tsd_jax.interchange.peft import CONFIG, PREFIX, WEIGHTS
+from tsd_jax.interchange.peft import CONFIG, MAGNITUDE, PREFIX, WEIGHTS
 from tsd_jax.interchange.peft_parts import is_whole, read_whole
 from tsd_jax.interchange.whole import WholeTensor, filled, whole_rule
 
@@ -41,7 +43,6 @@ _log = logging.getLogger(__name__)
 
 # Fields of the config that make something else than a plain LoRA of it, and what it is.
 _OTHER = {
-    "use_dora": "a DoRA adapter, whose norms have no place here",
     "lora_bias": "biases of its own",
     "target_parameters": "adapters of parameters that no linear module owns",
     "layer_replication": "a base with repeated layers",
@@ -63,12 +64,14 @@ class PeftModule:
     Attributes:
       a: A, (in, r). b: B, (r, out); float32.
       alpha: lora_alpha. scale: of the product.
+      magnitude: m of DoRA, (out,), or None.
     """
 
     a: np.ndarray
     b: np.ndarray
     alpha: float
     scale: float
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -78,7 +81,7 @@ class PeftModule:
     @property
     def factors(self) -> Factors:
         """The product with its scale within."""
-        return Factors(self.a, np.float32(self.scale) * self.b)
+        return Factors(self.a, np.float32(self.scale) * self.b, self.magnitude)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,7 @@ class PeftAdapter:
                 directions=directions,
                 dropout=self.dropout if dropout is None else dropout,
                 scaling=self.scaling,
+                dora=largest.magnitude is not None,
             )
             rules.append(rule)
         rules += [whole_rule(path, layers) for path, layers in self.parts.items()]
@@ -145,17 +149,19 @@ class PeftAdapter:
         A spec may have a larger rank, another scale and more kernels than the
         adapter. Columns of A that it does not have start as `init` starts them,
         beside rows of B that are zero: they add nothing, and they train. Another scale
-        goes into B.
+        goes into B. A plain LoRA on kernels for which the spec has DoRA starts with
+        magnitudes ||K + dK||, which change nothing.
 
         Args:
           key: a JAX random key, for those columns.
           spec: of `make_spec`, with any method; `rules` give one that fits.
           dtype: of all leaves.
-          params: the base's tree, needed where the spec trains parts whole.
+          params: the base's tree, needed where the spec trains parts whole or has DoRA.
 
         Raises:
           InputError: the spec lacks a kernel or part the adapter changes, has a
-            smaller rank for it, or another shape; or `params` is missing.
+            smaller rank for it, another shape, or no DoRA where the adapter has it; or
+            `params` is missing.
         """
         trained = {*spec.paths, *(part.path for part in spec.whole)}
         for path in (*self.kernels, *self.parts):
@@ -169,13 +175,19 @@ class PeftAdapter:
             start = np.asarray(adapters[part.path].value)
             value = filled(start, part, self.parts.get(part.path, {}))
             adapters[part.path] = Part(jnp.asarray(value), part)
+        bases = paths.select(
+            params or {}, tuple(k.path for k in spec.kernels if k.dora)
+        )
         for kernel in spec.kernels:
             layers = self.kernels.get(kernel.path, {})
             adapter = adapters[kernel.path]
             a, b = np.array(adapter.a), np.array(adapter.b)
             for layer, module in layers.items():
                 _fill(a, b, kernel, layer, module)
-            adapters[kernel.path] = adapter.replace(a=jnp.asarray(a), b=jnp.asarray(b))
+            adapter = adapter.replace(a=jnp.asarray(a), b=jnp.asarray(b))
+            if kernel.dora:
+                adapter = _with_magnitudes(adapter, layers, bases[kernel.path])
+            adapters[kernel.path] = adapter
         return adapters, directions
 
 
@@ -311,12 +323,15 @@ def _refuse_others(folder: Path, config: Mapping[str, Any]) -> None:
 def _module_of(file: Path, tensor: str) -> str:
     """Give the module a tensor belongs to, refusing what is no LoRA factor."""
     found = re.fullmatch(
-        rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", tensor, flags=re.DOTALL
+        rf"{re.escape(PREFIX)}(.+)\.(lora_[AB]\.weight|{MAGNITUDE})",
+        tensor,
+        flags=re.DOTALL,
     )
     if not found:
         raise InputError(
-            f"{file} holds tensor {tensor!r}: only lora_A and lora_B of linear modules "
-            "are read (weights of the base come in by save_embedding_layers)"
+            f"{file} holds tensor {tensor!r}: only lora_A, lora_B and {MAGNITUDE} of "
+            "linear modules are read (weights of the base come in by "
+            "save_embedding_layers)"
         )
     return found[1]
 
@@ -372,14 +387,25 @@ def _read_module(
         raise InputError(f"{file}: {name} has lora_alpha {alpha!r}, not above 0")
     scaling = SCALINGS["rslora" if config.get("use_rslora") else "lora"]
     a, b = (np.ascontiguousarray(x.T, dtype=np.float32) for x in (low, high))
-    return PeftModule(a, b, float(alpha), scaling(alpha, rank))
+    magnitude = tensors.get(f"{PREFIX}{name}.{MAGNITUDE}")
+    wanted = (b.shape[1],) if config.get("use_dora") else "none"
+    found = "none" if magnitude is None else magnitude.shape
+    if found != wanted:
+        raise InputError(
+            f"{file}: {name} has {MAGNITUDE} {found}, and {CONFIG} (use_dora) asks for "
+            f"{wanted}: fetch both again"
+        )
+    if magnitude is not None:
+        magnitude = np.asarray(magnitude, np.float32)
+    return PeftModule(a, b, float(alpha), scaling(alpha, rank), magnitude)
 
 
 def _cut(module: PeftModule, rank: int, scaling: str) -> PeftModule:
     """Write the same product in the columns a matrix of this size needs."""
-    down, up = compress(Factors(module.a, module.b), rank).factors
+    down, up, _ = compress(Factors(module.a, module.b), rank).factors
     alpha = module.scale / SCALINGS[scaling](1.0, rank)
-    return PeftModule(down, up, alpha, SCALINGS[scaling](alpha, rank))
+    scale = SCALINGS[scaling](alpha, rank)
+    return PeftModule(down, up, alpha, scale, module.magnitude)
 
 
 def _notes(path: str, layers: Mapping[Index, PeftModule], stacked: int) -> list[str]:
@@ -429,7 +455,25 @@ def _fill(
             f"{kernel.path}: the adapter has rank {module.rank}, the spec only "
             f"{kernel.rank}: make the spec with the adapter's rules"
         )
+    if module.magnitude is not None and not kernel.dora:
+        raise InputError(
+            f"{kernel.path}: the adapter has DoRA, the spec not: make the spec with "
+            "the adapter's rules"
+        )
     ratio = np.float64(module.scale) / kernel.scale
     a[(*place, slice(None), slice(module.rank))] = module.a
     b[(*place, slice(None))] = 0
     b[(*place, slice(module.rank))] = module.b * ratio
+
+
+def _with_magnitudes(
+    adapter: Adapter, layers: Mapping[Index, PeftModule], base: jax.Array
+) -> Adapter:
+    """Start m where the adapter has it; elsewhere at ||K + dK||, changing nothing."""
+    kernel = adapter.kernel
+    up = kernel.scale * adapter.b
+    magnitude = np.array(column_norms(base, adapter.a, up, layout=kernel.layout))
+    for layer, module in layers.items():
+        if module.magnitude is not None:
+            magnitude[() if layer is None else layer] = module.magnitude
+    return adapter.replace(magnitude=jnp.asarray(magnitude, adapter.a.dtype))

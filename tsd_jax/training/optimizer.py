@@ -1,4 +1,4 @@
-"""One optimizer for the groups A and B ("lora"), the gains ("gain"), parts ("whole").
+"""One optimizer for A, B and DoRA's m ("lora"), gains ("gain") and parts ("whole").
 
 Before launch the gains' gradients are exactly zero (L = R = 0), so they move nothing
 and add nothing to the clipping norm. What must not go on over the launch is Adam's
@@ -76,13 +76,14 @@ def _labels(adapter: Adapter | Part) -> Adapter | Part:
     if isinstance(adapter, Part):
         return adapter.replace(value="whole")
     gain = None if adapter.gain is None else "gain"
-    return adapter.replace(a="lora", b="lora", gain=gain)
+    magnitude = None if adapter.magnitude is None else "lora"
+    return adapter.replace(a="lora", b="lora", gain=gain, magnitude=magnitude)
 
 
 def group_labels(adapters: Mapping[str, Adapter | Part]) -> dict[str, Any]:
     """Label every leaf with its optimizer group, for `optax.partition`.
 
-    "lora" (A and B), "gain", and, where parts train whole, "whole".
+    "lora" (A, B and m), "gain", and, where parts train whole, "whole".
     """
     return {path: _labels(adapter) for path, adapter in adapters.items()}
 
@@ -101,10 +102,10 @@ def make_optimizer(
     """Build AdamW over all groups, each with a learning rate of its own.
 
     Args:
-      learning_rate: of A and B. gain_learning_rate: of the gains.
+      learning_rate: of A, B and m. gain_learning_rate: of the gains.
       whole_learning_rate: of parts trained whole; None for that of A and B.
       b1: of Adam. b2: of Adam. eps: of Adam.
-      weight_decay: decoupled, on A, B and parts; gains have none.
+      weight_decay: decoupled, on A, B, parts and, as with PEFT, m; gains have none.
       clip_norm: bound on the global norm of all gradients; None for no clipping.
     """
 
@@ -134,7 +135,7 @@ def reset_moments(
 ) -> optax.OptState:
     """Start Adam again for what launch starts again; schedules go on.
 
-    `dash` resets the gains (their count has run), `init` and `tsd` A and B as well;
+    `dash` resets the gains (their count has run), `init` and `tsd` A, B and m as well;
     parts trained whole go on.
 
     Args:

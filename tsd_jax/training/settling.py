@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths, stacks
 from tsd_jax.core.adapter import Adapters
-from tsd_jax.core.changes import LowRank
+from tsd_jax.core.changes import learned_change
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.ranking import EPSILON, decompose, top_directions
 from tsd_jax.core.spec import KernelSpec, Spec
@@ -187,10 +187,12 @@ def _matrices(
 
 @functools.partial(jax.jit, static_argnames=("chosen", "place"))
 def _pick(adapters: Adapters, *, chosen: Sample, place: NamedSharding | None):
-    """Give {path: (A, B)} of the watched matrices, whole on every device."""
+    """Give {path: (A, B, m or None)} of the watched matrices, whole on every device."""
 
-    def rows(x: jax.Array, indices: tuple[int, ...]) -> jax.Array:
-        some = x.reshape(-1, *x.shape[-2:])[np.asarray(indices)]
+    def rows(x: Any, indices: tuple[int, ...], rank: int = 2) -> Any:
+        if x is None:
+            return None
+        some = x.reshape(-1, *x.shape[-rank:])[np.asarray(indices)]
         return some if place is None else lax.with_sharding_constraint(some, place)
 
     pairs = {kernel.path: adapters[kernel.path] for kernel, _ in chosen}
@@ -198,6 +200,7 @@ def _pick(adapters: Adapters, *, chosen: Sample, place: NamedSharding | None):
         kernel.path: (
             rows(pairs[kernel.path].a, indices),
             rows(pairs[kernel.path].b, indices),
+            rows(pairs[kernel.path].magnitude, indices, 1),
         )
         for kernel, indices in chosen
     }
@@ -214,8 +217,8 @@ def _top(matrices: Any, spectra: Any, factors: Any, *, chosen: Sample, epsilon: 
 
     def sets(kernel: KernelSpec) -> jax.Array:
         def one(parts):
-            matrix, spectrum, a, b = parts
-            change = LowRank(a, b, kernel.scale)
+            matrix, spectrum, a, b, magnitude = parts
+            change = learned_change(matrix, a, b, kernel.scale, magnitude)
             return top_directions(
                 matrix, change, spectrum, count=kernel.ranked, epsilon=epsilon
             )

@@ -19,6 +19,7 @@ from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.state import TrainState
 
 AXES = ("data", "fsdp", "tensor")
+_TRAINED = ("a", "b", "gain", "magnitude", "value")  # leaves of adapters and parts
 BATCH = PartitionSpec(None, ("data", "fsdp"), None)
 """Axes of a batch array: micro-batch, example, position."""
 
@@ -103,8 +104,8 @@ def adapter_shardings(
 ) -> tuple[Adapter, Directions]:
     """Derive the shardings beside a kernel from the kernel's own.
 
-    A and L take its input axis, B and R its output axis, all of them its stacked
-    axes; rank and direction axes are not sharded.
+    A and L take its input axis, B, R and DoRA's m its output axis, all of them its
+    stacked axes; rank and direction axes are not sharded.
 
     Returns:
       An Adapter and a Directions whose leaves are NamedShardings.
@@ -123,7 +124,8 @@ def adapter_shardings(
         return NamedSharding(sharding.mesh, PartitionSpec(*batch, *last))
 
     gain = named(None) if kernel.gains else None
-    adapter = Adapter(named(rows, None), named(None, columns), gain, kernel)
+    magnitude = named(columns) if kernel.dora else None
+    adapter = Adapter(named(rows, None), named(None, columns), gain, kernel, magnitude)
     if not kernel.columns:
         return adapter, Directions(None, None, None)
     gate = named(None) if kernel.gated else None
@@ -162,7 +164,7 @@ def state_shardings(
         del leaf
         names = [getattr(key, "key", getattr(key, "name", None)) for key in keys]
         for path, field in itertools.pairwise(names):
-            if path in adapters and field in ("a", "b", "gain", "value"):
+            if path in adapters and field in _TRAINED:
                 return getattr(adapters[path], field)
         return replicated
 

@@ -49,7 +49,8 @@ def create_state(
       key: a JAX random key.
       spec: of `make_spec`. optimizer: over the adapters.
       settling: when directions have settled, where that decides when to launch.
-      params: the base's tree, needed where the spec trains parameters whole.
+      params: the base's tree, needed where the spec trains parameters whole or has
+        DoRA.
     """
     adapters, directions = init(key, spec, params=params)
     return TrainState(
