@@ -28,9 +28,8 @@ from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.parts import Part, WholeSpec, kernels_in, parts_in
-from tsd_jax.interchange import experts
+from tsd_jax.interchange import experts, whole
 from tsd_jax.interchange import factors as low_rank
-from tsd_jax.interchange import whole
 from tsd_jax.interchange.factors import Factors, ModuleName
 from tsd_jax.interchange.files import write_json, write_tensors
 from tsd_jax.interchange.vocabulary import EMBEDDING, HEAD
