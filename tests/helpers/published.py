@@ -1,6 +1,6 @@
 """What the config.json of well-known checkpoints says, and how large the models are.
 
-Only the fields that shape a model, with the values that its publisher gives them.
+Only the fields that shape a model, with the values known of them.
 Counts are of parameters, a tied head once: those of transformers' own models. The
 factors of longrope are made up, for only their number shapes a model.
 """
@@ -200,10 +200,6 @@ CHECKPOINTS: Mapping[str, Published] = {
     "TinyLlama-1.1B": Published(
         _llama((32000, 2048, 5632, 22, 32, 4), 2048), 1_100_048_384
     ),
-    "Llama-3-8B": Published(
-        _llama((128256, 4096, 14336, 32, 32, 8), 8192, rope_theta=500000.0),
-        8_030_261_248,
-    ),
     "Llama-3.1-8B": Published(
         _llama((128256, 4096, 14336, 32, 32, 8), 131072, **_llama3(8.0)), 8_030_261_248
     ),
@@ -229,11 +225,6 @@ CHECKPOINTS: Mapping[str, Published] = {
         | {"is_llama_config": True, "rope_interleaved": False}
         | {"tie_word_embeddings": True},
         361_821_120,
-    ),
-    "SmolLM2-1.7B": Published(
-        _llama((49152, 2048, 8192, 24, 32, 32), 8192, rope_theta=130000)
-        | {"tie_word_embeddings": True},
-        1_711_376_384,
     ),
     "Mistral-7B-v0.1": Published(
         _mistral((32000, 4096, 14336, 32, 32, 8), 32768, rope_theta=10000.0)
@@ -303,18 +294,6 @@ CHECKPOINTS: Mapping[str, Published] = {
             **_QWEN3_MOE,
         ),
         30_532_122_624,
-    ),
-    "Qwen3-235B-A22B": Published(
-        _qwen(
-            "3Moe",
-            (151936, 4096, 12288, 94, 64, 4),
-            40960,
-            windowed_from=94,
-            tied=False,
-            moe_intermediate_size=1536,
-            **_QWEN3_MOE,
-        ),
-        235_093_634_560,
     ),
     "gemma-2-2b": Published(_gemma2((256000, 2304, 9216, 26, 8, 4)), 2_614_341_888),
     "gemma-2-9b": Published(_gemma2((256000, 3584, 14336, 42, 16, 8)), 9_241_705_984),
