@@ -58,7 +58,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def open_model(config: Config) -> Base:
-    """Read the model's config and tokenizer; no weights."""
+    """Read the model's config, its files' headers and its tokenizer; no weights."""
     if not config.path:
         raise InputError("model.path is empty; name a folder or a hub id")
     if config.dtype not in ("float32", "bfloat16"):
@@ -66,6 +66,7 @@ def open_model(config: Config) -> Base:
     dtype = jnp.dtype(config.dtype)
     folder = huggingface.resolve(config.path)
     decoder = huggingface.read_config(folder)
+    huggingface.check_checkpoint(folder, decoder)
     tokenizer = huggingface.load_tokenizer(folder)
     added = None
     if config.added_tokens:

@@ -68,6 +68,15 @@ PUBLISHED: Mapping[str, dict[str, Any]] = {
     "mistral": _published(
         "MistralForCausalLM", "mistral", rms_norm_eps=1e-5, sliding_window=5
     ),
+    "ministral": _published(
+        "MinistralForCausalLM",
+        "ministral",
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        head_dim=12,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "mixtral": _published(
         "MixtralForCausalLM",
         "mixtral",

@@ -29,8 +29,8 @@ from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.parts import Part, WholeSpec, kernels_in, parts_in
+from tsd_jax.interchange import experts, whole
 from tsd_jax.interchange import factors as low_rank
-from tsd_jax.interchange import whole
 from tsd_jax.interchange.factors import Factors, ModuleName
 from tsd_jax.interchange.files import write_json, write_tensors
 from tsd_jax.interchange.vocabulary import EMBEDDING, HEAD
@@ -163,12 +163,16 @@ def write_adapter(
         small = {n: low_rank.compress(f, max_rank) for n, f in factors.items()}
         cut = {name: (each.lost, each.norm) for name, each in small.items()}
         factors = {name: each.factors for name, each in small.items()}
+    given = {*factors}
+    factors, rank = experts.complete(factors)
+    targets = targets | (factors.keys() - given)
     ranks = {name: each.rank for name, each in factors.items()}
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stored = _tensors(factors) | _whole_tensors(tensors)
-        config = _config(ranks, targets, base_model, dora) | _whole_config(tensors)
+        config = _config(ranks, rank, targets, base_model, dora)
+        config |= _whole_config(tensors)
         if tied and EMBEDDING in tensors and tensors[EMBEDDING].rows is None:
             config["ensure_weight_tying"] = True
             stored[PREFIX + HEAD] = tensors[EMBEDDING].value
@@ -196,6 +200,12 @@ def _uses_dora(factors: Mapping[str, Factors]) -> bool:
         raise InputError(
             f"{min(having)} has DoRA and {min(plain)} has not, and PEFT's use_dora is "
             "one for all modules: adapt all kernels alike, or export them merged"
+        )
+    stacked = having & experts.as_parameters(having)
+    if stacked:
+        raise InputError(
+            f"{min(stacked)} has DoRA, and PEFT has none for experts and routers: "
+            "leave them out of DoRA's rules, or export them merged"
         )
     return bool(having)
 
@@ -260,13 +270,17 @@ def _pattern(name: str, ranks: Mapping[str, int]) -> str:
 
 
 def _config(
-    ranks: Mapping[str, int], targets: set[str], base_model: str, dora: bool
+    ranks: Mapping[str, int],
+    rank: int,
+    targets: set[str],
+    base_model: str,
+    dora: bool,
 ) -> dict[str, Any]:
-    """Describe the adapter as `peft.LoraConfig` reads it."""
-    rank = max(ranks.values())
+    """Describe the adapter as `peft.LoraConfig` reads it, `rank` being its default."""
+    rank = rank or max(ranks.values())
     others = {
         _pattern(name, ranks): r for name, r in sorted(ranks.items()) if r != rank
-    }
+    } | experts.patterns(ranks, rank)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -275,7 +289,7 @@ def _config(
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted(targets),
+        **experts.targets(ranks, targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

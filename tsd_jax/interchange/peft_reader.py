@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.magnitudes import column_norms
 from tsd_jax.core.parts import Part, Whole
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
+from tsd_jax.interchange import experts
 from tsd_jax.interchange.factors import Factors, Index, compress
 from tsd_jax.interchange.files import read_json, read_tensors
 from tsd_jax.interchange.peft import CONFIG, MAGNITUDE, PREFIX, WEIGHTS
@@ -44,7 +45,6 @@ _log = logging.getLogger(__name__)
 # Fields of the config that make something else than a plain LoRA of it, and what it is.
 _OTHER = {
     "lora_bias": "biases of its own",
-    "target_parameters": "adapters of parameters that no linear module owns",
     "layer_replication": "a base with repeated layers",
     "alora_invocation_tokens": "an adapter that some tokens switch on",
     "use_qalora": "a QALoRA adapter",
@@ -231,7 +231,7 @@ def from_peft(
             module = _cut(module, limit, scaling)
         kernels.setdefault(path, {})[layer] = module
     for path, layers in kernels.items():
-        stacked = sum(place[0] == path for place in places.values())
+        stacked = len({place for place in places.values() if place[0] == path})
         notes += _notes(path, layers, stacked)
     for note in notes:
         _log.info("%s", note)
@@ -293,7 +293,14 @@ def read_modules(folder: str | Path) -> tuple[dict[str, Any], dict[str, PeftModu
                 f"{weights} holds tensors of {name}, which target_modules of {CONFIG} "
                 "does not name: they are not of one adapter"
             )
-    return config, {n: _read_module(weights, config, tensors, n) for n in names}
+    modules: dict[str, PeftModule] = {}
+    for name in names:
+        parameter = experts.stacked_parameter(name, _parameters(config))
+        if parameter is None:
+            modules[name] = _read_module(weights, config, tensors, name)
+        else:
+            modules |= _read_experts(weights, config, tensors, name, parameter)
+    return config, modules
 
 
 def _refuse_others(folder: Path, config: Mapping[str, Any]) -> None:
@@ -339,6 +346,10 @@ def _module_of(file: Path, tensor: str) -> str:
 def _is_target(name: str, config: Mapping[str, Any]) -> bool:
     """Tell whether PEFT adapts a module: a list of endings, or one expression."""
     targets = config.get("target_modules")
+    parameters = _parameters(config)
+    wrapped = experts.stacked_parameter(name, parameters) or f"{name}.weight"
+    if any(wrapped == end or wrapped.endswith(f".{end}") for end in parameters):
+        return True
     if targets is None or targets == "all-linear":
         return True
     if isinstance(targets, str):
@@ -367,37 +378,92 @@ def _read_module(
     file: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], name: str
 ) -> PeftModule:
     """Give one module's LoRA; the config must agree with the tensors' shapes."""
+    key = name
+    if any(f".{name}.weight".endswith(f".{end}") for end in _parameters(config)):
+        key = f"{name}.weight"  # PEFT looks a parameter up by its own name
+    low, high, rank, alpha, scale = _read_factors(file, config, tensors, name, key)
+    if not (low.shape[0] == high.shape[1] == rank):
+        raise _odd_rank(file, name, low, high, rank)
+    a, b = (np.ascontiguousarray(x.T, dtype=np.float32) for x in (low, high))
+    magnitude = _read_magnitude(file, config, tensors, name, b.shape[1])
+    return PeftModule(a, b, alpha, scale, magnitude)
+
+
+def _read_experts(
+    file: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    name: str,
+    parameter: str,
+) -> dict[str, PeftModule]:
+    """Give the LoRA of each matrix of the experts that `parameter` stacks."""
+    low, high, rank, alpha, scale = _read_factors(
+        file, config, tensors, name, parameter
+    )
+    if low.shape[0] != high.shape[1] or not rank or low.shape[0] % rank:
+        raise _odd_rank(file, name, low, high, rank)
+    return {
+        module: PeftModule(a, b, alpha, scale)
+        for module, (a, b) in experts.split(parameter, low, high, rank).items()
+    }
+
+
+def _parameters(config: Mapping[str, Any]) -> Collection[str]:
+    return config.get("target_parameters") or ()
+
+
+def _odd_rank(
+    file: Path, name: str, low: np.ndarray, high: np.ndarray, rank: Any
+) -> InputError:
+    return InputError(
+        f"{file}: {name} has factors {low.shape} and {high.shape}, and {CONFIG} "
+        f"gives it rank {rank}: fetch both again"
+    )
+
+
+def _read_factors(
+    file: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    name: str,
+    key: str,
+) -> tuple[np.ndarray, np.ndarray, int, float, float]:
+    """Give lora_A, lora_B, rank, alpha and scale; patterns are looked up by `key`."""
     low, high = (
         tensors.get(f"{PREFIX}{name}.lora_{side}.weight") for side in ("A", "B")
     )
     if low is None or high is None:
         raise InputError(f"{file} lacks one factor of {name}: fetch it again")
-    rank = _by_pattern(config.get("rank_pattern"), name, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    rank = _by_pattern(config.get("rank_pattern"), key, config.get("r"))
+    alpha = _by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha"))
     if low.ndim != 2 or high.ndim != 2:
         raise InputError(
             f"{file}: {name} is no linear module: its factors are no matrices"
         )
-    if not (low.shape[0] == high.shape[1] == rank):
-        raise InputError(
-            f"{file}: {name} has factors {low.shape} and {high.shape}, and {CONFIG} "
-            f"gives it rank {rank}: fetch both again"
-        )
     if not isinstance(alpha, int | float) or not alpha > 0:
         raise InputError(f"{file}: {name} has lora_alpha {alpha!r}, not above 0")
+    low, high = (np.asarray(each, np.float32) for each in (low, high))
     scaling = SCALINGS["rslora" if config.get("use_rslora") else "lora"]
-    a, b = (np.ascontiguousarray(x.T, dtype=np.float32) for x in (low, high))
+    return low, high, rank, float(alpha), scaling(alpha, rank)
+
+
+def _read_magnitude(
+    file: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    name: str,
+    size: int,
+) -> np.ndarray | None:
+    """Give one module's DoRA magnitudes (out,), where the config says it has them."""
     magnitude = tensors.get(f"{PREFIX}{name}.{MAGNITUDE}")
-    wanted = (b.shape[1],) if config.get("use_dora") else "none"
+    wanted = (size,) if config.get("use_dora") else "none"
     found = "none" if magnitude is None else magnitude.shape
     if found != wanted:
         raise InputError(
             f"{file}: {name} has {MAGNITUDE} {found}, and {CONFIG} (use_dora) asks for "
             f"{wanted}: fetch both again"
         )
-    if magnitude is not None:
-        magnitude = np.asarray(magnitude, np.float32)
-    return PeftModule(a, b, float(alpha), scaling(alpha, rank), magnitude)
+    return None if magnitude is None else np.asarray(magnitude, np.float32)
 
 
 def _cut(module: PeftModule, rank: int, scaling: str) -> PeftModule:

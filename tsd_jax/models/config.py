@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.models.layers import ACTIVATIONS
@@ -14,7 +15,7 @@ def _check_positive(numbers: object) -> None:
     for field in dataclasses.fields(numbers):  # pyright: ignore[reportArgumentType]
         value = getattr(numbers, field.name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and not value > 0:
+        if number and not 0 < value < math.inf:
             raise InputError(
                 f"{field.name} must be positive, not {value}: correct the "
                 "model's config"
@@ -138,14 +139,8 @@ class DecoderConfig:
                     f"{name} tells of {length} layers, but there are "
                     f"{self.num_hidden_layers}: correct the model's config"
                 )
-        for name in ("short_factor", "long_factor"):
-            factors = getattr(self.rope_scaling, name, None)
-            if factors is not None and len(factors) != self.rotary_width // 2:
-                raise InputError(
-                    f"{name} of the rotary embedding has {len(factors)} numbers, but "
-                    f"{self.rotary_width // 2} pairs are turned: correct the model's "
-                    "config"
-                )
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.rotary_width, self.rope_theta)
 
     @property
     def rotary_width(self) -> int:

@@ -36,6 +36,13 @@ class RopeScaling:
                     f"{value}: correct the model's config"
                 )
 
+    def check(self, width: int, theta: float) -> None:
+        """Refuse a head, or a base of wavelengths, that this cannot be done to.
+
+        Raises:
+          InputError: if the angles would not be numbers.
+        """
+
     @property
     def magnitude(self) -> float:
         """What cos and sin are multiplied by."""
@@ -74,6 +81,11 @@ class DynamicScaling(RopeScaling):
     factor: float
     max_position_embeddings: int
 
+    def check(self, width: int, theta: float) -> None:
+        """Refuse heads of one pair, whose theta cannot be stretched."""
+        if width <= 2:
+            raise _unfit(f"dynamic needs heads of 4 or more, not {width}")
+
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
         """Give theta'^(-2i/H), theta' = theta (f n / N - f + 1)^(H / (H - 2))."""
         trained = self.max_position_embeddings
@@ -91,6 +103,12 @@ class Llama3Scaling(RopeScaling):
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def check(self, width: int, theta: float) -> None:
+        """Refuse limits between which nothing lies."""
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not low < high:
+            raise _unfit(f"high_freq_factor {high} must exceed low_freq_factor {low}")
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
         """Blend by how often a wave fits into the trained length."""
@@ -114,6 +132,11 @@ class YarnScaling(RopeScaling):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    def check(self, width: int, theta: float) -> None:
+        """Refuse a theta that makes all wavelengths one."""
+        if not theta > 1:
+            raise _unfit(f"yarn needs a rope_theta above 1, not {theta}")
 
     @property
     def magnitude(self) -> float:
@@ -160,6 +183,15 @@ class LongRope(RopeScaling):
     original_max_position_embeddings: int
     attention_factor: float | None = None
 
+    def check(self, width: int, theta: float) -> None:
+        """Refuse factors that are not one for each pair, and a length of nothing."""
+        for name in ("short_factor", "long_factor"):
+            number = len(getattr(self, name))
+            if number != width // 2:
+                raise _unfit(f"{name} has {number} numbers for {width // 2} pairs")
+        if self.original_max_position_embeddings < 2:
+            raise _unfit("original_max_position_embeddings must be 2 or more")
+
     @property
     def magnitude(self) -> float:
         """Give the attention factor, by default √(1 + log factor / log length)."""
@@ -185,6 +217,10 @@ ROPE_TYPES: Mapping[str, type[RopeScaling]] = {
     "yarn": YarnScaling,
     "longrope": LongRope,
 }
+
+
+def _unfit(fault: str) -> InputError:
+    return InputError(f"rotary embedding: {fault}; correct the model's config")
 
 
 def _plain(width: int, theta: float) -> np.ndarray:

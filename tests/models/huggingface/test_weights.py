@@ -226,6 +226,7 @@ def test_buffers_and_the_copy_of_a_tied_head_are_passed_over(folder, params):
     for n in range(4):
         name = f"model.layers.{n}.self_attn.rotary_emb.inv_freq"
         tensors[name] = np.ones(2, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     save_file(tensors, folder / WEIGHTS)
     found = load_params(folder, tied)
     assert "lm_head" not in found

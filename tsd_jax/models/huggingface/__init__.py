@@ -12,5 +12,6 @@ from tsd_jax.models.huggingface.vocabulary import ROWS as ROWS
 from tsd_jax.models.huggingface.vocabulary import add_tokens as add_tokens
 from tsd_jax.models.huggingface.vocabulary import grow as grow
 from tsd_jax.models.huggingface.vocabulary import grown_config as grown_config
+from tsd_jax.models.huggingface.weights import check_checkpoint as check_checkpoint
 from tsd_jax.models.huggingface.weights import load_params as load_params
 from tsd_jax.models.huggingface.weights import write_checkpoint as write_checkpoint

@@ -47,10 +47,15 @@ def write_common(config: DecoderConfig) -> Values:
 def read_rope(fields: Fields) -> Values:
     """Read the one rotary embedding of all layers, which turns whole heads."""
     settings = fields.rope()
+    read_whole(fields, settings)
+    return read_scaling(fields, settings)
+
+
+def read_whole(fields: Fields, settings: Mapping[str, Any]) -> None:
+    """Refuse rotary settings that turn a part of each head."""
     part = read_part(fields, settings)
     if part != 1:
         raise fields.refuse("partial_rotary_factor", part, "1")
-    return read_scaling(fields, settings)
 
 
 def read_part(fields: Fields, settings: Mapping[str, Any]) -> float:

@@ -29,7 +29,7 @@ def read_config(folder: str | Path) -> DecoderConfig:
     values = read_common(fields)
     try:
         values |= family.read(fields)
-        return DecoderConfig(model_type=found["model_type"], **values)
+        return DecoderConfig(**{"model_type": found["model_type"], **values})
     except InputError as error:
         known = str(error).startswith(str(file))
         raise error if known else InputError(f"{file}: {error}") from error
@@ -58,18 +58,30 @@ def _find_family(file: Path, found: Mapping[str, Any]) -> Family:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
             f"{file}: model_type is {kind!r}, and only {', '.join(FAMILIES)} are "
-            "supported: choose another checkpoint"
+            f"supported: {_way_out(found)}"
         )
     family = FAMILIES[kind]
     only = [family.architecture]
-    facts = {
-        "architectures": (found.get("architectures") or only, only),
-        "quantization_config": (found.get("quantization_config"), None),
-    }
-    for name, (value, wanted) in facts.items():
-        if value != wanted:
-            raise InputError(
-                f"{file}: {name} of a {kind} is {value!r}, and only {wanted!r} is "
-                "supported: choose another checkpoint"
-            )
+    given = found.get("architectures") or only
+    if given != only:
+        raise InputError(
+            f"{file}: architectures of a {kind} is {given!r}, and only {only!r} is "
+            "supported: choose another checkpoint"
+        )
+    settings = found.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise InputError(
+            f"{file}: quantization_config: weights quantised by {method or settings!r} "
+            "are not supported: choose the unquantised original"
+        )
     return family
+
+
+def _way_out(found: Mapping[str, Any]) -> str:
+    """Say what to do instead of loading a family that is not known."""
+    text = found.get("text_config")
+    inner = text.get("model_type") if isinstance(text, dict) else None
+    if inner in FAMILIES:
+        return f"save its text model, a {inner}, as a checkpoint of its own"
+    return "choose another checkpoint"

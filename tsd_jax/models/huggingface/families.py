@@ -21,6 +21,7 @@ from tsd_jax.models.huggingface.common import (
     read_period,
     read_rope,
     read_scaling,
+    read_whole,
     read_window,
     read_windows,
     same_names,
@@ -52,7 +53,14 @@ def _read_llama(fields: Fields) -> Values:
 
 
 def _read_mistral(fields: Fields) -> Values:
+    if "layer_types" in fields.values:  # transformers takes it for a Ministral, too
+        return {**_read_ministral(fields), "model_type": "ministral"}
     return read_rope(fields) | read_window(fields)
+
+
+def _read_ministral(fields: Fields) -> Values:
+    windowed = fields.get("sliding_window", "int", None) is not None
+    return read_rope(fields) | read_windows(fields, lambda _: windowed)
 
 
 def _read_qwen2(fields: Fields) -> Values:
@@ -197,15 +205,17 @@ def _read_gemma3(fields: Fields) -> Values:
     settings = fields.values.get("rope_parameters")
     local = fields.get("rope_local_base_freq", "float")
     if isinstance(settings, dict) and {WINDOWED, WIDE} & settings.keys():
-        wide, near = (settings.get(kind) or {} for kind in (WIDE, WINDOWED))
+        wide, near = (fields.table(settings, kind) for kind in (WIDE, WINDOWED))
         if near.get("rope_type", "default") != "default":
             raise fields.refuse("rope type of windows", near["rope_type"], "'default'")
+        read_whole(fields, near)
         local = near.get("rope_theta", local)
         checked(f"{fields.file}: 'rope_theta' of windows", local, "float")
         theta = fields.get("rope_theta", "float")
         wide = {"rope_type": "default", "rope_theta": theta, **wide}
     else:
         wide = fields.rope()
+    read_whole(fields, wide)
     # Without the scaling, the published files say attn_logit_softcapping: null.
     return (
         read_scaling(fields, wide)
@@ -223,6 +233,8 @@ def _write_gemma3(config: DecoderConfig) -> Values:
 def _read_phi3(fields: Fields) -> Values:
     # Older files say "su" or "yarn" and mean what is now "longrope".
     settings = fields.rope(aliases={"su": "longrope", "yarn": "longrope"})
+    if settings["rope_type"] not in ("default", "longrope"):
+        raise fields.refuse("rope type", settings["rope_type"], "default or longrope")
     return {
         **read_scaling(fields, settings),
         **read_window(fields),
@@ -297,6 +309,12 @@ FAMILIES: Mapping[str, Family] = {
         _defaults(length=131072, num_key_value_heads=8, sliding_window=4096),
         _read_mistral,
         same_names("sliding_window"),
+    ),
+    "ministral": Family(
+        "MinistralForCausalLM",
+        _defaults(length=131072, num_key_value_heads=8, sliding_window=4096),
+        _read_ministral,
+        write_windows,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",

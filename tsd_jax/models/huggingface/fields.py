@@ -58,9 +58,23 @@ class Fields:
             "another checkpoint"
         )
 
+    def table(self, settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        """Give one of several tables of rotary settings, {} where it is null.
+
+        Its type goes by `rope_type`, whichever of its two names it has.
+
+        Raises:
+          InputError: if it is no table.
+        """
+        found = settings.get(name) or {}
+        if not isinstance(found, dict):
+            raise self.refuse(f"rope type of {name}", found, "a table of settings")
+        kind = found.get("rope_type", found.get("type"))
+        return found if kind is None else {**found, "rope_type": kind}
+
     def rope(self, *, aliases: Mapping[str, str] | None = None) -> Mapping[str, Any]:
         """Find the rotary embedding's settings where transformers 5 or 4 has them."""
-        found = self.values.get("rope_parameters") or self.values.get("rope_scaling")
+        found = self.values.get("rope_scaling") or self.values.get("rope_parameters")
         found = {} if found is None else found
         if not isinstance(found, dict):
             raise self.refuse("rope type", found, "a table of settings")
@@ -131,5 +145,7 @@ def checked(what: str, value: Any, kind: str) -> Any:
         return tuple(checked(what, each, "float") for each in value)
     wanted = _TYPES.get(kind, ())
     if isinstance(value, bool) != (kind == "bool") or not isinstance(value, wanted):
-        raise InputError(f"{what} must be of type {kind}, not {value!r}")
+        raise InputError(
+            f"{what} must be of type {kind}, not {value!r}: correct the model's config"
+        )
     return value

@@ -73,6 +73,8 @@ def module_places(
 ) -> dict[str, tuple[str, int | tuple[int, ...] | None]]:
     """Invert `module_name` for every kernel: {torch module: (kernel path, index)}.
 
+    Where transformers 5 renames a module on loading, that name is there as well.
+
     Args:
       params: the tree of parameters, arrays or shapes, scanned or not.
       model_type: the family, for some have other names.
@@ -83,7 +85,8 @@ def module_places(
             continue
         for numbers in np.ndindex(leaf.shape[: stacked_axes(path)]):
             index = numbers if len(numbers) > 1 else numbers[0] if numbers else None
-            places[module_name(path, index, model_type)] = (path, index)
+            for family in (model_type, "llama"):
+                places[module_name(path, index, family)] = (path, index)
     return places
 
 

@@ -26,6 +26,7 @@ from tsd_jax.models.huggingface.config import config_json
 from tsd_jax.models.huggingface.tensors import SINGLE_FILE, StoredTensor, open_tensors
 
 Index = tuple[slice, ...]
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_params(
@@ -59,6 +60,8 @@ def load_params(
     stored = open_tensors(folder)
     wanted = names.flatten(names.abstract_params(config, scan_layers=scan_layers))
     _check_tensors(Path(folder), stored, names.tensor_shapes(wanted, config.model_type))
+    if config.tie_word_embeddings and _HEAD in stored:
+        _check_tied(stored[_HEAD], stored[_TABLE])
     places = dict.fromkeys(wanted) if shardings is None else names.flatten(shardings)
     odd = places.keys() ^ wanted.keys()
     if odd:
@@ -72,6 +75,17 @@ def load_params(
         read = _reader(path, leaf.shape, tensors, dtype)
         params[path] = _place(read, leaf.shape, places[path])
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def check_checkpoint(folder: str | Path, config: DecoderConfig) -> None:
+    """See from the files' headers that they hold a model of this config.
+
+    Raises:
+      InputError: as `load_params`.
+    """
+    wanted = names.flatten(names.abstract_params(config))
+    shapes = names.tensor_shapes(wanted, config.model_type)
+    _check_tensors(Path(folder), open_tensors(folder), shapes)
 
 
 def write_checkpoint(
@@ -141,6 +155,25 @@ def _check_tensors(
     else:
         return
     raise InputError(f"{fault}: fetch weights and config of one model")
+
+
+def _check_tied(head: StoredTensor, table: StoredTensor) -> None:
+    """Refuse a head that is no copy of the embeddings it should be tied to."""
+    same = head.shape == table.shape and all(
+        np.array_equal(head.read(part), table.read(part))
+        for part in _blocks(head.shape[0])
+    )
+    if not same:
+        raise InputError(
+            f"{head.file} holds {head.name!r}, and it is no copy of {table.name!r}, "
+            "though tie_word_embeddings is true: set that to false in config.json if "
+            "the head was trained, or take the tensor out"
+        )
+
+
+def _blocks(rows: int, size: int = 4096) -> list[Index]:
+    """Cut so many rows into slices of at most `size`."""
+    return [(slice(n, min(n + size, rows)),) for n in range(0, rows, size)]
 
 
 def _some(tensors: Collection[str]) -> str:
