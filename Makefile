@@ -20,6 +20,8 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 JOBS ?= 2
+# What jax's own extra for TPUs pins; kept aside, for it speaks up wherever it is found.
+TPU := import importlib.metadata as m, re; print(*(re.split(' *;', r)[0] for r in m.requires('jax') if 'tpu' in r and not r.startswith('jax')))
 
 export TOKENIZERS_PARALLELISM = false
 
@@ -39,6 +41,7 @@ $(VENV)/installed-test: $(VENV)/installed
 $(VENV)/installed-interop: $(VENV)/installed-test
 	@$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@$(PIP) peft
+	@$(PIP) --target $(VENV)/libtpu $$($(BIN)/python -c "$(TPU)") || echo "libtpu is not built for this machine"
 	@touch $@
 
 demo: $(VENV)/installed

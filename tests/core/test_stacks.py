@@ -212,6 +212,20 @@ def test_one_program_serves_all_kernels_of_a_shape():
     assert program._cache_size() == before + 1
 
 
+def test_joining_again_compiles_nothing():
+    layout, values, kernel = place(CASES["fsdp"])
+    chunks = cut(kernel, layout, memory_budget=1)
+    parts = [np.ones((8, 3), np.float32)] * len(chunks.starts)
+    whole = NamedSharding(make_mesh(MESH), P())
+    for places in (None, whole):
+        chunks.join(parts, places)
+        programs = chunks.joiner(places)._cache_size()
+        again = cut(kernel, layout, memory_budget=1)  # as the next launch cuts it
+        assert again.joiner(places) is chunks.joiner(places)
+        assert again.join(parts, places).shape == (len(values), 3)
+        assert again.joiner(places)._cache_size() == programs
+
+
 def test_platforms():
     assert has_float64("cpu")
     assert not has_float64("tpu")

@@ -109,7 +109,6 @@ class Chunks:
         Args:
           chunks: trees of arrays (width, ...). shardings: a tree like one of them.
         """
-
         return self.joiner(shardings)(chunks)
 
     def joiner(self, shardings: Any = None) -> Any:
