@@ -217,7 +217,7 @@ def _launch_kernel(
     program: MatrixLaunch,
     extraction: Extraction,
     seed: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] | None,
     change: jax.Array | None = None,
 ):
     """Launch a stored kernel, a chunk of its stack after the other."""
@@ -232,7 +232,10 @@ def _launch_kernel(
         run = _chunk_runner(extraction, kernel)
         for start in chunks.starts:
             results.append(run(arrays, np.int32(start), chunks, program))
-            progress(min(start + chunks.width, chunks.count))
+            if progress is not None:
+                if not isinstance(kernel, Tracer):
+                    jax.block_until_ready(results[-1])  # or it tells what is only begun
+                progress(min(start + chunks.width, chunks.count))
         places = _out_shardings(adapter.a, adapter.b, gated=adapter.kernel.gated)
         return chunks.join(results, places)
 
@@ -346,8 +349,8 @@ def launch(
         )
 
         def tell(done: int, before: int = before) -> None:
-            if progress is not None:
-                progress(before + done, total)
+            assert progress is not None
+            progress(before + done, total)
 
         (a, b, frozen), ranking = _launch_kernel(
             kernels[kernel.path],
@@ -355,7 +358,7 @@ def launch(
             program,
             extraction,
             seed,
-            tell,
+            None if progress is None else tell,
             None if changes is None else changes[kernel.path],
         )
         before += int(np.prod(kernel.batch_shape))

@@ -114,7 +114,7 @@ class Chunks:
     def joiner(self, shardings: Any = None) -> Any:
         """Give the jitted function of `join`, the same one for the same shardings."""
         leaves, tree = jax.tree.flatten(shardings)
-        return _joiner(self.count, self.batch, tuple(leaves), tree)
+        return _joiner(self.mesh, self.count, self.batch, tuple(leaves), tree)
 
     @property
     def _names(self) -> list[tuple[str, ...]]:
@@ -199,10 +199,15 @@ class Chunks:
 
 
 @functools.cache
-def _joiner(count: int, batch: tuple[int, ...], places: tuple, tree: Any) -> Any:
+def _joiner(
+    mesh: Mesh | None, count: int, batch: tuple[int, ...], places: tuple, tree: Any
+) -> Any:
     """Build the function that joins chunks; one object, so that jit knows it again."""
 
     def leaf(*rows: jax.Array) -> jax.Array:
+        if mesh is not None and places:  # small: no other way is found between them
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            rows = tuple(lax.with_sharding_constraint(x, everywhere) for x in rows)
         whole = jnp.concatenate(rows)[:count]
         return whole.reshape(*batch, *whole.shape[1:])
 
