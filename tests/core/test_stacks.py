@@ -116,6 +116,18 @@ def test_one_device_takes_one_after_the_other():
     assert list(chunks.starts) == [0, 2, 4]
 
 
+def test_a_mesh_of_one_device_is_none():
+    """Whatever its sharding names."""
+    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    sharding = NamedSharding(mesh, P("data", "fsdp", "tensor"))
+    values = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
+    kernel = jax.device_put(values, sharding)
+    chunks = cut(kernel, STACK)
+    assert chunks.mesh is None
+    got = jax.jit(chunks.matrices)(kernel, np.int32(0))
+    np.testing.assert_array_equal(got, values)
+
+
 @dataclass(frozen=True)
 class Twice:
     def __call__(self, matrix, row):

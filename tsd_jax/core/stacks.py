@@ -237,7 +237,7 @@ def cut(
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         mesh, spec = sharding.mesh, sharding.spec
     if mesh is not None and mesh.size == 1:
-        mesh = None
+        mesh, spec = None, PartitionSpec()
     devices = 1 if mesh is None else mesh.size
     chunks = Chunks(layout, shape, devices, mesh, spec)
     held = fan_in * fan_out * kernel.dtype.itemsize

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -40,7 +40,7 @@ class Recorder:
         self._path = workdir / "metrics.jsonl"
         self._active = active
         self._bar = None
-        self._launch = (start, time.monotonic())  # step and time it began at
+        self._launch = (start, monotonic())  # step and time it began at
         self._told = self._launch[1]
         self.rows: list[dict[str, Any]] = []
         if not active:
@@ -76,7 +76,7 @@ class Recorder:
     def launch_begins(self, step: int) -> None:
         """Announce the pause for a launch after this many steps."""
         self.say(f"step {step:>6}  launch: ranking directions ...")
-        self._launch = (step, time.monotonic())
+        self._launch = (step, monotonic())
         self._told = self._launch[1]
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -89,7 +89,7 @@ class Recorder:
         """
         if not self._active:
             return
-        (step, begun), now = self._launch, time.monotonic()
+        (step, begun), now = self._launch, monotonic()
         gone, left = now - begun, (now - begun) / max(done, 1) * (total - done)
         if self._bar is not None:
             clock = "<".join(tqdm.format_interval(int(x)) for x in (gone, left))
