@@ -37,7 +37,7 @@ from tsd_jax.app.task import (
     make_evaluation,
     read_data,
 )
-from tsd_jax.core import paths
+from tsd_jax.core import paths, stacks
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import check_changes
 from tsd_jax.interchange.whole import check_modules
@@ -287,6 +287,8 @@ def prepare(config: Config, workdir: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     base = open_model(config.model)
     spec = make_spec(config, base)
+    if spec.method.launches and tsd.Extraction().on_hosts(None):
+        stacks.host_device()  # refuses here what it would at the launch
     plan = loop_config(config, spec)
     optimizer, rates = optimizer_of(config, plan)
     data = read_data(data_settings(config), base.tokenizer)

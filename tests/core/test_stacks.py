@@ -21,7 +21,7 @@ from tsd_jax.core.launch import (
     launch,
 )
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.stacks import cut, has_float64, map_here, on_hosts
+from tsd_jax.core.stacks import cut, has_float64, host_device, map_here, on_hosts
 from tsd_jax.training.sharding import make_mesh
 
 MESH = (2, 2, 2)
@@ -240,7 +240,18 @@ def test_joining_again_compiles_nothing():
 
 def test_platforms():
     assert has_float64("cpu")
-    assert not has_float64("tpu")
+    assert has_float64("gpu")
+    for platform in ("tpu", "METAL", "neuron"):
+        assert not has_float64(platform)
+
+
+def test_hosts_need_a_cpu(monkeypatch):
+    def refuse(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", refuse)
+    with pytest.raises(InputError, match=r"JAX_PLATFORMS='cpu' leaves out: add ',cpu'"):
+        host_device()
 
 
 def test_errors():

@@ -20,6 +20,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 
 MEMORY_BUDGET = 2**26
@@ -271,7 +272,7 @@ def on_hosts(run: Callable[..., Any], *chunks: Any) -> Any:
       run: arrays (k, ...) of some matrices, on the CPU -> a tree of arrays (k, ...).
       chunks: trees of arrays (width, ...), sharded along the first axis.
     """
-    cpu = jax.local_devices(backend="cpu")[0]
+    cpu = host_device()
     arrays, tree = jax.tree.flatten(chunks)
     results = []
     with jax.default_device(cpu):
@@ -297,7 +298,25 @@ def on_hosts(run: Callable[..., Any], *chunks: Any) -> Any:
     return jax.tree.map(joined, *(result for _, result in results))
 
 
+def host_device() -> Any:
+    """Give this process's CPU as a device.
+
+    Raises:
+      InputError: JAX was told to use accelerators alone.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise InputError(
+            "devices without float64 leave decompositions to the host's CPU, which "
+            f"JAX_PLATFORMS={jax.config.jax_platforms!r} leaves out: add ',cpu' to it"  # pyright: ignore[reportAttributeAccessIssue]
+        ) from None
+
+
 @functools.cache
 def has_float64(platform: str) -> bool:
-    """Tell whether a platform's devices compute and decompose in float64."""
+    """Tell whether a platform's devices compute and decompose in float64.
+
+    Apple's and most accelerators made for neural networks do not.
+    """
     return platform in ("cpu", "gpu", "cuda", "rocm")
