@@ -5,7 +5,8 @@
 #   make test-slow      slower proofs, left out of `make test` (no torch)
 #   make test-interop   the tests against torch, transformers and peft
 #   make lint           ruff and pyright
-#   make bench          extraction against the authors' procedure (installs torch)
+#   make bench          extraction against the authors' procedure, and a launch in
+#                       train steps (installs torch)
 #
 # PYTHON names the interpreter (the default, python3, lives in .venv, others in
 # .venv-VERSION). TORCH_INDEX may name an index with torch's CPU build, such as
@@ -60,6 +61,7 @@ test-interop: $(VENV)/installed-interop
 
 bench: $(VENV)/installed-interop
 	@$(BIN)/python bench/extraction.py
+	@$(BIN)/python bench/launch.py
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .

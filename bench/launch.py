@@ -37,7 +37,7 @@ from tsd_jax.models.llama import LlamaConfig
 from tsd_jax.training.state import create_state
 from tsd_jax.training.step import launch_state, make_train_step
 
-BATCH, LENGTH, WARM, STEPS, TARGET = 8, 128, 3, 20, 200
+BATCH, LENGTH, WARM, STEPS, TARGET = 8, 128, 2, 7, 200
 
 
 def llama(width: int, inner: int, layers: int, vocabulary: int) -> LlamaConfig:
