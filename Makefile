@@ -5,7 +5,8 @@
 #   make test-slow      slower proofs, left out of `make test` (no torch)
 #   make test-interop   the tests against torch, transformers and peft
 #   make lint           ruff and pyright
-#   make bench          extraction against the authors' procedure (installs torch)
+#   make bench          extraction against the authors' procedure, and a launch in
+#                       train steps (installs torch)
 #
 # PYTHON names the interpreter (the default, python3, lives in .venv, others in
 # .venv-VERSION). TORCH_INDEX may name an index with torch's CPU build, such as
@@ -20,6 +21,8 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 JOBS ?= 2
+# What jax's own extra for TPUs pins; kept aside, for it speaks up wherever it is found.
+TPU := import importlib.metadata as m, re; print(*(re.split(' *;', r)[0] for r in m.requires('jax') if 'tpu' in r and not r.startswith('jax')))
 
 export TOKENIZERS_PARALLELISM = false
 
@@ -39,6 +42,7 @@ $(VENV)/installed-test: $(VENV)/installed
 $(VENV)/installed-interop: $(VENV)/installed-test
 	@$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@$(PIP) peft
+	@$(PIP) --target $(VENV)/libtpu $$($(BIN)/python -c "$(TPU)") || echo "libtpu is not built for this machine"
 	@touch $@
 
 demo: $(VENV)/installed
@@ -57,6 +61,7 @@ test-interop: $(VENV)/installed-interop
 
 bench: $(VENV)/installed-interop
 	@$(BIN)/python bench/extraction.py
+	@$(BIN)/python bench/launch.py
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses torch alou
 import jax
 import jax.numpy as jnp
 from absl import flags, logging
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
 import tsd_jax as tsd
@@ -36,13 +37,13 @@ from tsd_jax.app.task import (
     make_evaluation,
     read_data,
 )
-from tsd_jax.core import paths
+from tsd_jax.core import paths, stacks
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import check_changes
 from tsd_jax.interchange.whole import check_modules
 from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import Decoder
-from tsd_jax.training import loop, sharding
+from tsd_jax.training import loop, processes, sharding
 from tsd_jax.training.settling import SettlingConfig
 
 Config = Any  # a ConfigDict; type checkers know nothing of its fields
@@ -53,7 +54,16 @@ _WORKDIR = flags.DEFINE_string(
 )
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "print what would be trained, and stop")
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "one process of several: call jax.distributed.initialize()"
+    "distributed", False, "one process of several: see the next three"
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first process, or JAX_COORDINATOR_ADDRESS"
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "how many there are, or JAX_NUM_PROCESSES"
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process-id", None, "which of them this is, from 0, or JAX_PROCESS_ID"
 )
 
 
@@ -238,7 +248,7 @@ def batch_source(config: Config, data: Data, mesh: Mesh) -> Callable[[int], Any]
             f"train.batch_size {size} must be a multiple of train.micro_batches {parts}"
         )
     sharding.check_batch(size // parts, mesh)
-    rows = data.rows(size, jax.process_index(), jax.process_count())
+    rows = data.rows(size, 0, 1)  # whole in every process: see place_batch
 
     def batch(step: int) -> dict[str, jax.Array]:
         arrays = rows.batch(step)
@@ -252,7 +262,7 @@ def evaluation_of(config: Config, base: Base, data: Data, mesh: Mesh):
     """Give the function from model variables to figures."""
     size = config.eval.batch_size
     sharding.check_batch(size, mesh)
-    rows = NamedSharding(mesh, PartitionSpec(*sharding.BATCH[1:]))
+    rows = PartitionSpec(*sharding.BATCH[1:])
     judge = Judge(
         data=data,
         settings=data_settings(config),
@@ -264,7 +274,7 @@ def evaluation_of(config: Config, base: Base, data: Data, mesh: Mesh):
         ),
         tokenizer=base.tokenizer,
         apply_fn=base.apply,
-        place=lambda batch: jax.device_put(batch, rows),
+        place=lambda batch: sharding.place_batch(batch, mesh, rows),
     )
     return make_evaluation(judge)
 
@@ -279,6 +289,8 @@ def prepare(config: Config, workdir: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     base = open_model(config.model)
     spec = make_spec(config, base)
+    if spec.method.launches and tsd.Extraction().on_hosts(None):
+        stacks.host_device()  # refuses here what it would at the launch
     plan = loop_config(config, spec)
     optimizer, rates = optimizer_of(config, plan)
     data = read_data(data_settings(config), base.tokenizer)
@@ -395,6 +407,17 @@ def parse(argv: list[str]) -> None:
         )
 
 
+def connect() -> None:
+    """Join the other processes of the run, where there are some."""
+    settings = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value:
+        processes.connect(*settings)
+    elif any(setting is not None for setting in settings):
+        raise InputError(
+            "--coordinator, --processes and --process-id need --distributed"
+        )
+
+
 def main(argv: list[str]) -> int:
     """Run the command line; give the exit code."""
     logging.set_verbosity(logging.ERROR)
@@ -403,20 +426,23 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         parse(argv)
-        if _DISTRIBUTED.value:
-            jax.distributed.initialize()
+        connect()
         use_cache(_CONFIG.value.cache_dir)
         run = prepare(_CONFIG.value, Path(_WORKDIR.value or "."))
         if not _DRY_RUN.value:
             execute(run)
     except InputError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        return processes.leave(2, str(error))
     except loop.StopRequested as error:
         print(
             f"train.py: {error}; the same command goes on from there", file=sys.stderr
         )
         return 130
+    except BaseException as error:
+        if processes.alone():
+            raise
+        traceback.print_exc()
+        return processes.leave(1, f"{type(error).__name__}: {error}".splitlines()[0])
     return 0
 
 

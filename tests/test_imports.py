@@ -32,7 +32,10 @@ ROOMS: dict[str, set[str]] = {
 }
 HEAVY = {"datasets", "huggingface_hub", "matplotlib", "tokenizers", "transformers"}
 # Rooms whose only purpose is the package.
-AT_HOME = {("tsd_jax.analysis.plots", "matplotlib")}
+AT_HOME = {
+    ("tsd_jax.analysis.plots", "matplotlib"),
+    ("tsd_jax.analysis.maps", "matplotlib"),
+}
 SETTINGS = {"absl", "ml_collections"}
 
 

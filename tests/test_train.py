@@ -160,6 +160,7 @@ def test_a_run_that_decides_for_itself(tmp_path):
         "layers/self_attn/q_proj/kernel": used[:, 0].tolist()
     }
     assert used.min() < 8
+    assert (tmp_path / "run" / "plots" / "gains.png").stat().st_size > 0
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     for layer, count in enumerate(used[:, 0]):
         name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"

@@ -65,6 +65,20 @@ def test_directions_are_read_as_a_run_writes_them(tmp_path):
     np.testing.assert_array_equal(spectra["lm_head/kernel"].sigma, one.sigma[None])
     np.testing.assert_array_equal(spectra["layers/up/kernel"].rates, many.rates)
     np.testing.assert_array_equal(spectra["layers/up/kernel"].indices, many.indices)
+    assert spectra["layers/up/kernel"].used is None
+    assert spectra["layers/up/kernel"].gains.all()
+
+
+def test_how_many_gains_a_matrix_uses_is_read(tmp_path):
+    path = tmp_path / "directions.npz"
+    zeros = jnp.zeros((2, 3, 4))
+    used = jnp.asarray([[1, 2, 3], [4, 1, 2]])[..., None]
+    ranking = Ranking(zeros, zeros, zeros.astype(jnp.int32), used)
+    write_rankings(path, {"experts/up/kernel": ranking})
+    seen = read_directions(path)["experts/up/kernel"]
+    np.testing.assert_array_equal(seen.used, [1, 2, 3, 4, 1, 2])
+    np.testing.assert_array_equal(seen.gains.sum(1), [1, 2, 3, 4, 1, 2])
+    assert seen.gains[1].tolist() == [True, True, False, False]
 
 
 def test_bad_directions(tmp_path):

@@ -13,10 +13,8 @@ from matplotlib.image import imread
 from tsd_jax.analysis.arrays import Spectrum
 from tsd_jax.analysis.plots import (
     LAUNCH,
-    SHARES,
     STYLE,
     plot_loss,
-    plot_overlap,
     plot_spectra,
 )
 from tsd_jax.core.errors import InputError
@@ -123,6 +121,26 @@ def test_spectra_mark_launched_directions_in_every_panel(
     assert sum(axis.axison for axis in axes) == 2 * kinds
 
 
+def test_a_gain_is_a_dot_and_none_is_a_ring(tmp_path, figures):
+    """Those before the knee, in each matrix its own number."""
+    seen = spectrum(2)
+    seen = Spectrum(seen.sigma, seen.rates, seen.indices, np.array([3, 1]))
+    plot_spectra({"layers/up/kernel": seen}, tmp_path / "spectra.png")
+    above, below, _ = figures[0].axes
+    for axis, values in ((above, seen.sigma), (below, seen.rates)):
+        lines = [line for line in axis.lines if line.get_color() == LAUNCH]
+        lines = [line for line in lines if len(np.asarray(line.get_xdata()))]
+        rings = [line.get_markerfacecolor() == "none" for line in lines]
+        assert rings == [False, True, False, True]
+        parts = [seen.indices[0][:3], seen.indices[0][3:]]
+        parts += [seen.indices[1][:1], seen.indices[1][1:]]
+        for line, part, row in zip(lines, parts, (0, 0, 1, 1), strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), part)
+            np.testing.assert_array_equal(line.get_ydata(), values[row][part])
+    names = [text.get_text() for text in above.get_legend().get_texts()]
+    assert names == ["with a gain", "without one"]
+
+
 def test_one_layer_needs_no_scale_of_layers(tmp_path, figures):
     plot_spectra({"lm_head/kernel": spectrum(1)}, tmp_path / "spectra.png")
     assert len(figures[0].axes) == 2
@@ -142,25 +160,6 @@ def test_many_dots_are_thinned(tmp_path, figures):
     assert dots == [6000, 24]
 
 
-def test_overlap_colours_each_cell_by_its_value(tmp_path):
-    values = [0.0, 0.2, 0.9]
-    overlaps = {
-        "layers/q/kernel": np.asarray(values),
-        "layers_1/up/kernel": np.asarray([0.55]),
-    }
-    plot_overlap(overlaps, tmp_path / "overlap.png")
-    areas, places = [], []
-    for value in [*values, 0.55]:
-        cell = pixels(tmp_path / "overlap.png", SHARES(value))
-        areas.append(cell.mean())
-        places.append([axis.mean() for axis in np.nonzero(cell)])
-    assert min(areas) > 0.05
-    rows, columns = np.transpose(places)
-    assert columns[0] < columns[1] < columns[2]
-    assert columns[3] == pytest.approx(columns[1], abs=10)
-    assert rows[3] > rows[1] + 50
-
-
 def test_plots_leave_no_trace_and_are_deterministic(tmp_path):
     for name in ("a.png", "b.png"):
         plot_spectra({"layers/up/kernel": spectrum(2)}, tmp_path / name)
@@ -175,6 +174,4 @@ def test_nothing_to_draw(tmp_path):
         plot_loss([{"kind": "launch", "step": 3}], 3, path)
     with pytest.raises(InputError, match="no directions"):
         plot_spectra({}, path)
-    with pytest.raises(InputError, match="no overlaps"):
-        plot_overlap({}, path)
     assert not path.exists()

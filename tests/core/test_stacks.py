@@ -21,7 +21,7 @@ from tsd_jax.core.launch import (
     launch,
 )
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.stacks import cut, has_float64, map_here, on_hosts
+from tsd_jax.core.stacks import cut, has_float64, host_device, map_here, on_hosts
 from tsd_jax.training.sharding import make_mesh
 
 MESH = (2, 2, 2)
@@ -72,7 +72,10 @@ def test_every_matrix_comes_whole_to_one_device(case):
 
 @cases
 def test_no_device_gathers_the_kernel(case):
-    """The compiled program moves blocks of one chunk, and nothing larger."""
+    """The compiled program holds one matrix a device, or a block, and nothing larger.
+
+    Where the stack itself is cut, one matrix for each of its parts.
+    """
     layout, shape, spec = case
     layout, _, kernel = place(case)
     chunks = cut(kernel, layout, memory_budget=1)
@@ -81,7 +84,9 @@ def test_no_device_gathers_the_kernel(case):
     sharded = [names for names in spec if names is not None]
     if sharded and not set(layout.batch) & set(range(len(sharded))):
         assert "all-to-all" in text
-    rows = 8 * np.prod(shape) // chunks.count  # of a chunk
+    mesh_axes = [spec[axis] for axis in layout.batch if axis < len(spec) and spec[axis]]
+    parts = 2 ** sum(1 if isinstance(x, str) else len(x) for x in mesh_axes)
+    rows = parts * np.prod(shape) // chunks.count
     local = np.prod(kernel.addressable_shards[0].data.shape)
     for dims in re.findall(r"f32\[([\d,]+)\]", text):
         assert np.prod([int(n) for n in dims.split(",")]) <= max(rows, local)
@@ -109,6 +114,18 @@ def test_one_device_takes_one_after_the_other():
     chunks = cut(kernel, STACK, memory_budget=2 * 4 * 6 * 4)
     assert (chunks.width, chunks.mesh) == (2, None)
     assert list(chunks.starts) == [0, 2, 4]
+
+
+def test_a_mesh_of_one_device_is_none():
+    """Whatever its sharding names."""
+    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    sharding = NamedSharding(mesh, P("data", "fsdp", "tensor"))
+    values = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
+    kernel = jax.device_put(values, sharding)
+    chunks = cut(kernel, STACK)
+    assert chunks.mesh is None
+    got = jax.jit(chunks.matrices)(kernel, np.int32(0))
+    np.testing.assert_array_equal(got, values)
 
 
 @dataclass(frozen=True)
@@ -207,9 +224,34 @@ def test_one_program_serves_all_kernels_of_a_shape():
     assert program._cache_size() == before + 1
 
 
+def test_joining_again_compiles_nothing():
+    layout, values, kernel = place(CASES["fsdp"])
+    chunks = cut(kernel, layout, memory_budget=1)
+    parts = [np.ones((8, 3), np.float32)] * len(chunks.starts)
+    whole = NamedSharding(make_mesh(MESH), P())
+    for places in (None, whole):
+        chunks.join(parts, places)
+        programs = chunks.joiner(places)._cache_size()
+        again = cut(kernel, layout, memory_budget=1)  # as the next launch cuts it
+        assert again.joiner(places) is chunks.joiner(places)
+        assert again.join(parts, places).shape == (len(values), 3)
+        assert again.joiner(places)._cache_size() == programs
+
+
 def test_platforms():
     assert has_float64("cpu")
-    assert not has_float64("tpu")
+    assert has_float64("gpu")
+    for platform in ("tpu", "METAL", "neuron"):
+        assert not has_float64(platform)
+
+
+def test_hosts_need_a_cpu(monkeypatch):
+    def refuse(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", refuse)
+    with pytest.raises(InputError, match=r"JAX_PLATFORMS='cpu' leaves out: add ',cpu'"):
+        host_device()
 
 
 def test_errors():

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 
 import pytest
 
+from tsd_jax.training import recorder as recorder_module
 from tsd_jax.training.recorder import Recorder
 
 
@@ -89,8 +93,52 @@ def test_lines_on_a_terminal_without_a_bar(tmp_path, capsys):
     assert lines[1] == "step      4  evaluation  nll 0.5000  tokens 12,345"
 
 
+def launch(log: Recorder, monkeypatch, times: list[float]) -> None:
+    """Launch five matrices after step 3: begun at 100 s, told of each at a time."""
+    clock = iter([100.0, *(100 + seconds for seconds in times)])
+    monkeypatch.setattr(recorder_module, "monotonic", lambda: next(clock))
+    log.launch_begins(3)
+    for done in range(1, 6):
+        log.launching(done, 5)
+    log.launched(3, times[-1])
+
+
+def test_lines_about_a_launch_come_now_and_then(tmp_path, capsys, monkeypatch):
+    with recorder(tmp_path) as log:
+        launch(log, monkeypatch, [4.0, 12.0, 15.0, 24.0, 36.0])
+    assert capsys.readouterr().out.splitlines() == [
+        "step      3  launch: ranking directions ...",
+        "step      3  launch     2/5 matrices  12 s, about 18 s left",
+        "step      3  launch     4/5 matrices  24 s, about 6 s left",
+        "step      3  launched in 36.0 s",
+    ]
+    assert read(tmp_path) == [{"kind": "launch", "step": 3, "extract_seconds": 36.0}]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_shows_how_far_a_launch_is(tmp_path, monkeypatch):
+    """In matrices, with the time it has taken and the time it still takes."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "160")
+    with recorder(tmp_path) as log:
+        log.train(2, "prelaunch", loss=0.5, tokens_per_second=2.0)
+        launch(log, monkeypatch, [1.0, 64.0, 66.0, 68.0, 70.0])
+        shown = sys.stderr.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    seen = re.findall(r"(launch \S+ matrices \[\S+\]): .*?(\d)/9", shown)
+    assert seen[1] == ("launch 2/5 matrices [01:04<01:36]", "3")
+    assert seen[-1] == ("launch 5/5 matrices [01:10<00:00]", "3")
+    assert re.split(r"[\r\n]", shown)[-1].startswith("dash:")
+
+
 def test_only_the_first_process_writes(tmp_path, capsys):
     with recorder(tmp_path, active=False) as log:
+        log.launch_begins(1)
+        log.launching(1, 2)
+        log.launched(1, 0.5)
         log.train(1, "prelaunch", loss=0.5, tokens_per_second=2.0)
         log.say("something")
         assert log.find("train", 1) is None

@@ -17,6 +17,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.parts import Part, kernels_in
 
 Row = Mapping[str, Any]
+_NO_ARCHIVE = (LookupError, ValueError, TypeError, EOFError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,20 @@ class Spectrum:
       sigma: (matrices, k) singular values, descending.
       rates: (matrices, k) change rates, in the order of sigma.
       indices: (matrices, c) launched directions, best first.
+      used: (matrices,) how many of them have gains, where launch decided it.
     """
 
     sigma: np.ndarray
     rates: np.ndarray
     indices: np.ndarray
+    used: np.ndarray | None = None
+
+    @property
+    def gains(self) -> np.ndarray:
+        """(matrices, c) whether a launched direction may have a gain."""
+        count = self.indices.shape[-1]
+        used = count if self.used is None else self.used[:, None]
+        return np.broadcast_to(np.arange(count) < used, self.indices.shape)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -86,6 +96,9 @@ def read_directions(path: str | Path) -> dict[str, Spectrum]:
                 sigma=arrays[f"{kernel}/sigma"],
                 rates=arrays[f"{kernel}/rates"],
                 indices=arrays[f"{kernel}/indices"],
+                used=arrays[f"{kernel}/used"][:, 0]
+                if f"{kernel}/used" in arrays
+                else None,
             )
             for kernel in kernels
         }
@@ -93,7 +106,14 @@ def read_directions(path: str | Path) -> dict[str, Spectrum]:
         raise InputError(
             f"{path} does not exist; give the directions.npz of a run that launched"
         ) from None
-    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        KeyError,
+        IndexError,
+        ValueError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+    ) as error:
         raise InputError(f"{path} is no directions.npz of a run: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""Plots of a run: its loss, its spectra and change rates, what its directions learned.
+"""Plots of a run: its loss, its spectra and change rates.
 
 Figures are drawn on their own canvas: no pyplot, no display, no global state.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -18,16 +18,12 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tsd_jax.analysis.arrays import Row, Spectrum, by_kind, series, table
+from tsd_jax.analysis.arrays import Row, Spectrum, by_kind, series
 from tsd_jax.core.errors import InputError
 
-# One hue from light to dark for what is ordered (layers, overlap), and one colour
-# apart from it for what launch chose.
+# One hue from light to dark for layers, and one colour apart for what launch chose.
 RAMP: Colormap = LinearSegmentedColormap.from_list(
     "layers", ["#b9d3ea", "#4f8fc4", "#1f4e79", "#0b1f33"]
-)
-SHARES: Colormap = LinearSegmentedColormap.from_list(
-    "shares", ["#e4eef7", "#9cc3e3", "#4f8fc4", "#1f4e79", "#12304d"]
 )
 LAUNCH = "#d1495b"
 INK, BLUE, MUTED, GRID = "#22303c", "#4f8fc4", "#6b7885", "#e3e8ed"
@@ -54,6 +50,15 @@ STYLE: Any = {
 COLUMNS = 4
 # More dots than this in a panel hide each other.
 DOTS = 6000
+
+
+class Matrix(NamedTuple):
+    """What launch saw in one matrix; see `Spectrum`."""
+
+    sigma: np.ndarray
+    rates: np.ndarray
+    indices: np.ndarray
+    gains: np.ndarray
 
 
 def plot_loss(
@@ -95,14 +100,15 @@ def plot_loss(
             _name_launch(axes[0], launch_step)
         axes[-1].set_xlabel("optimizer step")
 
-    _save(draw, path, (7.5, 5.4 if shares else 4.0))
+    save(draw, path, (7.5, 5.4 if shares else 4.0))
 
 
 def plot_spectra(directions: Mapping[str, Spectrum], path: str | Path) -> None:
     """Draw singular values and change rates of every kernel over their index.
 
     One pair of panels per kind of kernel; layers are a colour ramp, launched
-    directions are marked. Rates of 0 (numerical null space) are not drawn.
+    directions are marked, those that a knee left without a gain by rings. Rates of 0
+    (numerical null space) are not drawn.
 
     Args:
       directions: of `read_directions`.
@@ -127,48 +133,19 @@ def plot_spectra(directions: Mapping[str, Spectrum], path: str | Path) -> None:
         for place, (kind, layers) in enumerate(spectra.items()):
             _draw_spectrum(pairs[place], kind, layers, count)
             _label_spectrum(pairs[place], first=place % columns == 0)
+        if any(spectrum.used is not None for spectrum in directions.values()):
+            _name_marks(pairs[0][0], "with a gain", "without one")
+        else:
+            _name_marks(pairs[0][0], "launched")
         for axis in pairs[len(spectra) :].flat:
             axis.set_axis_off()
         if count > 1:
             _layer_bar(figure, axes.ravel().tolist(), count)
 
-    _save(draw, path, (1.6 + 3.1 * columns, 0.5 + 4.2 * rows))
+    save(draw, path, (1.6 + 3.1 * columns, 0.5 + 4.2 * rows))
 
 
-def plot_overlap(overlaps: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """Draw how much of what was learned lies in the launched directions, as a map.
-
-    Args:
-      overlaps: {kernel path: (matrices,)} of `subspace_overlap`.
-      path: of the PNG.
-    """
-    if not overlaps:
-        raise InputError("there are no overlaps to draw")
-    values = by_kind(overlaps)
-    layers, cells = table(values)
-    every = max(1, len(layers) // 16)
-
-    def draw(figure: Figure) -> None:
-        axis = figure.subplots()
-        image = axis.imshow(cells, cmap=SHARES, vmin=0, vmax=1, aspect="auto")
-        axis.grid(visible=False)
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=0)
-        axis.set_yticks(range(len(values)), list(values))
-        axis.set_xticks(range(0, len(layers), every), [str(n) for n in layers[::every]])
-        axis.set_xlabel("layer")
-        axis.set_title("Overlap of launched directions and learned change")
-        if len(layers) <= 16:
-            _write_cells(axis, cells)
-        bar = figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
-        bar.set_label("mean cos² of principal angles")
-        bar.outline.set_visible(False)
-
-    width = 3.6 + min(0.55 * len(layers), 9)
-    _save(draw, path, (max(width, 5.5), max(1.4 + 0.42 * len(values), 3.0)))
-
-
-def _save(
+def save(
     draw: Callable[[Figure], None], path: str | Path, size: tuple[float, float]
 ) -> None:
     """Let `draw` fill a figure in the common style, and write it as PNG."""
@@ -219,36 +196,37 @@ def _name_launch(axis: Axes, step: int) -> None:
 
 def _spectra_by_kind(
     directions: Mapping[str, Spectrum],
-) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Give {kind: {layer: (sigma, rates, indices)}}."""
-    sigma, rates, indices = (
+) -> dict[str, dict[int, Matrix]]:
+    """Give {kind: {layer: Matrix}}."""
+    fields = [
         by_kind({path: getattr(s, name) for path, s in directions.items()})
-        for name in ("sigma", "rates", "indices")
-    )
+        for name in Matrix._fields
+    ]
     return {
         kind: {
-            layer: (values, rates[kind][layer], indices[kind][layer])
-            for layer, values in layers.items()
+            layer: Matrix(*(field[kind][layer] for field in fields)) for layer in layers
         }
-        for kind, layers in sigma.items()
+        for kind, layers in fields[0].items()
     }
 
 
 def _draw_spectrum(
     axes: Sequence[Axes],
     kind: str,
-    layers: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    layers: Mapping[int, Matrix],
     count: int,
 ) -> None:
     """Draw one kind of kernel: singular values above, change rates below."""
     above, below = axes
-    for layer, (sigma, _, _) in sorted(layers.items()):
-        above.plot(_positive(sigma), color=_shade(layer, count), lw=1.1)
+    for layer, matrix in sorted(layers.items()):
+        above.plot(_positive(matrix.sigma), color=_shade(layer, count), lw=1.1)
     size = _draw_rates(below, layers, count)
-    mark: dict[str, Any] = {"color": LAUNCH, "ms": 1.5 + size, "mew": 0, "alpha": 0.8}
-    for sigma, rates, indices in layers.values():
-        above.plot(indices, _positive(sigma)[indices], "o", zorder=3, **mark)
-        below.plot(indices, _positive(rates)[indices], "o", zorder=3, **mark)
+    for sigma, rates, indices, gains in layers.values():
+        for axis, values in ((above, sigma), (below, rates)):
+            for chosen, ring in ((indices[gains], False), (indices[~gains], True)):
+                if len(chosen):
+                    heights = _positive(values)[chosen]
+                    axis.plot(chosen, heights, zorder=3, **_mark(1.5 + size, ring))
     above.set_title(kind)
     above.sharex(below)
     above.tick_params(labelbottom=False)
@@ -257,16 +235,16 @@ def _draw_spectrum(
 
 def _draw_rates(
     axis: Axes,
-    layers: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    layers: Mapping[int, Matrix],
     count: int,
 ) -> float:
     """Draw dots in mixed order, so that no layer hides another; many are thinned.
 
     Gives the size of a dot.
     """
-    sizes = [len(rates) for _, rates, _ in layers.values()]
+    sizes = [len(matrix.rates) for matrix in layers.values()]
     index = np.concatenate([np.arange(size) for size in sizes])
-    rates = np.concatenate([_positive(rates) for _, rates, _ in layers.values()])
+    rates = np.concatenate([_positive(matrix.rates) for matrix in layers.values()])
     colors = np.repeat([_shade(layer, count) for layer in layers], sizes, axis=0)
     shown = np.random.default_rng(0).permutation(len(index))[:DOTS]
     dot = float(np.clip(90 / np.sqrt(len(shown)), 1.5, 5))
@@ -287,8 +265,24 @@ def _label_spectrum(axes: Sequence[Axes], *, first: bool) -> None:
         return
     above.set_ylabel("singular value σ")
     below.set_ylabel("change rate ρ")
-    above.plot([], [], "o", color=LAUNCH, ms=4, label="launched")
-    above.legend(loc="lower left", handletextpad=0.1)
+
+
+def _mark(size: float, ring: bool) -> dict[str, Any]:
+    """Style the mark of a launched direction: a dot, or a ring."""
+    fill: dict[str, Any] = {"mfc": "none", "mew": 0.8} if ring else {"mew": 0}
+    return {
+        "color": LAUNCH,
+        "ls": "none",
+        "marker": "o",
+        "ms": size,
+        "alpha": 0.8,
+    } | fill
+
+
+def _name_marks(axis: Axes, *names: str) -> None:
+    for ring, name in enumerate(names):
+        axis.plot([], [], label=name, **_mark(4, bool(ring)))
+    axis.legend(loc="lower left", handletextpad=0.1)
 
 
 def _layer_bar(figure: Figure, axes: Sequence[Axes], count: int) -> None:
@@ -297,15 +291,6 @@ def _layer_bar(figure: Figure, axes: Sequence[Axes], count: int) -> None:
     bar.set_label("layer")
     bar.locator = MaxNLocator(integer=True)
     bar.outline.set_visible(False)  # type: ignore[operator]
-
-
-def _write_cells(axis: Axes, cells: np.ndarray) -> None:
-    for (row, column), value in np.ndenumerate(cells):
-        if np.isfinite(value):
-            color = "white" if value > 0.45 else INK
-            axis.text(
-                column, row, f"{value:.2f}", ha="center", va="center", color=color
-            )
 
 
 def _positive(values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tsd_jax.analysis import arrays, plots
+from tsd_jax.analysis import arrays, maps, plots
 from tsd_jax.core.parts import kernels_in
 from tsd_jax.core.spec import Spec
 from tsd_jax.training.state import TrainState
@@ -100,5 +100,7 @@ def write_plots(
     if launched:
         spectra = arrays.read_directions(workdir / "directions.npz")
         plots.plot_spectra(spectra, folder / "spectra.png")
+        if any(spectrum.used is not None for spectrum in spectra.values()):
+            maps.plot_gains(spectra, folder / "gains.png")
         overlaps = arrays.learned_overlap(state.adapters, state.directions)
-        plots.plot_overlap(overlaps, folder / "overlap.png")
+        maps.plot_overlap(overlaps, folder / "overlap.png")

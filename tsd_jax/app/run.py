@@ -18,6 +18,7 @@ from tsd_jax.app.export import ADAPTER
 from tsd_jax.app.task import Evaluate
 from tsd_jax.binding.linen import bind
 from tsd_jax.core import paths
+from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import Extraction
 from tsd_jax.core.parts import parts_in
 from tsd_jax.core.spec import Spec
@@ -27,7 +28,7 @@ from tsd_jax.interchange.peft import to_peft
 from tsd_jax.interchange.whole import neighbours
 from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import DECODER_RULES, Decoder
-from tsd_jax.training import files, loop, sharding
+from tsd_jax.training import files, loop, processes, sharding
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.discovery import KernelGradients
 from tsd_jax.training.recorder import Recorder
@@ -128,6 +129,7 @@ def execute(run: Run) -> None:
         the model's config; nothing on disk has changed then.
     """
     goes_on = files.claim_workdir(run.workdir, run.settings, _FREE)
+    goes_on = processes.first_says(goes_on)
     places = sharding.param_shardings(run.base.params, DECODER_RULES, run.mesh)
     params = load_base(run.base, run.mesh, places)
     first = jax.process_index() == 0
@@ -135,6 +137,7 @@ def execute(run: Run) -> None:
         run.workdir.mkdir(parents=True, exist_ok=True)
         content = {"config": dict(run.settings), **artifacts.environment()}
         files.write_json(run.workdir / "config.json", content)
+    _check_shared(run.workdir)
     init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
     with Checkpoints(run.workdir / "checkpoints") as checkpoints:
         saved = checkpoints if goes_on else None
@@ -173,6 +176,16 @@ def load_base(base: Base, mesh: Mesh, places: Any) -> dict[str, Any]:
     if base.added is None:
         return params
     return huggingface.grow(params, base.added.rows, places)
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raise InputError unless all processes see the first one's workdir."""
+    processes.wait_for_all("config.json")
+    if not (workdir / "config.json").exists():
+        raise InputError(
+            f"workdir {workdir} is not the first process's folder here: give one that "
+            "all processes share"
+        )
 
 
 def start(
@@ -268,7 +281,8 @@ def evaluated(
 ) -> Figures | None:
     """Give the figures at a step: those on record, or fresh ones of this state."""
     figures = recorder.find("eval", at)
-    if figures is None and int(state.step) == at:
+    known = processes.first_says(figures is not None)  # the others keep no record
+    if not known and int(state.step) == at:
         figures = parts.evaluate(state)
         recorder.evaluation(at, figures)
     return figures

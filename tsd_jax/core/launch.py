@@ -240,7 +240,7 @@ def _launch_kernel(
     program: MatrixLaunch,
     extraction: Extraction,
     seed: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] | None,
     change: jax.Array | None = None,
 ):
     """Launch a stored kernel, a chunk of its stack after the other."""
@@ -256,7 +256,10 @@ def _launch_kernel(
         run = _chunk_runner(extraction, kernel)
         for start in chunks.starts:
             results.append(run(arrays, np.int32(start), chunks, program))
-            progress(min(start + chunks.width, chunks.count))
+            if progress is not None:
+                if not isinstance(kernel, Tracer):
+                    jax.block_until_ready(results[-1])  # or it tells what is only begun
+                progress(min(start + chunks.width, chunks.count))
         return chunks.join(results, _out_shardings(adapter))
 
 
@@ -369,8 +372,8 @@ def launch(
         )
 
         def tell(done: int, before: int = before) -> None:
-            if progress is not None:
-                progress(before + done, total)
+            assert progress is not None
+            progress(before + done, total)
 
         (a, b, magnitude, frozen), ranking = _launch_kernel(
             kernels[kernel.path],
@@ -378,7 +381,7 @@ def launch(
             program,
             extraction,
             seed,
-            tell,
+            None if progress is None else tell,
             None if changes is None else changes[kernel.path],
         )
         before += int(np.prod(kernel.batch_shape))

@@ -7,6 +7,7 @@ more than its own matrices of one chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 
 MEMORY_BUDGET = 2**26
@@ -108,15 +110,12 @@ class Chunks:
         Args:
           chunks: trees of arrays (width, ...). shardings: a tree like one of them.
         """
+        return self.joiner(shardings)(chunks)
 
-        def together(parts: list[Any]) -> Any:
-            def leaf(*rows: jax.Array) -> jax.Array:
-                whole = jnp.concatenate(rows)[: self.count]
-                return whole.reshape(*self.batch, *whole.shape[1:])
-
-            return jax.tree.map(leaf, *parts)
-
-        return jax.jit(together, out_shardings=shardings)(chunks)
+    def joiner(self, shardings: Any = None) -> Any:
+        """Give the jitted function of `join`, the same one for the same shardings."""
+        leaves, tree = jax.tree.flatten(shardings)
+        return _joiner(self.mesh, self.count, self.batch, tuple(leaves), tree)
 
     @property
     def _names(self) -> list[tuple[str, ...]]:
@@ -138,26 +137,43 @@ class Chunks:
         ]
 
     @property
+    def _stacked(self) -> tuple[str, ...]:
+        """Name the mesh axes that cut the stack itself."""
+        return tuple(name for axis in self.layout.batch for name in self._names[axis])
+
+    @property
+    def _free(self) -> tuple[str, ...]:
+        """Name the mesh axes along which the kernel is repeated."""
+        assert self.mesh is not None
+        used = {name for names in self._names for name in names}
+        return tuple(name for name in self.mesh.axis_names if name not in used)
+
+    @property
     def _order(self) -> tuple[str, ...]:
         """Order the mesh axes as the chunk's first axis is cut by them."""
-        assert self.mesh is not None
-        moved = [name for name, _ in self._moves]
-        rest = [name for name in self.mesh.axis_names if name not in moved]
-        return (*moved, *rest)
+        return (*(name for name, _ in self._moves), *self._stacked, *self._free)
 
     def _local(self, block: jax.Array, start: jax.Array) -> jax.Array:
         """Give this device's matrices of a chunk, from its block of the kernel."""
-        x = self._take(block, self.indices(start))
+        x = self._take(block, self._share(start))
         kept = [axis for axis in range(block.ndim) if axis not in self.layout.batch]
-        if self.mesh is not None:
-            for name, axis in self._moves:
-                x = lax.all_to_all(x, name, 0, 1 + kept.index(axis), tiled=True)
-            for name in self._order[len(self._moves) :]:
-                size = x.shape[0] // self.mesh.shape[name]
-                x = lax.dynamic_slice_in_dim(x, lax.axis_index(name) * size, size)
+        for name, axis in self._moves:
+            x = lax.all_to_all(x, name, 0, 1 + kept.index(axis), tiled=True)
         inputs = tuple(1 + kept.index(axis) for axis in self.layout.inputs)
         outputs = tuple(1 + kept.index(axis) for axis in self.layout.outputs)
         return Layout((0,), inputs, outputs).to_matrices(x)
+
+    def _share(self, start: jax.Array) -> jax.Array:
+        """Give the matrices that the devices beside which this one stands exchange.
+
+        Devices that hold the same block take different matrices from the beginning.
+        """
+        indices = self.indices(start)
+        if self.mesh is None or not self._free:
+            return indices
+        ways = math.prod(self.mesh.shape[name] for name in self._free)
+        shares = indices.reshape(-1, ways, self.width // self.mesh.size)
+        return shares[:, lax.axis_index(self._free)].reshape(-1)
 
     def _take(self, block: jax.Array, indices: jax.Array) -> jax.Array:
         """Give matrices of the stack, where the stack itself is sharded too."""
@@ -165,7 +181,6 @@ class Chunks:
         block = jnp.moveaxis(block, batch, range(len(batch)))
         if not batch:
             return jnp.broadcast_to(block, (len(indices), *block.shape))
-        sharded = [name for axis in batch for name in self._names[axis]]
         places, here = [], jnp.ones(indices.shape, bool)
         for dimension, place in enumerate(jnp.unravel_index(indices, self.batch)):
             names, size = self._names[batch[dimension]], block.shape[dimension]
@@ -174,10 +189,33 @@ class Chunks:
                 here &= (place >= 0) & (place < size)
             places.append(jnp.clip(place, 0, size - 1))
         rows = block[tuple(places)]
-        if not sharded:
+        if self.mesh is None or not self._stacked:
             return rows
         mask = here.reshape(-1, *(1,) * (rows.ndim - 1))
-        return lax.psum(jnp.where(mask, rows, 0), tuple(sharded))
+        own = jnp.where(mask, rows, 0)
+        ways = math.prod(self.mesh.shape[name] for name in self._stacked)
+        parts = own.reshape(-1, ways, self.width // self.mesh.size, *own.shape[1:])
+        summed = lax.psum_scatter(parts, self._stacked, scatter_dimension=1)
+        return summed.reshape(-1, *own.shape[1:])
+
+
+@functools.cache
+def _joiner(
+    mesh: Mesh | None, count: int, batch: tuple[int, ...], places: tuple, tree: Any
+) -> Any:
+    """Build the function that joins chunks; one object, so that jit knows it again."""
+
+    def leaf(*rows: jax.Array) -> jax.Array:
+        if mesh is not None and places:  # small: no other way is found between them
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            rows = tuple(lax.with_sharding_constraint(x, everywhere) for x in rows)
+        whole = jnp.concatenate(rows)[:count]
+        return whole.reshape(*batch, *whole.shape[1:])
+
+    def together(chunks: list[Any]) -> Any:
+        return jax.tree.map(leaf, *chunks)
+
+    return jax.jit(together, out_shardings=jax.tree.unflatten(tree, places))
 
 
 def cut(
@@ -200,11 +238,14 @@ def cut(
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         mesh, spec = sharding.mesh, sharding.spec
     if mesh is not None and mesh.size == 1:
-        mesh = None
+        mesh, spec = None, PartitionSpec()
     devices = 1 if mesh is None else mesh.size
-    matrix = fan_in * fan_out * kernel.dtype.itemsize
-    each = max(1, min(-(-count // devices), memory_budget // matrix))
-    return Chunks(layout, shape, each * devices, mesh, spec)
+    chunks = Chunks(layout, shape, devices, mesh, spec)
+    held = fan_in * fan_out * kernel.dtype.itemsize
+    if mesh is not None:  # a stack cut by layers sends one matrix for each of its parts
+        held *= math.prod(mesh.shape[name] for name in chunks._stacked)
+    each = max(1, min(-(-count // devices), memory_budget // held))
+    return dataclasses.replace(chunks, width=each * devices)
 
 
 def _each(program: Program, *parts: Any) -> Any:
@@ -231,7 +272,7 @@ def on_hosts(run: Callable[..., Any], *chunks: Any) -> Any:
       run: arrays (k, ...) of some matrices, on the CPU -> a tree of arrays (k, ...).
       chunks: trees of arrays (width, ...), sharded along the first axis.
     """
-    cpu = jax.local_devices(backend="cpu")[0]
+    cpu = host_device()
     arrays, tree = jax.tree.flatten(chunks)
     results = []
     with jax.default_device(cpu):
@@ -257,7 +298,25 @@ def on_hosts(run: Callable[..., Any], *chunks: Any) -> Any:
     return jax.tree.map(joined, *(result for _, result in results))
 
 
+def host_device() -> Any:
+    """Give this process's CPU as a device.
+
+    Raises:
+      InputError: JAX was told to use accelerators alone.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise InputError(
+            "devices without float64 leave decompositions to the host's CPU, which "
+            f"JAX_PLATFORMS={jax.config.jax_platforms!r} leaves out: add ',cpu' to it"  # pyright: ignore[reportAttributeAccessIssue]
+        ) from None
+
+
 @functools.cache
 def has_float64(platform: str) -> bool:
-    """Tell whether a platform's devices compute and decompose in float64."""
+    """Tell whether a platform's devices compute and decompose in float64.
+
+    Apple's and most accelerators made for neural networks do not.
+    """
     return platform in ("cpu", "gpu", "cuda", "rocm")

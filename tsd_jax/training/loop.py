@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ import optax
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.training.checkpoint import Checkpoints
+from tsd_jax.training.processes import stop_signals
 from tsd_jax.training.recorder import Recorder
 from tsd_jax.training.settling import Settling, SettlingConfig
 from tsd_jax.training.state import TrainState
@@ -136,38 +135,17 @@ class StopRequested(Exception):  # noqa: N818 - no error
     """Tell that a signal ended the run, after a checkpoint."""
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that the step in hand can end and be saved."""
-    seen: list[int] = []
-    names = (signal.SIGINT, signal.SIGTERM)
-
-    def note(number, frame):
-        del frame
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    old = [signal.signal(name, note) for name in names]
-    try:
-        yield seen
-    finally:
-        for name, handler in zip(names, old, strict=True):
-            signal.signal(name, handler)
-
-
 def _launch(
     state: TrainState, parts: Parts, recorder: Recorder, step: int
 ) -> TrainState:
     """Launch between two steps, say how long it took, and write what it saw."""
-    recorder.say(f"step {step:>6}  launch: ranking directions ...")
+    recorder.launch_begins(step)
     begun = time.perf_counter()
     state, report = parts.launch(state)
     jax.block_until_ready((state, report))
     seconds = time.perf_counter() - begun
     parts.on_launch(report)
-    recorder.log("launch", step, extract_seconds=seconds)
-    recorder.say(f"step {step:>6}  launched in {seconds:.1f} s")
+    recorder.launched(step, seconds)
     return state
 
 
@@ -253,7 +231,7 @@ def run(
     positions = jax.tree.leaves(batch)[0].size
     metrics: Mapping[str, jax.Array] = {}
     watch.go()
-    with stop_signals() as stopping:
+    with stop_signals() as stop_asked:
         for step in range(start, config.steps):
             if not launched and config.launches(step, state.settling):
                 watch.stop(state)
@@ -264,6 +242,7 @@ def run(
             state, metrics = step_fn(state, params, parts.batch(step), key)
             watch.tokens += positions
             done, last = step + 1, step + 1 == config.steps
+            stopping = stop_asked(done)
             logging = last or stopping or _due(done, config.log_every)
             evaluating = not last and _due(done, config.eval_every)
             saving = last or stopping or _due(done, config.checkpoint_every)
@@ -281,6 +260,6 @@ def run(
             if saving:
                 checkpoints.save(done, state)
             if stopping and not last:
-                raise StopRequested(f"stopped by signal {stopping[0]}")
+                raise StopRequested(f"stopped by a signal after step {done}")
             watch.go()
     return state, watch

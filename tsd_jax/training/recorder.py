@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from tsd_jax.training.files import read_lines, write_lines
+
+LAUNCH_EVERY = 10.0
+"""Seconds from line to line about a launch, where there is no progress bar."""
 
 
 class Recorder:
@@ -36,6 +40,8 @@ class Recorder:
         self._path = workdir / "metrics.jsonl"
         self._active = active
         self._bar = None
+        self._launch = (start, monotonic())  # step and time it began at
+        self._told = self._launch[1]
         self.rows: list[dict[str, Any]] = []
         if not active:
             return
@@ -67,10 +73,40 @@ class Recorder:
                 text, flush=True
             )
 
-    def launching(self, done: int, total: int) -> None:
-        """Show on the progress bar how far the launch is, in matrices."""
+    def launch_begins(self, step: int) -> None:
+        """Announce the pause for a launch after this many steps."""
+        self.say(f"step {step:>6}  launch: ranking directions ...")
+        self._launch = (step, monotonic())
+        self._told = self._launch[1]
         if self._bar is not None:
-            self._bar.set_description(f"launch {done}/{total}")
+            self._bar.update(step - self._bar.n)
+            self._bar.set_description("launch")
+
+    def launching(self, done: int, total: int) -> None:
+        """Show how far the launch is, in matrices, and about how long it still takes.
+
+        On the progress bar each time; without one, a line every few seconds.
+        """
+        if not self._active:
+            return
+        (step, begun), now = self._launch, monotonic()
+        gone, left = now - begun, (now - begun) / max(done, 1) * (total - done)
+        if self._bar is not None:
+            clock = "<".join(tqdm.format_interval(int(x)) for x in (gone, left))
+            self._bar.set_description(f"launch {done}/{total} matrices [{clock}]")
+        elif now - self._told >= LAUNCH_EVERY and done < total:
+            self._told = now
+            self.say(
+                f"step {step:>6}  launch     {done}/{total} matrices  "
+                f"{gone:.0f} s, about {left:.0f} s left"
+            )
+
+    def launched(self, step: int, seconds: float) -> None:
+        """Record and show what a launch took."""
+        self.log("launch", step, extract_seconds=seconds)
+        self.say(f"step {step:>6}  launched in {seconds:.1f} s")
+        if self._bar is not None:
+            self._bar.set_description("dash")
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
         """Record figures of one kind ("train", "eval", "launch") at a step."""

@@ -170,7 +170,7 @@ def _here(array: jax.Array) -> jax.Array:
     (device,) = local.devices()
     if stacks.has_float64(device.platform):
         return local
-    return jax.device_put(jax.device_get(local), jax.local_devices(backend="cpu")[0])
+    return jax.device_put(jax.device_get(local), stacks.host_device())
 
 
 def _matrices(

@@ -191,15 +191,18 @@ def check_batch(examples: int, mesh: Mesh) -> None:
 def place_batch(
     batch: Mapping[str, Any], mesh: Mesh, spec: PartitionSpec = BATCH
 ) -> dict:
-    """Put this process's part of a batch on the mesh.
+    """Put a batch on the mesh.
+
+    Every process gives the whole batch, the same one, and keeps what belongs to its
+    devices: so any mesh may lie across processes in any way.
 
     Args:
-      batch: {name: array (micro-batches, examples of this process, positions)}.
+      batch: {name: array (micro-batches, examples, positions)}.
       mesh: of `make_mesh`.
       spec: axes of the arrays.
     """
     sharding = NamedSharding(mesh, spec)
     return {
-        name: jax.make_array_from_process_local_data(sharding, array)
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
         for name, array in batch.items()
     }

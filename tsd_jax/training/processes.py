@@ -1,0 +1,225 @@
+"""Several processes as one run: they find each other, and fail and stop together.
+
+JAX's processes meet in collectives: one that leaves before the others would let them
+wait for it. So each tells why it leaves, through the coordination service that
+`jax.distributed` keeps, and a thread of every other one listens.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tsd_jax.core.errors import InputError
+
+_FAILED, _LEFT = "tsd_jax/failed", "tsd_jax/left"
+_POLL = 0.5  # seconds
+_PATIENCE = 10.0  # seconds the first process, which keeps the service, waits at the end
+_leaving = threading.Lock()
+
+
+def connect(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    number: int | None = None,
+    *,
+    timeout: int = 300,
+) -> None:
+    """Join the run's other processes; call it before any device is used.
+
+    What is not given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, and where those are not set found by JAX, which knows TPU pods,
+    Slurm, Open MPI and Kubernetes.
+
+    Args:
+      coordinator: HOST:PORT of the first process. processes: their number.
+      number: of this one, from 0.
+      timeout: seconds to wait for the others; then this process ends with code 2.
+
+    Raises:
+      InputError: there is no such run to join.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
+    processes = _from_environment("JAX_NUM_PROCESSES", processes)
+    number = _from_environment("JAX_PROCESS_ID", number)
+    _check(coordinator, processes, number)
+    # JAX aborts the process where it waits in vain; this comes just before it.
+    late = threading.Timer(
+        timeout,
+        _leave_now,
+        [2, f"the other processes did not come in {timeout} s", None],
+    )
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, number, initialization_timeout=timeout + 60
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"cannot join a distributed run ({reason}): give --coordinator HOST:PORT, "
+            "--processes and --process-id"
+        ) from None
+    finally:
+        late.cancel()
+    if not alone():
+        _listen()
+
+
+def _from_environment(name: str, given: int | None) -> int | None:
+    """Read a whole number that was not given otherwise."""
+    if given is not None or not os.environ.get(name):
+        return given
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise InputError(
+            f"{name}={os.environ[name]!r} in the environment is not a whole number"
+        ) from None
+
+
+def _check(coordinator: str | None, processes: int | None, number: int | None) -> None:
+    """Refuse what JAX would only refuse by waiting."""
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not (host and port.isdigit() and 0 < int(port) < 2**16):
+            raise InputError(f"coordinator {coordinator!r} must be HOST:PORT")
+    if processes is not None and processes < 1:
+        raise InputError(f"the number of processes must be positive, not {processes}")
+    if number is not None and not 0 <= number < (processes or number + 1):
+        raise InputError(
+            f"process {number} is none of {processes}: they are numbered from 0"
+        )
+
+
+def _service() -> Any:
+    """Give the client of the coordination service; None in a run of one process."""
+    from jax._src import distributed  # no public name; Orbax takes it from here too
+
+    return distributed.global_state.client
+
+
+def alone() -> bool:
+    """Tell whether this run has one process; uses no device where it was not joined."""
+    return _service() is None or jax.process_count() == 1
+
+
+def _listen() -> None:
+    """End this process when another one tells that it has failed."""
+    service, ended = _service(), threading.Event()
+
+    def listen() -> None:
+        while not ended.wait(_POLL):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                told = json.loads(service.key_value_try_get(_FAILED))
+                if told["process"] != jax.process_index():
+                    _leave_now(
+                        told["code"],
+                        f"process {told['process']}: {told['reason']}",
+                        service,
+                    )
+
+    atexit.register(ended.set)  # before JAX's own, which closes the service
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def leave(code: int, reason: str) -> int:
+    """Print why this process ends, and end all others; give the exit code.
+
+    Returns only in a run of one process. In others nothing is cleaned up: whoever
+    waits for a collective is not waited for.
+
+    Args:
+      code: of the exit. reason: one line.
+    """
+    service = _service()
+    if service is None or alone():
+        print(_line(code, reason), file=sys.stderr)
+        return code
+    told = {"process": jax.process_index(), "code": code, "reason": reason}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was first
+        service.key_value_set(_FAILED, json.dumps(told))
+    _leave_now(code, reason, service)
+    return code
+
+
+def _line(code: int, reason: str) -> str:
+    program = os.path.basename(sys.argv[0])
+    return f"{program}: {'error: ' * (code in (1, 2))}{reason}"
+
+
+def _leave_now(code: int, reason: str, service: Any) -> None:
+    """Print why, and end this process; the first one, by its service, after all."""
+    if not _leaving.acquire(blocking=False):
+        threading.Event().wait()  # another thread is about to end the process
+    print(_line(code, reason), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if service is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if jax.process_index() == 0:
+                for number in range(1, jax.process_count()):
+                    service.blocking_key_value_get(
+                        f"{_LEFT}/{number}", int(1000 * _PATIENCE)
+                    )
+            else:
+                service.key_value_set(f"{_LEFT}/{jax.process_index()}", "")
+    os._exit(code)
+
+
+def first_says(flag: bool) -> bool:
+    """Give the first process's answer to a question, in every process."""
+    if alone():
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until every process has come here."""
+    if not alone():
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Give the function (steps done) -> whether SIGINT or SIGTERM ask for an end here.
+
+    In a run of several processes it is to be asked after every step, and says yes in
+    all of them after the same one, whichever was sent the signal. A second signal
+    raises KeyboardInterrupt.
+    """
+    seen: list[int] = []
+    several = not alone()
+    # JAX listens to SIGTERM itself where there are several processes.
+    names = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(done: int) -> bool:
+        if several:
+            return multihost_utils.reached_preemption_sync_point(done)
+        return bool(seen)
+
+    old = [signal.signal(name, note) for name in names]
+    try:
+        yield asked
+    finally:
+        for name, handler in zip(names, old, strict=True):
+            signal.signal(name, handler)
