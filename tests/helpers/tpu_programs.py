@@ -36,9 +36,10 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from tsd_jax.core.adapter import Directions
+    from tsd_jax.core.adapter import Adapter, Directions
     from tsd_jax.core.launch import Ranking, _out_shardings, _spread_chunk
     from tsd_jax.core.layout import Layout
+    from tsd_jax.core.spec import KernelSpec
     from tsd_jax.core.stacks import cut
 
     layers, fan_in, fan_out = STACKS[name]
@@ -48,7 +49,21 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
     b: Any = described((layers, RANK, fan_out), jnp.float32, mesh, None, None, axes[1])
     short, start = min(fan_in, fan_out), jax.ShapeDtypeStruct((), jnp.int32)
     noise = jax.ShapeDtypeStruct((layers, short), jnp.float32)
-    chunks = cut(kernel, Layout((0,), (1,), (2,), lifted=(0,)))
+    layout = Layout((0,), (1,), (2,), lifted=(0,))
+    chunks = cut(kernel, layout)
+    spec = KernelSpec(
+        path=name,
+        shape=STACKS[name],
+        layout=layout,
+        rank=RANK,
+        alpha=RANK,
+        scale=1.0,
+        gains=DIRECTIONS,
+        ranked=RANK,
+        columns=RANK,
+        dropout=0.0,
+        gated=True,
+    )
 
     def found(*shape: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(
@@ -64,12 +79,15 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
         found(RANK, dtype=jnp.int32),
         found(1, dtype=jnp.int32),
     )
-    results = ((found(fan_in, RANK), found(RANK, fan_out), frozen), ranking)
-    places = _out_shardings(a, b, gated=True)
+    results = (
+        (found(fan_in, RANK), found(RANK, fan_out), None, frozen),
+        ranking,
+    )
+    places = _out_shardings(Adapter(a, b, None, spec))
     with jax.enable_x64(True):
         return {
             "spread": _spread_chunk.lower(
-                kernel, a, b, noise, None, start, chunks=chunks
+                kernel, a, b, None, noise, None, start, chunks=chunks
             ),
             "join": chunks.joiner(places).lower([results] * len(chunks.starts)),
         }
