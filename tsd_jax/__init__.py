@@ -1,6 +1,9 @@
 """LoRA-Dash, LoRA-Init and LoRA-TSD for JAX and Flax (arXiv:2409.01035)."""
 
-from tsd_jax.binding.linen import adapted, bind, make_spec
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tsd_jax.binding.linen import adapted, bind, einsum, make_spec
 from tsd_jax.binding.linen_handlers import HANDLERS, Call
 from tsd_jax.core.adapter import (
     Adapter,
@@ -29,6 +32,9 @@ from tsd_jax.training.optimizer import (
 )
 from tsd_jax.training.spectra_store import SpectraFolder
 
+if TYPE_CHECKING:
+    from tsd_jax.binding import nnx
+
 __all__ = [
     "HANDLERS",
     "METHODS",
@@ -54,6 +60,7 @@ __all__ = [
     "adapted",
     "bind",
     "delta",
+    "einsum",
     "from_peft",
     "get_method",
     "group_labels",
@@ -65,9 +72,17 @@ __all__ = [
     "make_schedule",
     "make_spec",
     "merge",
+    "nnx",
     "rank_directions",
     "reset_moments",
     "save_adapter",
     "to_merged",
     "to_peft",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the NNX binding, and `flax.nnx` with it, when it is first used."""
+    if name == "nnx":
+        return importlib.import_module("tsd_jax.binding.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,8 @@ import pytest
 
 from tests.helpers.models import LIFTS, Net, inputs, net, three_ways
 from tests.helpers.trees import filled, method_of, random_all, zeros
-from tsd_jax.binding.linen import SUFFIX, adapted, bind, make_spec
+from tsd_jax.binding.bound import SUFFIX
+from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import init, merge
 from tsd_jax.core.parts import Whole

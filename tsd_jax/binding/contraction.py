@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_letters
 
@@ -61,6 +62,33 @@ class Contraction:
             role = 0 if label in self.x and label in self.y else 1 + (label in self.y)
             roles[role].append(axis)
         return tuple(roles[0]), tuple(roles[1]), tuple(roles[2])
+
+    def y_shape(self, x: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the contraction of arrays of these shapes."""
+        sizes = dict(zip(self.x + self.kernel, (*x, *kernel), strict=True))
+        return tuple(sizes[label] for label in self.y)
+
+
+def general_subscripts(
+    ndim: int, contracted: Sequence[int], stacked: Sequence[int], features: int
+) -> str:
+    """Write `DenseGeneral`'s contraction: some axes contracted, some produced.
+
+    Flax sorts the axes, so that (-1, -2) and (-2, -1) are the same module.
+
+    Args:
+      ndim: of the input.
+      contracted: its contracted axes. stacked: its axes that stack kernels.
+      features: number of axes produced.
+    """
+    contracted, stacked = (
+        sorted(axis % ndim for axis in axes) for axes in (contracted, stacked)
+    )
+    x, produced = ascii_letters[:ndim], ascii_letters[ndim : ndim + features]
+    batch = "".join(x[axis] for axis in stacked)
+    kernel = batch + "".join(x[axis] for axis in contracted) + produced
+    free = (x[axis] for axis in range(ndim) if axis not in (*contracted, *stacked))
+    return f"{x},{kernel}->{batch}{''.join(free)}{produced}"
 
 
 def spread_outputs(

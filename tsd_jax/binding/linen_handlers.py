@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from string import ascii_letters
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
-from tsd_jax.binding.contraction import Contraction
+from tsd_jax.binding.contraction import Contraction, general_subscripts
 
 
 class Call(NamedTuple):
@@ -47,25 +46,14 @@ def dense(module: nn.Dense, inputs: jax.Array) -> Call:
 
 
 def dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Call:
-    """Describe `nn.DenseGeneral`: `axis` contracted, `features` produced.
+    """Describe `nn.DenseGeneral`: `axis` contracted, `features` produced."""
 
-    Flax sorts the axes, so that (-1, -2) and (-2, -1) are the same module.
-    """
+    def several(value: int | Sequence[int]) -> Sequence[int]:
+        return (value,) if isinstance(value, int) else value
 
-    def axes(value) -> tuple[int, ...]:
-        values = (value,) if isinstance(value, int) else tuple(value)
-        return tuple(sorted(axis % inputs.ndim for axis in values))
-
-    contracted, stacked = axes(module.axis), axes(module.batch_dims)
-    features = (
-        (module.features,) if isinstance(module.features, int) else module.features
-    )
-    x = ascii_letters[: inputs.ndim]
-    produced = ascii_letters[inputs.ndim : inputs.ndim + len(tuple(features))]
-    batch = "".join(x[axis] for axis in stacked)
-    kernel = batch + "".join(x[axis] for axis in contracted) + produced
-    free = [x[a] for a in range(inputs.ndim) if a not in (*contracted, *stacked)]
-    subscripts = f"{x},{kernel}->{batch}{''.join(free)}{produced}"
+    axes = several(module.axis), several(module.batch_dims)
+    features = len(several(module.features))
+    subscripts = general_subscripts(inputs.ndim, *axes, features)
     return Call("kernel", inputs, subscripts, _bias(module))
 
 
@@ -82,9 +70,7 @@ HANDLERS: Mapping[type[nn.Module], Handler] = {
 }
 
 
-def find_handler(
-    module: nn.Module, handlers: Mapping[type[nn.Module], Handler]
-) -> Handler | None:
+def find_handler(module: object, handlers: Mapping[Any, Handler]) -> Handler | None:
     """Look up the handler of a module's class or its nearest base class."""
     for base in type(module).__mro__:
         if base in handlers:

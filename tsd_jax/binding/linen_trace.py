@@ -8,6 +8,7 @@ each candidate kernel; lifted transforms tell it which axis they take away (Flax
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,11 +31,20 @@ class Probe(struct.PyTreeNode, meta.AxisMetadata):
     Attributes:
       value: stands in for the kernel.
       path: of the kernel. axes: the stored axes still visible, in order.
+      note: called with path, axes and call where a module contracts the kernel.
     """
 
     value: Any
     path: str = struct.field(pytree_node=False)
     axes: tuple[int, ...] = struct.field(pytree_node=False)
+    note: Callable[[str, tuple[int, ...], Call], None] = struct.field(pytree_node=False)
+
+    def __call__(self, call: Call, y: Any, owner: Any = None) -> Any:
+        """Note how one call uses the kernel, and pass its output on."""
+        del owner
+        check_output(self.path, call, self.value.shape, y)
+        self.note(self.path, self.axes, call)
+        return y
 
     def unbox(self) -> Any:
         """Give what stands in for the kernel."""
@@ -58,24 +68,64 @@ class Probe(struct.PyTreeNode, meta.AxisMetadata):
         return self.replace(axes=(*self.axes[:index], missing, *self.axes[index:]))
 
 
-def _layout(probe: Probe, ndim: int, roles: tuple[tuple[int, ...], ...]) -> Layout:
-    """Translate a module's view of its kernel to the stored axes."""
-    batch, inputs, outputs = (tuple(probe.axes[axis] for axis in r) for r in roles)
-    lifted = tuple(axis for axis in range(ndim) if axis not in probe.axes)
-    return Layout(tuple(sorted((*lifted, *batch))), inputs, outputs, lifted)
+def check_output(path: str, call: Call, kernel: tuple[int, ...], y: Any) -> None:
+    """Raise InputError unless a module returns what its handler says it contracts."""
+    want = call.contraction.y_shape(call.x.shape, kernel)
+    got = getattr(y, "shape", type(y).__name__)
+    if got != want:
+        raise InputError(
+            f"{path}: its module returns {got}, but its handler "
+            f"describes {call.subscripts!r} of shape {want}; a handler is for modules "
+            "that return one contraction, others use this library's einsum"
+        )
 
 
-def _abstract_call(apply_fn: Callable, variables: Any, args: tuple, kwargs: dict):
-    """Trace a call with arrays abstract and everything else as it is."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape")}
+def note_layout(
+    layouts: dict[str, Layout],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: str,
+    axes: tuple[int, ...],
+    call: Call,
+) -> None:
+    """Note how one call uses its kernel; two calls must agree.
 
-    def call(variables: Any, arrays: dict[int, Any]):
-        full = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-        args, kwargs = jax.tree.unflatten(tree, full)
-        return apply_fn(variables, *args, **kwargs)
+    Args:
+      layouts: {path: layout}, added to.
+      shapes: {path: stored shape}.
+      path: of the kernel.
+      axes: the stored axes its module sees, in the order in which it sees them.
+      call: what the module does with it.
 
-    jax.eval_shape(call, variables, arrays)
+    Raises:
+      InputError: an earlier call uses it in another way.
+    """
+    roles = (tuple(axes[n] for n in role) for role in call.contraction.axes())
+    batch, inputs, outputs = roles
+    lifted = tuple(axis for axis in range(len(shapes[path])) if axis not in axes)
+    layout = Layout(tuple(sorted((*lifted, *batch))), inputs, outputs, lifted)
+    if layouts.setdefault(path, layout) != layout:
+        raise InputError(
+            f"{path} is ambiguous: one call contracts it as {layouts[path]}, "
+            f"another as {layout}; leave it out of the rules"
+        )
+
+
+def with_arrays_apart(
+    function: Callable, *trees: Any
+) -> tuple[Callable[[dict[int, Any]], Any], dict[int, Any]]:
+    """Split a call into its arrays, to be traced, and everything else, as it is.
+
+    Returns:
+      (call, arrays): `call(arrays)` is `function(*trees)`.
+    """
+    leaves, tree = jax.tree.flatten(trees)
+    arrays = {n: leaf for n, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
+
+    def call(arrays: dict[int, Any]):
+        full = [arrays.get(n, leaf) for n, leaf in enumerate(leaves)]
+        return function(*jax.tree.unflatten(tree, full))
+
+    return call, arrays
 
 
 def trace_layouts(
@@ -104,41 +154,34 @@ def trace_layouts(
     """
     kernels = paths.select(variables["params"], candidates)
     shapes = {path: tuple(kernel.shape) for path, kernel in kernels.items()}
+    layouts: dict[str, Layout] = {}
+    owners: dict[str, str] = {}
+    note = functools.partial(note_layout, layouts, shapes)
     probes = {
         path + PROBE: Probe(
             jax.ShapeDtypeStruct(shape, kernels[path].dtype),
             path,
             tuple(range(len(shape))),
+            note,
         )
         for path, shape in shapes.items()
     }
-    layouts: dict[str, Layout] = {}
-    owners: dict[str, str] = {}
 
     def record(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
         module = context.module
         if context.method_name == "__call__" and module.scope is not None:
             owners["/".join(module.path)] = type(module).__name__
             handler = find_handler(module, handlers)
             call = handler(module, *args, **kwargs) if handler else None
             if call and module.has_variable("params", call.kernel + PROBE):
-                probe = module.get_variable("params", call.kernel + PROBE)
-                _note(layouts, probe, shapes[probe.path], call)
-        return next_fun(*args, **kwargs)
+                module.get_variable("params", call.kernel + PROBE)(call, y)
+        return y
 
+    tree = {**variables, "params": paths.update(variables["params"], probes)}
+    call, arrays = with_arrays_apart(
+        lambda tree, args, kwargs: apply_fn(tree, *args, **kwargs), tree, args, kwargs
+    )
     with nn.intercept_methods(record):
-        tree = {**variables, "params": paths.update(variables["params"], probes)}
-        _abstract_call(apply_fn, tree, args, kwargs)
+        jax.eval_shape(call, arrays)
     return layouts, owners
-
-
-def _note(
-    layouts: dict[str, Layout], probe: Probe, shape: tuple[int, ...], call: Call
-) -> None:
-    """Note how one call uses its kernel; two calls must agree."""
-    layout = _layout(probe, len(shape), call.contraction.axes())
-    if layouts.setdefault(probe.path, layout) != layout:
-        raise InputError(
-            f"{probe.path} is ambiguous: one call contracts it as "
-            f"{layouts[probe.path]}, another as {layout}; leave it out of the rules"
-        )

@@ -1,0 +1,190 @@
+"""How adapters meet a Flax NNX model: beside its kernels, in a copy of the model.
+
+    model.q_proj = nnx.Linear                ->   bound.q_proj = Adapted(nnx.Linear)
+           └─ kernel                                     ├─ kernel
+                                                         └─ kernel_tsd
+
+Paths, adapters and directions are those of the Linen binding: a parameter's path is its
+path in `nnx.state`, joined by "/". What lies beside a kernel is a variable of the
+kernel's type, which `nnx.scan`, `nnx.vmap`, `nnx.remat` and `nnx.split` treat as the
+kernel itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tsd_jax.binding.bound import Owner, bound_leaves
+from tsd_jax.binding.linen_handlers import Call, Handler, find_handler
+from tsd_jax.binding.nnx_handlers import HANDLERS
+from tsd_jax.binding.nnx_modules import attach, met, variables
+from tsd_jax.binding.nnx_trace import trace_layouts
+from tsd_jax.binding.traced_spec import split_rules, traced_spec
+from tsd_jax.core import adapter as core
+from tsd_jax.core import paths
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.methods import Method
+from tsd_jax.core.parts import Part, Whole, parts_in, place_part
+from tsd_jax.core.spec import Rule, Spec
+
+__all__ = ["HANDLERS", "bind", "einsum", "make_spec", "merge", "params"]
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def params(model: nnx.Module) -> dict[str, Any]:
+    """Give the values of all `nnx.Param` as a nested dict, as `launch` takes it."""
+    return paths.unflatten(
+        {path: leaf.get_value() for path, leaf in variables(model).items()}
+    )
+
+
+def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
+
+
+def make_spec(
+    model: nnx.Module,
+    rules: Sequence[Rule | Whole],
+    *args: Any,
+    method: str | Method = "tsd",
+    handlers: Mapping[type[nnx.Module], Handler] = HANDLERS,
+    function: Callable = _forward,
+    **kwargs: Any,
+) -> Spec:
+    """Choose what to adapt or train whole, from one abstract trace of the model.
+
+    Nothing is computed, and the model is not changed: arrays may be
+    ShapeDtypeStructs.
+
+    Args:
+      model: the model.
+      rules: regular expressions over the "/"-joined paths of `nnx.state(model,
+        nnx.Param)`; the first match wins.
+      *args: what the model is called with, as arrays or ShapeDtypeStructs.
+      method: "lora", "dash", "init", "tsd", or of `get_method`.
+      handlers: what each module type contracts; extend `HANDLERS` for modules of
+        your own.
+      function: called as `function(model, *args, **kwargs)`; the model's call by
+        default.
+      **kwargs: likewise.
+
+    Raises:
+      InputError: a rule matches nothing; a matched kernel is used by no known module
+        in that trace, or in two ways; rank or directions exceed the kernel; what shall
+        train whole has no such rows.
+    """
+    known = {path: leaf.get_value() for path, leaf in variables(model).items()}
+    odd = [path for path, leaf in known.items() if not hasattr(leaf, "shape")]
+    if odd:
+        raise InputError(
+            f"{odd[0]} holds a {type(known[odd[0]]).__name__} and no plain array: load "
+            "it in a float type"
+        )
+    matched, whole = split_rules(known, rules)
+    layouts, owners = trace_layouts(
+        model, tuple(matched), handlers, function, args, kwargs
+    )
+    shapes = {path: tuple(known[path].shape) for path in matched}
+    return traced_spec(shapes, matched, layouts, owners, handlers, method, whole)
+
+
+def bind(
+    model: Model,
+    adapters: Mapping[str, core.Adapter | Part],
+    directions: Mapping[str, core.Directions],
+    dropout_key: jax.Array | None = None,
+    handlers: Mapping[type[nnx.Module], Handler] = HANDLERS,
+) -> Model:
+    """Copy a model, with adapters beside its kernels: called as the model itself.
+
+        y = x K + (x down) up,   never K + dK;   with DoRA c times that, but the bias
+
+    The low-rank path runs in the adapters' type (float32) and is added before the
+    sum is rounded to y's type. Call it inside the function that is differentiated
+    or jitted.
+
+    Args:
+      model: not changed. Its arrays are the copy's, its variables are not: what a
+        call changes (batch statistics, caches, counts) is found in the copy.
+      adapters: {path: Adapter or Part}. directions: {path: Directions}.
+      dropout_key: a typed key; without one there is no dropout (evaluation).
+      handlers: as given to `make_spec`.
+
+    Raises:
+      InputError: a kernel is not in the model.
+    """
+    base = paths.select(params(model), tuple(adapters))
+    parts = parts_in(adapters)
+    if parts:
+        values = {path: place_part(base[path], part) for path, part in parts.items()}
+        model = _with_values(model, values)
+    leaves = bound_leaves(base, adapters, directions, dropout_key)
+    bound: Any = attach(
+        model, leaves, lambda path, module: find_handler(module, handlers)
+    )
+    return bound
+
+
+def _with_values(model: Model, values: Mapping[str, jax.Array]) -> Model:
+    """Copy a model, with other values at these paths."""
+    copy = nnx.clone(model, graph=True)
+    known = variables(copy)
+    for path, value in values.items():
+        known[path].set_value(value)
+    return copy
+
+
+def merge(
+    model: Model,
+    adapters: Mapping[str, core.Adapter | Part],
+    directions: Mapping[str, core.Directions],
+    dtype: jnp.dtype | None = None,
+) -> Model:
+    """Copy a model, with every dK added to its kernel and every part in place.
+
+    Args:
+      model: not changed.
+      adapters: {path: Adapter or Part}. directions: {path: Directions}.
+      dtype: of the merged kernels; None keeps each kernel's own.
+
+    Raises:
+      InputError: a kernel is not in the model.
+    """
+    merged = core.merge(params(model), adapters, directions, dtype)
+    return _with_values(model, paths.select(merged, tuple(adapters)))
+
+
+def einsum(
+    module: nnx.Module,
+    subscripts: str,
+    x: jax.Array,
+    kernel: str,
+    *,
+    dtype: Any = None,
+    **settings: Any,
+) -> jax.Array:
+    """Contract x with a parameter of a module of your own, adapters included.
+
+        y = einsum(subscripts, x, kernel) + einsum(subscripts, x, dK)
+
+    To be called inside the module, in the place of `jnp.einsum`; the same function
+    where no adapter is bound. `make_spec` and `bind` need no handler for it.
+
+    Args:
+      module: the module, mostly `self`.
+      subscripts: "x,kernel->y" as for `jnp.einsum`, the kernel as it is stored.
+      x: the first operand.
+      kernel: name of the `nnx.Param`.
+      dtype: both operands are cast to it first; None leaves them as they are.
+      **settings: of `jnp.einsum`.
+    """
+    value = getattr(module, kernel).get_value()
+    operands = (x, value) if dtype is None else (x.astype(dtype), value.astype(dtype))
+    y = jnp.einsum(subscripts, *operands, **settings)
+    return met(module, Call(kernel, x, subscripts), y, Owner("", "einsum", {}))
