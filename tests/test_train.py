@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import tsd_jax as tsd
 from configs import default, demo, llama_tsd, stories_tsd
@@ -527,3 +527,12 @@ def test_every_key_is_read_by_the_command_line():
         section, _, name = key.rpartition(".")
         read = section == "data" and name in fields
         assert read or re.search(rf"[.\"]{name}\b", source), key
+
+
+def test_headers_are_looked_at_before_anything_runs(tmp_path):
+    write_decoder(tmp_path, PUBLISHED["llama"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"lacks tensor 'model\.norm\.weight'"):
+        train.open_model(small_config(model__path=str(tmp_path)).model)

@@ -19,7 +19,8 @@ from tsd_jax.interchange.peft import to_peft
 from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import Decoder
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+from tests.helpers.stock import random_torch_model, torch_logits
 
 TOLERANCE = 2e-4
 # Less time to compile; the ordinary programs are held against goldens.
@@ -165,28 +166,6 @@ def published(case):
         for name, value in merged.items()
         if value is not None or name not in nulls
     }
-
-
-def random_torch_model(folder):
-    """The stock model of a config.json; norms and biases too are random."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    config.initializer_range = 0.3
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.normal_(0.5, 0.5)
-            elif parameter.std() < 0.1 or "gate.weight" in name:
-                parameter.normal_(0, 0.3)
-    return model.float().eval()
-
-
-def torch_logits(model, tokens, mask=None, positions=None):
-    arguments = {"attention_mask": mask, "position_ids": positions}
-    given = {k: torch.from_numpy(v) for k, v in arguments.items() if v is not None}
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens), **given).logits.numpy()
 
 
 @pytest.mark.parametrize("case", CASES)
