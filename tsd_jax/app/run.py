@@ -21,6 +21,7 @@ from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import Extraction
 from tsd_jax.core.parts import parts_in
+from tsd_jax.core.quantised import Quantization
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.interchange.native import save_adapter
@@ -71,6 +72,7 @@ class Base:
       folder: where it lies. network: the Linen module. tokenizer: of transformers.
       params: abstract tree, in the dtype asked for. apply: with adapters.
       added: tokens that the stored model does not have, or None.
+      quantization: of its linear layers, or None.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Base:
     params: Mapping[str, Any]
     apply: Callable
     added: Added | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +181,7 @@ def load_base(
         dtype=base.network.param_dtype,
         scan_layers=scan,
         shardings=at,
+        quantization=base.quantization,
         progress=progress,
     )
     if base.added is None:

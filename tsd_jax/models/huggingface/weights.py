@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.quantised import Quantised, Quantization
 from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import LINEAR_KERNELS
 from tsd_jax.models.huggingface import names
 from tsd_jax.models.huggingface.config import config_json
 from tsd_jax.models.huggingface.placing import READERS, Index, Placing, read_ahead
@@ -38,6 +41,7 @@ def load_params(
     dtype: DTypeLike | None = None,
     scan_layers: bool = True,
     shardings: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
     progress: Progress | None = None,
     readers: int = READERS,
 ) -> dict[str, Any]:
@@ -54,6 +58,8 @@ def load_params(
       scan_layers: stack the layers, as `Decoder(scan_layers=True)` wants them.
       shardings: a NamedSharding for every parameter, in the parameters' tree; by
         default whole arrays on the default device.
+      quantization: of the kernels of linear layers, on their devices, a matrix at a
+        time, from the stored type; `dtype` is then that of their use.
       progress: called as weights are placed.
       readers: threads that read.
 
@@ -62,7 +68,8 @@ def load_params(
 
     Raises:
       InputError: if a file is missing, corrupt or truncated, if a tensor is missing,
-        unknown or has the wrong shape, or if `shardings` has another structure.
+        unknown or has the wrong shape, if `shardings` has another structure, or if
+        tiles do not divide a kernel.
     """
     stored = open_tensors(folder)
     wanted = names.flatten(names.abstract_params(config, scan_layers=scan_layers))
@@ -81,10 +88,27 @@ def load_params(
         tensors = [stored[name] for name in owners]
         target = _target(tensors, dtype)
         depth = names.stacked_axes(path)
-        placing = Placing(leaf.shape, target, depth, places[path])
+        encode = None
+        if quantization is not None and re.fullmatch(LINEAR_KERNELS, path):
+            quantization.check(path, leaf.shape)
+            encode = Quantise(quantization, target)
+            target = _target(tensors, None)
+        placing = Placing(leaf.shape, target, depth, places[path], encode)
         read = _reader(path, leaf.shape, tensors, target)
         jobs += [_job(path, placing, step, read) for step in placing.steps]
     return traverse_util.unflatten_dict(_placed(jobs, progress, readers), sep="/")
+
+
+@dataclass(frozen=True)
+class Quantise:
+    """Quantise matrices for use in `dtype`; hashable, for jit."""
+
+    quantization: Quantization
+    dtype: np.dtype
+
+    def __call__(self, matrices: jax.Array) -> Quantised:
+        """Quantise (..., in, out)."""
+        return self.quantization.quantise(matrices, self.dtype)
 
 
 Step = tuple[str, Placing, tuple[int, ...]]
