@@ -9,10 +9,11 @@ ratios lies in a single file and in several, all bfloat16, and is read by one th
 by several, with the layers stacked and apart. "plain" is the usual way beside it: all
 tensors of `safetensors.numpy.load_file`, transposed, stacked, and put on the device.
 
-Every row is a process of its own: once with the files out of the page cache (cold),
-then again (warm). Memory is the peak of anonymous memory above what it was before,
-minus the arrays placed so far, sampled every 5 ms; mapped pages of files do not count,
-as the system takes them back when it needs them.
+Every row is a process of its own that loads three times: with the files out of the page
+cache (cold), again (warm), and once more while memory is sampled every 5 ms. Memory is
+the peak of anonymous memory above what it was before, minus the arrays placed so far;
+mapped pages of files do not count, as the system takes them back when it needs them.
+The large one is loaded once, from cold, while it is sampled.
 """
 
 from __future__ import annotations
@@ -167,20 +168,20 @@ def child(args: argparse.Namespace) -> None:
 
     jax.block_until_ready(jnp.zeros(3))
     figures: dict[str, Any] = {}
-    for name in ("cold", "warm"):
-        if name == "cold":
-            forget(folder)
+    forget(folder)
+    large = args.row.startswith("large")
+    for name in ("weighed",) if large else ("cold", "warm", "weighed"):
         sampler = Sampler()
-        sampler.start()
-        begun = time.perf_counter()
+        if name == "weighed":
+            sampler.start()
+        begun, used = time.perf_counter(), time.process_time()
         params = jax.block_until_ready(load())
         figures[f"{name}_seconds"] = time.perf_counter() - begun
+        figures[f"{name}_cpu_seconds"] = time.process_time() - used
         figures["placed_bytes"] = sum(x.nbytes for x in jax.tree.leaves(params))
-        peak = sampler.stop()
-        figures["excess_bytes"] = max(figures.get("excess_bytes", 0), peak)
+        if name == "weighed":
+            figures["excess_bytes"] = sampler.stop()
         del params
-        if args.row.startswith("large"):
-            break
     print(json.dumps(figures))
 
 
@@ -197,12 +198,13 @@ def measure(name: str, folder: Path, layers: int, size: int) -> dict[str, Any]:
     figures = spawn(name, folder, layers)
     row: dict[str, Any] = {"row": name, "file_bytes": size, **figures}
     for kind in ("cold", "warm"):
-        seconds = figures.get(f"{kind}_seconds")
-        row[f"{kind}_gb_per_second"] = seconds and size / seconds / 1e9
+        seconds = figures.get(f"{kind}_seconds", figures["weighed_seconds"])
+        row[f"{kind}_gb_per_second"] = size / seconds / 1e9
     cold, warm = (row[f"{kind}_gb_per_second"] for kind in ("cold", "warm"))
+    used = figures.get("warm_cpu_seconds", figures["weighed_cpu_seconds"])
     print(
         f"{name:<40} {size / 1e9:5.2f} GB  cold {cold:5.2f} GB/s"
-        f"  warm {f'{warm:5.2f}' if warm else '    -'} GB/s"
+        f"  warm {warm:5.2f} GB/s  {used:5.1f} CPU s"
         f"  above placed {figures['excess_bytes'] / 2**20:6.0f} MiB",
         flush=True,
     )

@@ -96,6 +96,11 @@ def test_only_what_matches_is_quantised_and_shapes_serve_too():
     [
         (lambda: Quantization(format="fp3"), "unknown quantization 'fp3'.*int8, nf4"),
         (lambda: Quantization(format="nf4", tile=-1), "tile of -1"),
+        (lambda: Quantization(format="nf4", tile=6), "tile that 4 divides, not 6"),
+        (
+            lambda: quantise({"k": jnp.ones((6, 2))}, "nf4", "k"),
+            "k: its input axis of 6 .* leave it out",
+        ),
         (
             lambda: quantise({"k": jnp.ones((96, 2))}, "nf4", "k"),
             r"k: its input axis of 96 .*nf4 tile of 64; use a tile of 48",
@@ -158,8 +163,8 @@ WAYS = {
 @pytest.mark.parametrize(
     "way",
     [
-        "a store",
         "matrices cut",
+        pytest.param("a store", marks=pytest.mark.slow),
         pytest.param("inputs cut twice", marks=pytest.mark.slow),
     ],
 )
@@ -191,17 +196,19 @@ def test_launched_sets_are_those_of_a_full_svd():
         np.testing.assert_array_equal(found, want.order[: len(found)])
 
 
+@pytest.mark.slow
 def test_one_matrix_alone_and_its_store():
     alone = {"k": jnp.asarray(kernels()[0])}
     how = Quantization(format="nf4", tile=4)
     params = quantise(alone, how, "k")
     spec = small_spec("dash", shape=SHAPE[1:], layout=Layout())
     adapters = trained(1, spec)[0]
-    extraction = Extraction(store=Memory())
+    store = Memory()
+    extraction = Extraction(store=store)
     got = launch(params, adapters, spec, extraction=extraction)
     plain = {"k": dequantised(params["k"])}
     assert_launched_alike(got, launch(plain, adapters, spec, extraction=extraction))
-    assert len(extraction.store.kept) == 1
+    assert len(store.kept) == 1
 
 
 def test_of_a_stack_a_chunk_alone_becomes_floats():
@@ -209,7 +216,7 @@ def test_of_a_stack_a_chunk_alone_becomes_floats():
     chunks = stacks.cut(leaf, STACKED, memory_budget=1)
     assert chunks.width == 1
     take = jax.jit(lambda kernel, start: chunks.matrices(kernel, start))
-    text = take.lower(leaf, np.int32(0)).compile().as_text()
+    text = take.lower(leaf, np.int32(0)).compile().as_text() or ""
     assert re.search(r"f32\[(1,)?16,24\]", text)
     assert not re.search(r"f32\[5,(16|4,4),24\]", text)
 
@@ -232,9 +239,9 @@ def test_launch_leaves_the_function_while_a_requantised_residual_does_not(method
     rest = how.quantise(jnp.asarray(whole - taken, jnp.float32)).unbox()
     theirs = np.asarray(rest, np.float64) + taken
     other = np.linalg.norm(theirs - whole) / np.linalg.norm(whole)
-    # Measured: ours 7e-8, theirs 7e-2.
+    # Measured: ours 4e-10, theirs 1.3e-2.
     assert other > 1e-3
-    assert other / error > 1e3
+    assert other > 1e3 * error
 
 
 def test_an_adapter_at_its_start_and_merging_leave_floats():

@@ -36,9 +36,13 @@ FORMATS: Mapping[str, int] = {"int8": 128, "nf4": 64}
 class Quantised(struct.PyTreeNode, meta.AxisMetadata):
     """Hold a kernel of any number of axes, in the place of its array.
 
+    Two places in nf4's table lie in one byte, neighbours along the input axis, and not
+    as uint4, which XLA's CPU backend unpacks as a whole stack before a scan, and which
+    JAX cannot hand to a program compiled ahead.
+
     Attributes:
-      values: int8, or uint4 places in nf4's table, of the kernel's shape.
-      scale: float32, as `values` but for one axis, which counts tiles.
+      values: int8 of the kernel's shape; for nf4 uint8 of half the input axis.
+      scale: float32, of the kernel's shape but for the input axis, which counts tiles.
       format: of FORMATS. dtype: of the kernel where it is used.
     """
 
@@ -50,7 +54,10 @@ class Quantised(struct.PyTreeNode, meta.AxisMetadata):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the kernel."""
-        return tuple(self.values.shape)
+        shape = list(self.values.shape)
+        if self.format == "nf4":
+            shape[self._packed_axis] *= 2
+        return tuple(shape)
 
     @property
     def ndim(self) -> int:
@@ -59,14 +66,23 @@ class Quantised(struct.PyTreeNode, meta.AxisMetadata):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that both parts take; two of uint4 lie in one."""
-        wide = self.scale.size * self.scale.dtype.itemsize
-        return self.values.size * jnp.iinfo(self.values.dtype).bits // 8 + wide
+        """Bytes that both parts take."""
+        return self.values.size + self.scale.size * self.scale.dtype.itemsize
+
+    @property
+    def _packed_axis(self) -> int:
+        """Find the input axis: of nf4, tiles hold more than one byte of it."""
+        sizes = zip(self.values.shape, self.scale.shape, strict=True)
+        return next(n for n, (values, tiles) in enumerate(sizes) if values != tiles)
 
     def unbox(self) -> jax.Array:
         """Give the kernel as floats: multiplied in float32, rounded once."""
         qwix = _qwix()
-        parts = qwix.QArray(self.values, self.scale, qtype=self.format)
+        values = self.values
+        if self.format == "nf4":
+            pairs = jnp.stack([values & 15, values >> 4], self._packed_axis + 1)
+            values = pairs.reshape(self.shape)
+        parts = qwix.QArray(values, self.scale, qtype=self.format)
         return qwix.dequantize(parts).astype(self.dtype)
 
     def replace_boxed(self, val: Any) -> Any:
@@ -107,6 +123,8 @@ class Quantization:
             )
         if self.tile < 0:
             raise InputError(f"a tile of {self.tile} makes no sense: use at least 1")
+        if self.format == "nf4" and self.size % 4:
+            raise InputError(f"nf4 needs a tile that 4 divides, not {self.tile}")
 
     @property
     def size(self) -> int:
@@ -119,10 +137,12 @@ class Quantization:
             raise InputError(f"{path} of shape {shape} is no kernel: leave it as it is")
         size = shape[self.axis]
         if size % self.size:
-            most = max(n for n in range(1, self.size) if size % n == 0)
+            step = 4 if self.format == "nf4" else 1
+            most = [n for n in range(step, self.size, step) if size % n == 0]
+            way = f"use a tile of {most[-1]}" if most else "leave it out"
             raise InputError(
                 f"{path}: its input axis of {size} is no multiple of the "
-                f"{self.format} tile of {self.size}; use a tile of {most}"
+                f"{self.format} tile of {self.size}; {way}"
             )
 
     def quantise(self, kernel: jax.Array, dtype: DTypeLike | None = None) -> Quantised:
@@ -135,7 +155,17 @@ class Quantization:
             tiled_axes={axis: self.size},
         )
         used = np.dtype(kernel.dtype if dtype is None else dtype)
-        return Quantised(parts.qvalue, parts.scale, self.format, used)
+        values = parts.qvalue
+        if self.format == "nf4":
+            values = _packed(values.astype(jnp.uint8), axis)
+        return Quantised(values, parts.scale, self.format, used)
+
+
+def _packed(places: jax.Array, axis: int) -> jax.Array:
+    """Put two neighbours of 4 bits into one byte, the first one low."""
+    even = jax.lax.slice_in_dim(places, 0, None, 2, axis)
+    odd = jax.lax.slice_in_dim(places, 1, None, 2, axis)
+    return even | (odd << 4)
 
 
 def quantise(

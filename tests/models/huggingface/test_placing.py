@@ -103,6 +103,7 @@ def test_a_stack_is_filled_in_place(monkeypatch):
         whole, whole[:1], (np.int32(0),), encode=None, mesh=None
     )
     memory = lowered.compile().memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes == whole.nbytes
 
 

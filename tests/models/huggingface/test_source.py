@@ -158,8 +158,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(content)
 
-    def log_message(self, *_):
-        pass
+    def log_message(self, format, *args):
+        del format, args
 
 
 ASK = """
