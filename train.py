@@ -42,7 +42,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import check_changes
 from tsd_jax.interchange.whole import check_modules
 from tsd_jax.models import huggingface
-from tsd_jax.models.decoder import Decoder
+from tsd_jax.models.decoder import LINEAR_KERNELS, Decoder
 from tsd_jax.training import loop, processes, sharding
 from tsd_jax.training.settling import SettlingConfig
 
@@ -88,10 +88,31 @@ def open_model(config: Config) -> Base:
     )
     shapes = huggingface.abstract_params(decoder, scan_layers=config.scan_layers)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    quantization = quantization_of(config)
+    if quantization is not None:
+        params = tsd.quantise(params, quantization, LINEAR_KERNELS)
     local = Path(config.path).expanduser().is_dir()
     name = str(folder.resolve()) if local else config.path
     apply = tsd.adapted(network.apply)
-    return Base(name, folder, network, tokenizer, params, apply, added)
+    return Base(name, folder, network, tokenizer, params, apply, added, quantization)
+
+
+def quantization_of(config: Config) -> tsd.Quantization | None:
+    """Say how the base's linear layers are quantised."""
+    if not config.quantization:
+        if config.quantization_tile:
+            raise InputError("model.quantization_tile needs a model.quantization")
+        return None
+    quantization = tsd.Quantization(
+        format=config.quantization, tile=config.quantization_tile
+    )
+    if not config.remat:
+        raise InputError(
+            f"model.quantization={config.quantization!r} without model.remat=True "
+            "would keep the kernels of all layers as floats for the gradient: add "
+            "--config.model.remat=True"
+        )
+    return quantization
 
 
 def make_spec(config: Config, base: Base) -> tsd.Spec:

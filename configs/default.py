@@ -24,6 +24,9 @@ def get_config() -> Any:
     config.model = ConfigDict()
     config.model.path = ""  # local folder in Hugging Face format, or hub id
     config.model.dtype = "float32"  # of the frozen base: float32 or bfloat16
+    # Of the frozen base's linear layers: "" for none, int8 or nf4 (needs remat).
+    config.model.quantization = ""
+    config.model.quantization_tile = 0  # inputs that share a scale; 0: 128, nf4 64
     config.model.scan_layers = True
     config.model.remat = False
     # Tokens the tokenizer shall learn, ("<a>", "<b>"); their embedding rows train.

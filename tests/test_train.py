@@ -382,6 +382,22 @@ BAD_TOGETHER = {
         },
         r"method.launch_step 0: method 'pissa'",
     ),
+    "an unknown quantization": (
+        {"model__quantization": "fp3", "model__remat": True},
+        r"unknown quantization 'fp3'; choose one of int8, nf4",
+    ),
+    "quantised and without remat": (
+        {"model__quantization": "nf4", "model__quantization_tile": 32},
+        r"model.quantization='nf4' without model.remat=True .*model.remat=True$",
+    ),
+    "a tile that divides nothing": (
+        {"model__quantization": "nf4", "model__remat": True},
+        r"layers/.*/kernel: its input axis of 96 .* tile of 64; use a tile of 48",
+    ),
+    "a tile of nothing": (
+        {"model__quantization_tile": 32},
+        r"model.quantization_tile needs a model.quantization",
+    ),
     "nothing restarts": (
         {"method__name": "lora", "optimizer__restart": True},
         r"optimizer.restart=True needs a launch .* method 'lora' has none",

@@ -18,6 +18,7 @@ from tsd_jax.core.launch import Extraction, Ranking, launch
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.parts import Part, Whole, WholeSpec
+from tsd_jax.core.quantised import Quantised, Quantization, quantise
 from tsd_jax.core.ranking import rank_directions
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
 from tsd_jax.interchange.merged import MergedExport, to_merged
@@ -50,6 +51,8 @@ __all__ = [
     "Part",
     "PeftAdapter",
     "PeftExport",
+    "Quantised",
+    "Quantization",
     "Ranking",
     "Rule",
     "SavedAdapter",
@@ -73,6 +76,7 @@ __all__ = [
     "make_spec",
     "merge",
     "nnx",
+    "quantise",
     "rank_directions",
     "reset_moments",
     "save_adapter",

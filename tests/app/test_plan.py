@@ -7,6 +7,7 @@ from tsd_jax.app.plan import count_parameters, describe, table
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.parts import WholeSpec
+from tsd_jax.core.quantised import Quantization, quantise
 from tsd_jax.core.spec import Rule, build_spec
 from tsd_jax.training.settling import SettlingConfig
 
@@ -47,6 +48,19 @@ def test_describe_counts_magnitudes():
     text = describe(spec, params(), 20, 150)
     assert "method dash on DoRA, launch after step 20" in text
     assert f"trainable {3 * (2 * (6 + 10) + 4 + 10)} beside 360" in text
+
+
+def test_describe_tells_what_is_quantised():
+    path = "layers/up/kernel"
+    rules = {path: Rule(pattern="x", rank=2, directions=4)}
+    spec = build_spec({path: (3, 6, 10)}, {path: STACKED}, rules, get_method("dash"))
+    assert " of the base in " not in describe(spec, params(), 20, 150)
+    base = quantise(params(), Quantization(format="int8", tile=3), path)
+    text = describe(spec, base, 20, 150)
+    size = 180 + 4 * 3 * 2 * 10
+    bits = 8 * size / 180
+    assert f"\n1 kernels of the base in int8: 0.000 GB, {bits:.2f} bits" in text
+    assert "beside 360 frozen parameters" in text
 
 
 def test_describe_tells_what_decides_when_to_launch():

@@ -1,6 +1,7 @@
 """One of two processes that launch together: python -m tests.helpers.two_processes.
 
-Prints the launched arrays' sums as JSON; every process must print the same.
+Prints the launched arrays' sums as JSON; every process must print the same. Also
+loads a checkpoint over both, and prints how many elements of it this process read.
 """
 
 from __future__ import annotations
@@ -10,8 +11,19 @@ import os
 import sys
 from pathlib import Path
 
+from tsd_jax.models.llama import LlamaConfig
+
 DEVICES = 2  # of each process
 SHAPE = (5, 16, 24)
+MODEL = LlamaConfig(
+    vocab_size=16,
+    hidden_size=8,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=4,
+)
 
 
 def problem():
@@ -54,6 +66,38 @@ def launched(where: str, store: str | None, axes: tuple) -> list[list[float]]:
     return [np.abs(leaf).sum(axis=0).reshape(-1).tolist() for leaf in gathered]
 
 
+def loaded(folder: str) -> int:
+    """Load a checkpoint over both processes; check and count what this one read."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    from tsd_jax.models.decoder import DECODER_RULES
+    from tsd_jax.models.huggingface import abstract_params, load_params, placing
+    from tsd_jax.models.huggingface.tensors import StoredTensor
+    from tsd_jax.training.sharding import make_mesh, param_shardings
+
+    elements = []
+    plain = StoredTensor.read
+
+    def read(self, index):
+        part = plain(self, index)
+        elements.append(part.size)
+        return part
+
+    StoredTensor.read, placing.AT_ONCE = read, 0
+    mesh = make_mesh((1, 2, 2))
+    shardings = param_shardings(abstract_params(MODEL), DECODER_RULES, mesh)
+    params = load_params(folder, MODEL, shardings=shardings)
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    tensors = load_file(Path(folder) / "model.safetensors")
+    names = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(2)]
+    whole = np.stack([tensors[name].T for name in names])
+    assert len(kernel.addressable_shards) == DEVICES
+    for shard in kernel.addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
+    return sum(elements)
+
+
 def main(port: str, number: str, folder: str) -> None:
     """Join the other process, launch in every way, and print what came of it."""
     import jax
@@ -68,7 +112,9 @@ def main(port: str, number: str, folder: str) -> None:
     }
     kept = len(list(Path(store).iterdir()))
     again = launched("devices", store, (None, "fsdp", "tensor"))
-    print(json.dumps({"results": results, "kept": kept, "again": again}), flush=True)
+    said = {"results": results, "kept": kept, "again": again}
+    said["read"] = loaded(str(Path(folder) / "model"))
+    print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

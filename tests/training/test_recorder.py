@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tsd_jax.training import recorder as recorder_module
-from tsd_jax.training.recorder import Recorder
+from tsd_jax.training.recorder import LoadingBar, Recorder
 
 
 def recorder(workdir, *, start=0, launched=False, active=True) -> Recorder:
@@ -153,3 +153,34 @@ def test_figures_reach_tensorboard(workdir):
     for tag in (b"train/loss", b"train/tokens_per_second", b"eval/nll", b"launch/"):
         assert tag in content
     assert b"train/phase" not in content
+
+
+def test_loading_is_told_by_quiet_lines_without_a_terminal(capsys, monkeypatch):
+    clock = iter([0.0, 4.0, 11.0, 11.0, 12.0, 13.0])
+    monkeypatch.setattr(recorder_module, "monotonic", lambda: next(clock))
+    with LoadingBar() as bar:
+        for done in (1, 2, 3):
+            bar(done * 10**9, 4 * 10**9)
+    assert capsys.readouterr().out == "weights: 2.0 of 4.0 GB\n"
+
+
+def test_loading_is_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(
+        recorder_module.sys.stderr, "isatty", lambda: True, raising=False
+    )
+    with LoadingBar() as bar:
+        bar(3 * 10**9, 4 * 10**9)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "weights:  75%" in told.err
+    assert "3.00G/4.00G" in told.err
+
+
+def test_other_processes_tell_nothing_of_loading(capsys, monkeypatch):
+    monkeypatch.setattr(
+        recorder_module.sys.stderr, "isatty", lambda: True, raising=False
+    )
+    monkeypatch.setattr(recorder_module, "QUIET_SECONDS", -1.0)
+    with LoadingBar(active=False) as bar:
+        bar(3, 4)
+    assert capsys.readouterr() == ("", "")

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.two_processes import problem
+from tests.helpers.two_processes import MODEL, problem
 from tsd_jax.core.adapter import delta
 from tsd_jax.core.launch import launch
+from tsd_jax.models.huggingface import abstract_params, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +29,11 @@ def said(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     folder = str(tmp_path_factory.mktemp("spectra"))
+    params = jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).normal(size=leaf.shape),
+        abstract_params(MODEL),
+    )
+    write_checkpoint(Path(folder) / "model", MODEL, params, dtype="float32")
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     processes = [
         subprocess.Popen(
@@ -65,3 +71,10 @@ def test_both_see_what_one_process_sees(said):
 def test_each_keeps_the_spectra_of_its_own_layers(said):
     """Five layers in chunks of four over four devices; the last one is repeated."""
     assert [process["kept"] for process in said] == [3, 3]
+
+
+def test_each_reads_its_own_devices_parts_of_a_checkpoint(said):
+    """Kernels over fsdp x tensor: each process has half of every one, as one row."""
+    norms = 8 + 2 * 2 * 8
+    kernels = 2 * (4 * 8 * 8 + 3 * 8 * 24) + 2 * 16 * 8
+    assert [process["read"] for process in said] == [kernels // 2 + norms] * 2

@@ -8,6 +8,7 @@ from typing import Any
 
 from tsd_jax.core import paths
 from tsd_jax.core.parts import WholeSpec
+from tsd_jax.core.quantised import Quantised
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.settling import SettlingConfig
 
@@ -56,6 +57,21 @@ def count_parameters(params: Mapping[str, Any]) -> int:
     return sum(math.prod(leaf.shape) for leaf in paths.flatten(params).values())
 
 
+def quantised_part(params: Mapping[str, Any]) -> str:
+    """Tell how many kernels of the base are quantised, and in how many bits."""
+    leaves = paths.flatten(params).values()
+    found = [leaf for leaf in leaves if isinstance(leaf, Quantised)]
+    if not found:
+        return ""
+    formats = ", ".join(sorted({leaf.format for leaf in found}))
+    size = sum(leaf.nbytes for leaf in found)
+    bits = 8 * size / sum(math.prod(leaf.shape) for leaf in found)
+    return (
+        f"{len(found)} kernels of the base in {formats}: {size / 1e9:.3f} GB, "
+        f"{bits:.2f} bits a weight"
+    )
+
+
 def _when(launch_step: int | None, settling: SettlingConfig | None) -> str:
     if settling is not None:
         between = f"between step {settling.launch_min} and {settling.launch_max}"
@@ -80,11 +96,13 @@ def describe(
     """
     total = count_parameters(params)
     frozen = total - sum(part.trainable for part in spec.whole)
+    base = quantised_part(params)
     method = spec.method.name + (" (keep)" if spec.method.keep else "")
     method += " on DoRA" * any(kernel.dora for kernel in spec.kernels)
     when = _when(launch_step, settling)
     return (
         table([_HEAD, *map(_row, spec.kernels), *map(_part_row, spec.whole)])
+        + (f"\n{base}" if base else "")
         + f"\nmethod {method}, {when}, {steps} steps"
         + f"\ntrainable {spec.trainable:,} beside {frozen:,} frozen parameters "
         + f"({100 * spec.trainable / total:.2f} %)"

@@ -21,6 +21,7 @@ from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import Extraction
 from tsd_jax.core.parts import parts_in
+from tsd_jax.core.quantised import Quantization
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.interchange.native import save_adapter
@@ -31,7 +32,7 @@ from tsd_jax.models.decoder import DECODER_RULES, Decoder
 from tsd_jax.training import files, loop, processes, sharding
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.discovery import KernelGradients
-from tsd_jax.training.recorder import Recorder
+from tsd_jax.training.recorder import LoadingBar, Recorder
 from tsd_jax.training.settling import Watcher
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import launch_state, make_train_step
@@ -71,6 +72,7 @@ class Base:
       folder: where it lies. network: the Linen module. tokenizer: of transformers.
       params: abstract tree, in the dtype asked for. apply: with adapters.
       added: tokens that the stored model does not have, or None.
+      quantization: of its linear layers, or None.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Base:
     params: Mapping[str, Any]
     apply: Callable
     added: Added | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +134,9 @@ def execute(run: Run) -> None:
     goes_on = files.claim_workdir(run.workdir, run.settings, _FREE)
     goes_on = processes.first_says(goes_on)
     places = sharding.param_shardings(run.base.params, DECODER_RULES, run.mesh)
-    params = load_base(run.base, run.mesh, places)
     first = jax.process_index() == 0
+    with LoadingBar(active=first) as bar:
+        params = load_base(run.base, run.mesh, places, bar)
     if first:
         run.workdir.mkdir(parents=True, exist_ok=True)
         content = {"config": dict(run.settings), **artifacts.environment()}
@@ -158,7 +162,12 @@ def execute(run: Run) -> None:
             finish(run, state, params, recorder, watch, before, after)
 
 
-def load_base(base: Base, mesh: Mesh, places: Any) -> dict[str, Any]:
+def load_base(
+    base: Base,
+    mesh: Mesh,
+    places: Any,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Load the weights, and give them rows for added tokens."""
     config, scan = base.network.config, base.network.scan_layers
     at = places
@@ -172,6 +181,8 @@ def load_base(base: Base, mesh: Mesh, places: Any) -> dict[str, Any]:
         dtype=base.network.param_dtype,
         scan_layers=scan,
         shardings=at,
+        quantization=base.quantization,
+        progress=progress,
     )
     if base.added is None:
         return params

@@ -14,6 +14,7 @@ from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.magnitudes import column_norms, rescaling
 from tsd_jax.core.parts import Part, place_part, start_part
+from tsd_jax.core.quantised import dequantised
 from tsd_jax.core.spec import KernelSpec, Spec
 
 Leaf = Any
@@ -208,7 +209,8 @@ def _adapted_matrices(
     """Give K and the kernel that is used instead, (*batch, in, out)."""
     down, up = low_rank_factors(adapter, directions)
     change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
-    base = adapter.kernel.layout.to_matrices(kernel).astype(change.dtype)
+    floats = dequantised(kernel)
+    base = adapter.kernel.layout.to_matrices(floats).astype(change.dtype)
     total = base + change
     if adapter.magnitude is not None:
         scale = rescaling(adapter.magnitude, jnp.linalg.norm(total, axis=-2))
@@ -262,7 +264,8 @@ def merge(
       dtype: of the merged leaves; None keeps each one's own.
 
     Returns:
-      A new tree in which only what was adapted or trained whole differs.
+      A new tree in which only what was adapted or trained whole differs; adapted
+      kernels that were quantised are floats.
 
     Raises:
       InputError: a kernel is not in the tree.

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.quantised import dequantised
 from tsd_jax.core.ranking import decompose
 from tsd_jax.core.spectra import Dense
 from tsd_jax.core.stacks import Chunks
@@ -69,7 +70,7 @@ def _spread(kernel: jax.Array, start: jax.Array, *, chunks: Chunks) -> jax.Array
 def _keys(kernel: jax.Array, start: Any, chunks: Chunks) -> dict[int, str]:
     """Name this process's matrices of a chunk: {row: fingerprint}."""
     if chunks.mesh is None and chunks.layout == Layout():
-        return {0: fingerprint(np.asarray(kernel))}  # no copy, on a CPU
+        return {0: fingerprint(np.asarray(dequantised(kernel)))}  # no copy, on a CPU
     rows = _own_rows(_spread(kernel, start, chunks=chunks))
     return {
         row: fingerprint(matrix)

@@ -24,6 +24,7 @@ from tsd_jax.core.known_spectra import SpectraStore, spectra_of
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.magnitudes import matrix_norms
 from tsd_jax.core.methods import Method
+from tsd_jax.core.quantised import stored
 from tsd_jax.core.ranking import EPSILON, Ranked, rank_change
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.spectra import Dense
@@ -228,6 +229,7 @@ class Extraction:
 
     def on_hosts(self, kernel: Any) -> bool:
         """Tell whether a kernel's matrices are decomposed on the hosts."""
+        kernel = stored(kernel)
         if self.where != "auto" or isinstance(kernel, Tracer):
             return self.where == "hosts"
         devices = getattr(kernel, "devices", lambda: set(jax.devices()))()
@@ -329,7 +331,8 @@ def launch(
     `tsd_jax.training.optimizer.reset_moments`.
 
     Args:
-      params: the parameter tree with the untouched kernels.
+      params: the parameter tree with the untouched kernels; quantised ones become
+        floats a chunk at a time.
       adapters: {path: Adapter} as trained so far; parts trained whole go on.
       spec: of `make_spec`; its method says what is started.
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).

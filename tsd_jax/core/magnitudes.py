@@ -13,12 +13,14 @@ Source: arXiv:2402.09353.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.quantised import dequantised
 from tsd_jax.core.wide import Wide
 
 _EXACT = lax.Precision.HIGHEST
@@ -70,18 +72,19 @@ def column_norms(
     """
     inner, batch, lifted = layout.visible, layout.batch, layout.lifted
     if not lifted:
-        return _norms(inner.to_matrices(kernel), down, up)
+        return _norms(inner.to_matrices(dequantised(kernel)), down, up)
     sizes = tuple(kernel.shape[axis] for axis in lifted)
     places = tuple(batch.index(axis) for axis in lifted)
 
-    def rows(x: jax.Array | None, axes: tuple[int, ...]) -> jax.Array | None:
-        if x is None:
-            return None
-        first = jnp.moveaxis(x, axes, range(len(axes)))
-        return first.reshape(-1, *first.shape[len(axes) :])
+    def rows(x: Any, axes: tuple[int, ...]) -> Any:
+        def leaf(part: jax.Array) -> jax.Array:
+            first = jnp.moveaxis(part, axes, range(len(axes)))
+            return first.reshape(-1, *first.shape[len(axes) :])
 
-    def one(parts: tuple[jax.Array, jax.Array | None, jax.Array | None]) -> jax.Array:
-        return _norms(inner.to_matrices(parts[0]), *parts[1:])
+        return jax.tree.map(leaf, x)
+
+    def one(parts: tuple[Any, jax.Array | None, jax.Array | None]) -> jax.Array:
+        return _norms(inner.to_matrices(dequantised(parts[0])), *parts[1:])
 
     norms = lax.map(one, (rows(kernel, lifted), rows(down, places), rows(up, places)))
     return jnp.moveaxis(

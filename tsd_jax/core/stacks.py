@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.quantised import dequantised, stored
 
 MEMORY_BUDGET = 2**26
 """Bytes of whole matrices that a device may hold for extraction at a time."""
@@ -175,12 +176,18 @@ class Chunks:
         shares = indices.reshape(-1, ways, self.width // self.mesh.size)
         return shares[:, lax.axis_index(self._free)].reshape(-1)
 
-    def _take(self, block: jax.Array, indices: jax.Array) -> jax.Array:
-        """Give matrices of the stack, where the stack itself is sharded too."""
+    def _take(self, block: Any, indices: jax.Array) -> jax.Array:
+        """Give matrices of the stack, where the stack itself is sharded too.
+
+        Of a quantised stack no more than these become floats.
+        """
         batch = self.layout.batch
-        block = jnp.moveaxis(block, batch, range(len(batch)))
         if not batch:
+            block = dequantised(block)
             return jnp.broadcast_to(block, (len(indices), *block.shape))
+        block = jax.tree.map(
+            lambda part: jnp.moveaxis(part, batch, range(len(batch))), block
+        )
         places, here = [], jnp.ones(indices.shape, bool)
         for dimension, place in enumerate(jnp.unravel_index(indices, self.batch)):
             names, size = self._names[batch[dimension]], block.shape[dimension]
@@ -188,7 +195,7 @@ class Chunks:
                 place = place - lax.axis_index(names) * size
                 here &= (place >= 0) & (place < size)
             places.append(jnp.clip(place, 0, size - 1))
-        rows = block[tuple(places)]
+        rows = dequantised(jax.tree.map(lambda part: part[tuple(places)], block))
         if self.mesh is None or not self._stacked:
             return rows
         mask = here.reshape(-1, *(1,) * (rows.ndim - 1))
@@ -224,7 +231,7 @@ def cut(
     """Cut a stored kernel's stack into chunks of whole matrices.
 
     Args:
-      kernel: sharded or not, or traced.
+      kernel: sharded or not, quantised or not, or traced.
       layout: of its axes.
       memory_budget: bytes a device may hold of a chunk; one matrix is the least.
     """
@@ -232,8 +239,8 @@ def cut(
     *batch, fan_in, fan_out = layout.shape(shape)
     count = math.prod(batch)
     sharding = None
-    if not isinstance(kernel, Tracer):
-        sharding = getattr(kernel, "sharding", None)
+    if not isinstance(stored(kernel), Tracer):
+        sharding = getattr(stored(kernel), "sharding", None)
     mesh, spec = None, PartitionSpec()
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         mesh, spec = sharding.mesh, sharding.spec

@@ -69,6 +69,10 @@ DECODER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
+LINEAR_KERNELS = r"layers[^/]*/.+_proj/kernel"
+"""Kernels that are worth quantising: not embeddings, heads, routers or norms."""
+
+
 class Decoder(nn.Module):
     """Predict the next token at every position.
 

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 
 from tsd_jax.binding.linen import bind
 from tsd_jax.core import paths
+from tsd_jax.core.quantised import dequantised
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.state import TrainState
 from tsd_jax.training.step import LossFn
@@ -88,7 +89,8 @@ class KernelGradients(Mapping):
 
     def _differentiate(self, wanted: tuple[str, ...]) -> dict[str, jax.Array]:
         """Sum the gradients of one group over all micro-batches."""
-        kernels = paths.select(self._params, wanted)
+        chosen = paths.select(self._params, wanted)
+        kernels = {path: dequantised(kernel) for path, kernel in chosen.items()}
 
         def gradients(kernels, total, state, params, batch):
             def loss(kernels, micro):

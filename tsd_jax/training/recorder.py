@@ -16,6 +16,43 @@ from tsd_jax.training.files import read_lines, write_lines
 LAUNCH_EVERY = 10.0
 """Seconds from line to line about a launch, where there is no progress bar."""
 
+QUIET_SECONDS = 10.0
+"""Without a terminal, a line at most this often tells how far loading is."""
+
+
+class LoadingBar:
+    """Show how many bytes are loaded; call it with those done and their number.
+
+    A bar on a terminal; elsewhere plain lines, and none of what is done soon.
+
+    Args:
+      active: whether this process shows anything.
+    """
+
+    def __init__(self, *, active: bool = True):
+        self._active, self._bar = active, None
+        self._told = monotonic()
+
+    def __enter__(self) -> LoadingBar:
+        if self._active and sys.stderr.isatty():
+            self._bar = tqdm(
+                desc="weights", unit="B", unit_scale=True, dynamic_ncols=True
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell that `done` of `total` bytes are loaded."""
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+        elif self._active and monotonic() - self._told > QUIET_SECONDS:
+            self._told = monotonic()
+            print(f"weights: {done / 1e9:.1f} of {total / 1e9:.1f} GB", flush=True)
+
 
 class Recorder:
     """Write a run's figures; on processes other than the first, do nothing.

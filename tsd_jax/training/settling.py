@@ -28,6 +28,7 @@ from tsd_jax.core import paths, stacks
 from tsd_jax.core.adapter import Adapters
 from tsd_jax.core.changes import learned_change
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.quantised import stored
 from tsd_jax.core.ranking import EPSILON, decompose, top_directions
 from tsd_jax.core.spec import KernelSpec, Spec
 
@@ -180,7 +181,7 @@ def _matrices(
     chunks = stacks.cut(kernel, spec.layout, memory_budget=1)
     take = jax.jit(
         lambda kernel, start: chunks.matrices(kernel, start)[0],
-        out_shardings=_replicated(kernel),
+        out_shardings=_replicated(stored(kernel)),
     )
     return jnp.stack([_here(take(kernel, np.int32(index))) for index in indices])
 

@@ -15,6 +15,7 @@ from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Adapters, Directions
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.parts import Part, WholeSpec
+from tsd_jax.core.quantised import cut_shape
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.state import TrainState
 
@@ -75,7 +76,8 @@ def param_shardings(
 ) -> dict[str, Any]:
     """Give every parameter the spec of the first rule that matches its whole path.
 
-    An axis the mesh does not divide is left whole.
+    An axis the mesh does not divide is left whole. Values and scales of a quantised
+    kernel share one spec: a mesh divides its input axis by whole tiles.
 
     Args:
       params: the tree; arrays or ShapeDtypeStructs.
@@ -92,7 +94,7 @@ def param_shardings(
     def sharding(path: str, leaf: Any) -> NamedSharding:
         for pattern, spec in rules:
             if re.fullmatch(pattern, path):
-                return NamedSharding(mesh, _fit(tuple(leaf.shape), spec, mesh))
+                return NamedSharding(mesh, _fit(cut_shape(leaf), spec, mesh))
         raise InputError(f"no sharding rule matches {path}; end them with ('.*', P())")
 
     flat = paths.flatten(params)

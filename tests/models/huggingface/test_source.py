@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -118,3 +124,86 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
     with pytest.raises(InputError, match=rf"tokenizer in {tmp_path}") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+SETTINGS = b'{"model_type": "llama"}'
+COMMIT = "a" * 40
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answer as the hub does for a gated model that has one file."""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        headers, status, content = {}, 200, SETTINGS
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            status, content = 401, b'{"error": "restricted"}'
+            headers["X-Error-Code"] = "GatedRepo"
+        elif "/tree/" in self.path:
+            file = {"type": "file", "path": "config.json", "oid": "1", "size": 23}
+            content = json.dumps([file]).encode()
+        elif "/api/models" in self.path:
+            files = [{"rfilename": "config.json"}]
+            about = {"id": "owner/name", "sha": COMMIT, "siblings": files}
+            content = json.dumps(about).encode()
+        else:
+            headers = {"ETag": '"1"', "X-Repo-Commit": COMMIT}
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, format, *args):
+        del format, args
+
+
+ASK = """
+import os
+from huggingface_hub import constants
+from tsd_jax.core.errors import InputError
+from tsd_jax.models.huggingface.source import resolve
+
+def ask():
+    try:
+        print((resolve("owner/name") / "config.json").read_text())
+    except InputError as error:
+        print(error)
+
+ask()
+os.environ["HF_TOKEN"] = "hf_secret"
+ask()
+constants.HF_HUB_OFFLINE = True
+ask()
+"""
+
+
+def test_a_token_opens_a_gated_model_and_its_copy_serves_offline(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK],
+            cwd=Path(__file__).resolve().parents[3],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    refused, *given = done.stdout.splitlines()
+    assert "'owner/name' is no local folder, and the hub did not give it" in refused
+    assert "log in with `hf auth login`" in refused
+    assert given == [SETTINGS.decode()] * 2

@@ -14,11 +14,15 @@ from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers.decoders import PUBLISHED, write_decoder
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.huggingface import names
+from tsd_jax.core.quantised import Quantised, Quantization, dequantised, quantise
+from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
+from tsd_jax.models.huggingface import names, placing, read_config
 from tsd_jax.models.huggingface.tensors import StoredTensor
 from tsd_jax.models.huggingface.weights import load_params, write_checkpoint
 from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.training.sharding import make_mesh, param_shardings
 
 CONFIG = LlamaConfig(
     vocab_size=12,
@@ -256,3 +260,60 @@ def test_a_tree_that_does_not_fit_leaves_the_folder_as_it_was(folder, params):
             folder, dataclasses.replace(CONFIG, tie_word_embeddings=True), params
         )
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("scan_layers", "spread"), [(True, False), (True, True), (False, False)]
+)
+def test_kernels_are_quantised_on_the_way(tmp_path, monkeypatch, scan_layers, spread):
+    """Of linear layers, experts among them, and of no other; matrix by matrix."""
+    monkeypatch.setattr(placing, "AT_ONCE", 0)
+    write_decoder(tmp_path, PUBLISHED["mixtral"])
+    config = read_config(tmp_path)
+    plain = load_params(tmp_path, config, scan_layers=scan_layers)
+    how = Quantization(format="int8", tile=8)
+    want = quantise(plain, how, LINEAR_KERNELS, jnp.bfloat16)
+    places = None
+    if spread:
+        mesh = make_mesh((1, 4, 2))
+        places = param_shardings(want, DECODER_RULES, mesh)
+    found = load_params(
+        tmp_path,
+        config,
+        dtype=jnp.bfloat16,
+        scan_layers=scan_layers,
+        quantization=how,
+        shardings=places,
+    )
+    boxes = {p: x for p, x in flat(found).items() if isinstance(x, Quantised)}
+    layers = 1 if scan_layers else 4
+    assert len(boxes) == 7 * layers
+    parts = {path.split("/")[-2] for path in boxes}
+    assert parts == {
+        f"{part}_proj" for part in ["q", "k", "v", "o", "gate", "up", "down"]
+    }
+    for path, leaf in flat(found).items():
+        if path not in boxes:
+            assert leaf.dtype == jnp.bfloat16
+            continue
+        other = flat(want)[path]
+        assert (leaf.format, leaf.dtype) == ("int8", jnp.bfloat16)
+        np.testing.assert_array_equal(leaf.values, other.values)
+        np.testing.assert_array_equal(leaf.scale, other.scale)
+        if places is not None:
+            place = flat(places)[path]
+            assert leaf.values.sharding == leaf.scale.sharding == place
+    if scan_layers and not spread:
+        opened = {p: dequantised(x) for p, x in flat(found).items()}
+        tree = traverse_util.unflatten_dict(opened, sep="/")
+        model = Decoder(config, jnp.bfloat16, jnp.bfloat16)
+        tokens = jnp.arange(6)[None]
+        run = jax.jit(lambda params: model.apply({"params": params}, tokens))
+        np.testing.assert_array_equal(run(found), run(tree))
+
+
+def test_a_kernel_that_tiles_do_not_divide_is_refused_before_reading(folder, reads):
+    how = Quantization(format="nf4", tile=16)
+    with pytest.raises(InputError, match=r"axis of 20 .*of 16; use a tile of 4"):
+        load_params(folder, CONFIG, quantization=how)
+    assert not reads

@@ -1,6 +1,9 @@
 """Folders of safetensors files: learn everything from the headers, then read slices.
 
 A folder holds `model.safetensors`, or several files and `model.safetensors.index.json`.
+safetensors checks the files; their bytes are then mapped by NumPy, because slices of
+safetensors hold Python's lock while they read, and copies out of NumPy's map do not:
+several threads read at a time.
 """
 
 from __future__ import annotations
@@ -29,24 +32,26 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Describe one tensor of a file; its bytes stay there until `read`."""
+    """Describe one tensor of a file; its bytes stay there until they are used."""
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
-    source: Any = dataclasses.field(repr=False)
+    source: np.ndarray = dataclasses.field(repr=False)
+    file_size: int
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Read the part `index` names, and no more, as stored.
+        """Give the part `index` names as stored: a view of the mapped file, read-only.
 
         Raises:
-          InputError: if the file cannot be read any more.
+          InputError: if the file is not what it was when it was opened.
         """
-        try:
-            return self.source[index] if index else self.source[...]
-        except (SafetensorError, OSError) as error:
-            raise _damaged(self.file, error) from error
+        size = self.file.stat().st_size if self.file.is_file() else 0
+        if size != self.file_size:  # a lost page would end the process
+            reason = OSError(f"{size:,} bytes, no longer {self.file_size:,}")
+            raise _damaged(self.file, reason)
+        return self.source[index]
 
 
 def open_tensors(folder: str | Path) -> dict[str, StoredTensor]:
@@ -118,24 +123,38 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            kinds = {name: each.get_dtype() for name, each in slices.items()}
+        places, content = _map(file)
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
-    for name, source in slices.items():
-        if source.get_dtype() not in _DTYPES:
+    for name, kind in kinds.items():
+        if kind not in _DTYPES:
             raise InputError(
-                f"{file} stores tensor {name!r} as {source.get_dtype()}: quantised "
-                f"weights are not supported, use one of {', '.join(_DTYPES)}"
+                f"{file} stores tensor {name!r} as {kind}: quantised weights are not "
+                f"supported, use one of {', '.join(_DTYPES)}"
             )
-    return {
-        name: StoredTensor(
-            name=name,
-            file=file,
-            shape=tuple(source.get_shape()),
-            dtype=_DTYPES[source.get_dtype()],
-            source=source,
-        )
-        for name, source in slices.items()
+    tensors = {}
+    for name, source in slices.items():
+        shape, dtype = tuple(source.get_shape()), _DTYPES[kinds[name]]
+        stored = content[slice(*places[name])].view(dtype).reshape(shape)
+        tensors[name] = StoredTensor(name, file, shape, dtype, stored, content.size)
+    return tensors
+
+
+def _map(file: Path) -> tuple[dict[str, tuple[int, int]], np.ndarray]:
+    """Give where each tensor of a checked file lies in its bytes, and those, mapped.
+
+    Source: the format's specification in safetensors' README.
+    """
+    content = np.memmap(file, np.uint8, mode="r")
+    start = 8 + int(content[:8].view("<u8")[0])
+    header = json.loads(content[8:start].tobytes())
+    header.pop("__metadata__", None)
+    places = {
+        name: (start + each["data_offsets"][0], start + each["data_offsets"][1])
+        for name, each in header.items()
     }
+    return places, np.asarray(content)
 
 
 def _damaged(file: Path, error: Exception) -> InputError:

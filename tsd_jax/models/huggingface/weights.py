@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax import Array
-from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.quantised import Quantised, Quantization
 from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import LINEAR_KERNELS
 from tsd_jax.models.huggingface import names
 from tsd_jax.models.huggingface.config import config_json
+from tsd_jax.models.huggingface.placing import READERS, Index, Placing, read_ahead
 from tsd_jax.models.huggingface.tensors import SINGLE_FILE, StoredTensor, open_tensors
 
-Index = tuple[slice, ...]
+Progress = Callable[[int, int], None]
+"""(bytes placed so far, of how many) -> None."""
+
+_ROWS = 64
 _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -36,11 +41,15 @@ def load_params(
     dtype: DTypeLike | None = None,
     scan_layers: bool = True,
     shardings: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
+    progress: Progress | None = None,
+    readers: int = READERS,
 ) -> dict[str, Any]:
     """Load a checkpoint's weights, each device's part straight from the file.
 
     Every name, shape and dtype is checked in the files' headers before a weight is
-    read. The host reads one device's part of one parameter at a time.
+    read. Several threads read ahead, 256 MiB at most or one matrix; stacked kernels
+    fill on their devices, a matrix at a time, and are never whole on the host.
 
     Args:
       folder: holds `model.safetensors`, or an index and its shards.
@@ -49,13 +58,18 @@ def load_params(
       scan_layers: stack the layers, as `Decoder(scan_layers=True)` wants them.
       shardings: a NamedSharding for every parameter, in the parameters' tree; by
         default whole arrays on the default device.
+      quantization: of the kernels of linear layers, on their devices, a matrix at a
+        time, from the stored type; `dtype` is then that of their use.
+      progress: called as weights are placed.
+      readers: threads that read.
 
     Returns:
       The tree of parameters.
 
     Raises:
       InputError: if a file is missing, corrupt or truncated, if a tensor is missing,
-        unknown or has the wrong shape, or if `shardings` has another structure.
+        unknown or has the wrong shape, if `shardings` has another structure, or if
+        tiles do not divide a kernel.
     """
     stored = open_tensors(folder)
     wanted = names.flatten(names.abstract_params(config, scan_layers=scan_layers))
@@ -68,13 +82,58 @@ def load_params(
         raise InputError(
             f"shardings and parameters differ at {min(odd)!r}: give one for each"
         )
-    params = {}
+    jobs = []
     for path, leaf in wanted.items():
         owners = names.tensor_names(path, leaf.shape, config.model_type)
         tensors = [stored[name] for name in owners]
-        read = _reader(path, leaf.shape, tensors, dtype)
-        params[path] = _place(read, leaf.shape, places[path])
-    return traverse_util.unflatten_dict(params, sep="/")
+        target = _target(tensors, dtype)
+        depth = names.stacked_axes(path)
+        encode = None
+        if quantization is not None and re.fullmatch(LINEAR_KERNELS, path):
+            quantization.check(path, leaf.shape)
+            encode = Quantise(quantization, target)
+            target = _target(tensors, None)
+        placing = Placing(leaf.shape, target, depth, places[path], encode)
+        read = _reader(path, leaf.shape, tensors, target)
+        jobs += [_job(path, placing, step, read) for step in placing.steps]
+    return traverse_util.unflatten_dict(_placed(jobs, progress, readers), sep="/")
+
+
+@dataclass(frozen=True)
+class Quantise:
+    """Quantise matrices for use in `dtype`; hashable, for jit."""
+
+    quantization: Quantization
+    dtype: np.dtype
+
+    def __call__(self, matrices: jax.Array) -> Quantised:
+        """Quantise (..., in, out)."""
+        return self.quantization.quantise(matrices, self.dtype)
+
+
+Step = tuple[str, Placing, tuple[int, ...]]
+
+
+def _job(
+    path: str, placing: Placing, step: tuple[int, ...], read: Callable
+) -> tuple[Step, int, Callable[[], list[np.ndarray]]]:
+    """Say what one step brings, in how many bytes, and how it is read."""
+    parts = placing.indices(step)
+    return (path, placing, step), placing.bytes, lambda: [read(part) for part in parts]
+
+
+def _placed(jobs: list[Any], progress: Progress | None, readers: int) -> dict[str, Any]:
+    """Bring all steps to the devices, in order."""
+    total = sum(size for _, size, _ in jobs)
+    params, done = {}, 0
+    for (path, placing, step), blocks in read_ahead(jobs, readers=readers):
+        placing.put(step, blocks)
+        done += placing.bytes
+        if step == placing.steps[-1]:
+            params[path] = placing.finish()
+        if progress is not None:
+            progress(done, total)
+    return params
 
 
 def check_checkpoint(folder: str | Path, config: DecoderConfig) -> None:
@@ -182,18 +241,16 @@ def _some(tensors: Collection[str]) -> str:
     return f"tensor {min(tensors)!r}" + (f" (and {others} more)" if others else "")
 
 
+def _target(tensors: Collection[StoredTensor], dtype: DTypeLike | None) -> np.dtype:
+    """Give the type a parameter arrives in."""
+    stored = jnp.result_type(*(tensor.dtype for tensor in tensors))
+    return np.dtype(jax.dtypes.canonicalize_dtype(stored if dtype is None else dtype))
+
+
 def _reader(
-    path: str,
-    shape: tuple[int, ...],
-    tensors: list[StoredTensor],
-    dtype: DTypeLike | None,
+    path: str, shape: tuple[int, ...], tensors: list[StoredTensor], target: np.dtype
 ) -> Callable[[Index], np.ndarray]:
     """Make the function that reads any part of a parameter from its tensors."""
-    stored = jnp.result_type(*(tensor.dtype for tensor in tensors))
-    target = jnp.dtype(
-        jax.dtypes.canonicalize_dtype(stored if dtype is None else dtype)
-    )
-
     depth = names.stacked_axes(path)
     numbers = np.arange(len(tensors)).reshape(shape[:depth])
 
@@ -204,27 +261,18 @@ def _reader(
         chosen = numbers[index[:depth]].ravel()
         for matrix, number in zip(matrices, chosen, strict=True):
             if names.is_transposed(path):
-                matrix[...] = tensors[number].read(inner[::-1]).T
+                _copy(matrix.T, tensors[number].read(inner[::-1]))
             else:
-                matrix[...] = tensors[number].read(inner)
+                _copy(matrix, tensors[number].read(inner))
         return block
 
     return read
 
 
-def _place(
-    read: Callable[[Index], np.ndarray],
-    shape: tuple[int, ...],
-    sharding: NamedSharding | None,
-) -> Array:
-    """Put an array on its devices, reading each distinct part of it once."""
-    if sharding is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
-    replicas: dict[str, tuple[Index, list[Any]]] = {}  # slices themselves do not hash
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        replicas.setdefault(str(index), (index or (), []))[1].append(device)
-    pieces = []
-    for index, devices in replicas.values():
-        part = read(index)
-        pieces += [jax.device_put(part, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+def _copy(target: np.ndarray, stored: np.ndarray) -> None:
+    """Copy and cast, some rows at a time, which is many times faster transposed."""
+    if target.dtype == stored.dtype:  # as bits: NumPy then lets other threads run
+        bits = np.dtype(f"u{target.itemsize}")
+        target, stored = target.view(bits), stored.view(bits)
+    for row in range(0, len(stored), _ROWS):
+        target[row : row + _ROWS] = stored[row : row + _ROWS]
