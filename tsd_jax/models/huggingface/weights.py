@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.encoder_config import EncoderConfig
 from tsd_jax.models.huggingface import names
 from tsd_jax.models.huggingface.config import config_json
+from tsd_jax.models.huggingface.families import FAMILIES
+from tsd_jax.models.huggingface.family import ModelConfig
 from tsd_jax.models.huggingface.tensors import SINGLE_FILE, StoredTensor, open_tensors
 
 Index = tuple[slice, ...]
@@ -31,11 +34,13 @@ _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 def load_params(
     folder: str | Path,
-    config: DecoderConfig,
+    config: ModelConfig,
     *,
     dtype: DTypeLike | None = None,
     scan_layers: bool = True,
     shardings: Mapping[str, Any] | None = None,
+    head_key: Array | None = None,
+    new_head: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint's weights, each device's part straight from the file.
 
@@ -49,6 +54,10 @@ def load_params(
       scan_layers: stack the layers, as `Decoder(scan_layers=True)` wants them.
       shardings: a NamedSharding for every parameter, in the parameters' tree; by
         default whole arrays on the default device.
+      head_key: a random key for the head of an encoder whose files have none
+        (`absent_head`): kernels N(0, initializer_range²), biases 0. Where the files
+        have one, it is read.
+      new_head: start the last layer of the head afresh whatever the files have.
 
     Returns:
       The tree of parameters.
@@ -57,10 +66,13 @@ def load_params(
       InputError: if a file is missing, corrupt or truncated, if a tensor is missing,
         unknown or has the wrong shape, or if `shardings` has another structure.
     """
-    stored = open_tensors(folder)
+    stored = _open(folder, config, new_head)
     wanted = names.flatten(names.abstract_params(config, scan_layers=scan_layers))
-    _check_tensors(Path(folder), stored, names.tensor_shapes(wanted, config.model_type))
-    if config.tie_word_embeddings and _HEAD in stored:
+    fresh = {} if head_key is None else _absent_head(wanted, stored, config)
+    read = {path: leaf for path, leaf in wanted.items() if path not in fresh}
+    shapes = names.tensor_shapes(read, config.model_type)
+    _check_tensors(Path(folder), stored, shapes, FAMILIES[config.model_type].unused)
+    if getattr(config, "tie_word_embeddings", False) and _HEAD in stored:
         _check_tied(stored[_HEAD], stored[_TABLE])
     places = dict.fromkeys(wanted) if shardings is None else names.flatten(shardings)
     odd = places.keys() ^ wanted.keys()
@@ -69,28 +81,53 @@ def load_params(
             f"shardings and parameters differ at {min(odd)!r}: give one for each"
         )
     params = {}
-    for path, leaf in wanted.items():
+    for path, leaf in fresh.items():
+        made = _start_head(path, leaf.shape, config, head_key, dtype)
+        params[path] = _place(made, leaf.shape, places[path])
+    for path, leaf in read.items():
         owners = names.tensor_names(path, leaf.shape, config.model_type)
         tensors = [stored[name] for name in owners]
-        read = _reader(path, leaf.shape, tensors, dtype)
-        params[path] = _place(read, leaf.shape, places[path])
+        part = _reader(path, leaf.shape, tensors, dtype)
+        params[path] = _place(part, leaf.shape, places[path])
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def check_checkpoint(folder: str | Path, config: DecoderConfig) -> None:
+def check_checkpoint(
+    folder: str | Path, config: ModelConfig, *, new_head: bool = False
+) -> None:
     """See from the files' headers that they hold a model of this config.
+
+    A head that they lack, or shall not be read (`new_head`), is none of it.
 
     Raises:
       InputError: as `load_params`.
     """
     wanted = names.flatten(names.abstract_params(config))
-    shapes = names.tensor_shapes(wanted, config.model_type)
-    _check_tensors(Path(folder), open_tensors(folder), shapes)
+    stored = _open(folder, config, new_head)
+    fresh = _absent_head(wanted, stored, config)
+    read = {path: leaf for path, leaf in wanted.items() if path not in fresh}
+    shapes = names.tensor_shapes(read, config.model_type)
+    _check_tensors(Path(folder), stored, shapes, FAMILIES[config.model_type].unused)
+
+
+def absent_head(
+    folder: str | Path, config: ModelConfig, *, new_head: bool = False
+) -> tuple[str, ...]:
+    """Give the parameters of the head that a checkpoint lacks, from its headers.
+
+    Args:
+      folder, config, new_head: as of `load_params`.
+
+    Raises:
+      InputError: if a file is missing, corrupt or truncated.
+    """
+    wanted = names.flatten(names.abstract_params(config))
+    return tuple(_absent_head(wanted, _open(folder, config, new_head), config))
 
 
 def write_checkpoint(
     folder: str | Path,
-    config: DecoderConfig,
+    config: ModelConfig,
     params: Mapping[str, Any],
     *,
     dtype: DTypeLike | None = None,
@@ -113,7 +150,7 @@ def write_checkpoint(
         tensors = {
             name: each.astype(jnp.dtype(dtype)) for name, each in tensors.items()
         }
-    stored = str(tensors["model.embed_tokens.weight"].dtype)
+    stored = str(next(iter(tensors.values())).dtype)
     text = json.dumps({**config_json(config, stored), **(extra or {})}, indent=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,14 +164,57 @@ def write_checkpoint(
     os.replace(new_settings, settings)
 
 
+def _open(
+    folder: str | Path, config: ModelConfig, new_head: bool
+) -> dict[str, StoredTensor]:
+    """Describe a checkpoint's tensors, by the names they have here."""
+    stored = open_tensors(folder, FAMILIES[config.model_type].buffers)
+    found = names.canonical_names(stored, config.model_type)
+    left_out = f"{FAMILIES[config.model_type].readout}." if new_head else None
+    return {
+        name: stored[theirs]
+        for name, theirs in found.items()
+        if left_out is None or not name.startswith(left_out)
+    }
+
+
+def _absent_head(
+    wanted: Mapping[str, Any], stored: Mapping[str, StoredTensor], config: ModelConfig
+) -> dict[str, Any]:
+    """Give those of the head's parameters whose tensors are not there."""
+    return {
+        path: wanted[path]
+        for path in names.head_paths(wanted, config.model_type)
+        if not {*names.tensor_names(path, (), config.model_type)} & stored.keys()
+    }
+
+
+def _start_head(
+    path: str,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    key: Array | None,
+    dtype: DTypeLike | None,
+) -> Callable[[Index], np.ndarray]:
+    """Start a parameter of the head; give the function that reads any part of it."""
+    assert key is not None
+    assert isinstance(config, EncoderConfig)
+    started = np.zeros(shape, np.float32)
+    if names.is_transposed(path):
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        started = config.initializer_range * jax.random.normal(own, shape)
+    kept = np.asarray(started).astype(jnp.dtype(dtype or jnp.float32))
+    return lambda index: kept[index]
+
+
 def _check_tensors(
     folder: Path,
     stored: Mapping[str, StoredTensor],
     wanted: Mapping[str, tuple[int, ...]],
+    unused: str,
 ) -> None:
     """Compare names and shapes with those the config asks for."""
-    # Buffers of old checkpoints, and the copy that some keep of a tied head.
-    spare = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
+    spare = re.compile(unused)
     unknown = {name for name in stored if not spare.fullmatch(name)} - wanted.keys()
     missing = wanted.keys() - stored.keys()
     wrong = sorted(
