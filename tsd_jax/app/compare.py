@@ -16,7 +16,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.training.files import read_json
 
 _HEAD = ("method", "seeds", "before", "after", "launch", "trainable", "tokens/s")
-_FIGURES = ("accuracy", "exact_match", "nll")
+_FIGURES = ("accuracy", "exact_match", "spearman", "nll")
 
 
 def read_run(folder: Path) -> dict[str, Any]:

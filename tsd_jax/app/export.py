@@ -18,18 +18,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tsd_jax.app.encoder_export import Trained, noted_labels, write_merged
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.parts import parts_in
-from tsd_jax.interchange.factors import ModuleName
+from tsd_jax.data.classification import Labels
+from tsd_jax.interchange.factors import ModuleName, module_factors
 from tsd_jax.interchange.merged import merge_factors, to_merged
 from tsd_jax.interchange.native import SavedAdapter, load_adapter
 from tsd_jax.interchange.peft import CONFIG, PeftExport, to_peft, write_adapter
 from tsd_jax.interchange.peft_parts import read_whole
 from tsd_jax.interchange.peft_reader import read_modules
 from tsd_jax.interchange.vocabulary import copy_tokenizer, has_tokenizer
-from tsd_jax.interchange.whole import WholeTensor, neighbours
+from tsd_jax.interchange.whole import WholeTensor, neighbours, whole_tensors
 from tsd_jax.models import huggingface
+from tsd_jax.models.encoder_config import EncoderConfig
 
 ADAPTER = "adapter.safetensors"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -42,12 +45,14 @@ class Foreign:
     Attributes:
       factors: {torch module: factors}. base_model: name of its base, or None.
       whole: {tensor: what it trains whole}. tied: whether head and embedding are one.
+      task_type: of PEFT.
     """
 
     factors: Mapping[str, Any]
     base_model: str | None
     whole: Mapping[str, WholeTensor]
     tied: bool
+    task_type: str = "CAUSAL_LM"
 
 
 def read(source: Path) -> SavedAdapter | Foreign:
@@ -66,6 +71,7 @@ def read(source: Path) -> SavedAdapter | Foreign:
             config.get("base_model_name_or_path"),
             read_whole(source),
             bool(config.get("ensure_weight_tying")),
+            config.get("task_type") or "CAUSAL_LM",
         )
     if source.is_dir():
         raise InputError(
@@ -87,6 +93,7 @@ def export_peft(
             max_rank=max_rank,
             tensors=found.whole,
             tied=found.tied,
+            task_type=found.task_type,
         )
     return to_peft(
         out,
@@ -96,6 +103,7 @@ def export_peft(
         base_model=base,
         params=_shapes(base, found),
         max_rank=max_rank,
+        task_type=_task_type(base),
     )
 
 
@@ -105,6 +113,14 @@ def _module_name(base: str) -> ModuleName:
         return huggingface.module_name
     family = huggingface.read_config(base).model_type
     return functools.partial(huggingface.module_name, model_type=family)
+
+
+def _task_type(base: str) -> str:
+    """Name what the base's family does, where the base lies here."""
+    if not (Path(base) / "config.json").is_file():
+        return "CAUSAL_LM"
+    family = huggingface.family_of(huggingface.read_config(base))
+    return family.kind.peft_task
 
 
 def _shapes(base: str, found: SavedAdapter) -> Any:
@@ -128,9 +144,14 @@ def export_merged(
     base: str,
     dtype: str | None,
     tokenizer: Path | None = None,
+    labels: Labels | None = None,
 ) -> str:
     """Write a merged checkpoint, and tell what rounding did."""
     folder = huggingface.resolve(base)
+    if isinstance(config := huggingface.read_config(folder), EncoderConfig):
+        trained = _trained(found, _module_name(str(folder)))
+        stored = write_merged(out, folder, config, trained, labels=labels, dtype=dtype)
+        return f"merged {len(trained.factors)} modules, {stored}, in {out}"
     if isinstance(found, Foreign):
         done = merge_factors(
             out,
@@ -157,6 +178,16 @@ def export_merged(
             "--dtype float32 keeps it"
         )
     return told
+
+
+def _trained(found: SavedAdapter | Foreign, module_name: ModuleName) -> Trained:
+    """Gather what is merged into an encoder."""
+    if isinstance(found, Foreign):
+        return Trained(found.factors, found.whole)
+    return Trained(
+        module_factors(found.adapters, found.directions, module_name),
+        whole_tensors(parts_in(found.adapters), module_name),
+    )
 
 
 def _peft_told(done: PeftExport, out: Path) -> str:
@@ -190,7 +221,8 @@ def export(options: argparse.Namespace) -> str:
         raise InputError(f"{options.source} does not name its base: give --base")
     if options.to == "merged":
         tokenizer = _tokenizer_folder(options.source)
-        return export_merged(found, options.out, base, options.dtype, tokenizer)
+        labels = noted_labels(options.source)
+        return export_merged(found, options.out, base, options.dtype, tokenizer, labels)
     if options.out.resolve() == options.source.resolve():
         raise InputError(f"{options.out} is what is read: give another --out")
     done = export_peft(found, options.out, base, options.max_rank)

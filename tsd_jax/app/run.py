@@ -23,12 +23,13 @@ from tsd_jax.core.launch import Extraction
 from tsd_jax.core.parts import parts_in
 from tsd_jax.core.quantised import Quantization
 from tsd_jax.core.spec import Spec
-from tsd_jax.evaluation.loss import next_token_loss
+from tsd_jax.data.classification import Labels
+from tsd_jax.evaluation.loss import LossFn
 from tsd_jax.interchange.native import save_adapter
 from tsd_jax.interchange.peft import to_peft
 from tsd_jax.interchange.whole import neighbours
 from tsd_jax.models import huggingface
-from tsd_jax.models.decoder import DECODER_RULES, Decoder
+from tsd_jax.models.huggingface.family import Family
 from tsd_jax.training import files, loop, processes, sharding
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.discovery import KernelGradients
@@ -63,7 +64,7 @@ class Added:
     before: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Base:
     """Hold the model before its weights are read.
 
@@ -71,18 +72,42 @@ class Base:
       name: for the adapter's config: a hub id, or the folder in full.
       folder: where it lies. network: the Linen module. tokenizer: of transformers.
       params: abstract tree, in the dtype asked for. apply: with adapters.
+      family: of the model. labels: of a classification or regression; None without.
+      new_head: whether the head's last layer starts afresh whatever the files have.
       added: tokens that the stored model does not have, or None.
       quantization: of its linear layers, or None.
     """
 
     name: str
     folder: Path
-    network: Decoder
+    network: Any
     tokenizer: Any
     params: Mapping[str, Any]
     apply: Callable
+    family: Family
+    labels: Labels | None = None
+    new_head: bool = False
     added: Added | None = None
     quantization: Quantization | None = None
+
+    @functools.cached_property
+    def absent(self) -> tuple[str, ...]:
+        """The parameters of the head that start at random."""
+        if self.labels is None:
+            return ()
+        config = self.network.config
+        return huggingface.absent_head(self.folder, config, new_head=self.new_head)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the model, a line each."""
+        if self.labels is None:
+            return []
+        names = ", ".join(self.labels.names) or f"{self.labels.count} numbers"
+        what = f"{self.labels.problem} ({names})"
+        if not self.absent:
+            return [f"{what} with the checkpoint's head"]
+        return [f"{what}; started at random: {', '.join(sorted(self.absent))}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +123,7 @@ class Run:
         change that pre-launch made.
       optimizer: over the adapters. rates: {name: schedule}, for the log.
       batch: step -> placed batch. evaluate: variables -> figures.
+      loss_fn: (variables, micro-batch) -> (summed loss, counted targets).
     """
 
     settings: Mapping[str, Any]
@@ -113,6 +139,7 @@ class Run:
     rates: Mapping[str, optax.Schedule]
     batch: Callable[[int], Any]
     evaluate: Evaluate
+    loss_fn: LossFn
     discovery_batches: int = 0
 
 
@@ -131,18 +158,23 @@ def execute(run: Run) -> None:
       InputError: the workdir belongs to another run, or the weights are not those of
         the model's config; nothing on disk has changed then.
     """
+    init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
+    head_key = None if run.base.labels is None else jax.random.fold_in(init_key, 1)
     goes_on = files.claim_workdir(run.workdir, run.settings, _FREE)
     goes_on = processes.first_says(goes_on)
-    places = sharding.param_shardings(run.base.params, DECODER_RULES, run.mesh)
+    places = sharding.param_shardings(
+        run.base.params, run.base.family.kind.rules, run.mesh
+    )
     first = jax.process_index() == 0
     with LoadingBar(active=first) as bar:
-        params = load_base(run.base, run.mesh, places, bar)
+        params = load_base(run.base, run.mesh, places, head_key, bar)
     if first:
         run.workdir.mkdir(parents=True, exist_ok=True)
         content = {"config": dict(run.settings), **artifacts.environment()}
+        if run.base.labels is not None:
+            content["labels"] = dataclasses.asdict(run.base.labels)
         files.write_json(run.workdir / "config.json", content)
     _check_shared(run.workdir)
-    init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
     with Checkpoints(run.workdir / "checkpoints") as checkpoints:
         saved = checkpoints if goes_on else None
         state, places = start(run, init_key, params, places, saved)
@@ -166,15 +198,16 @@ def load_base(
     base: Base,
     mesh: Mesh,
     places: Any,
+    head_key: jax.Array | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Load the weights, and give them rows for added tokens."""
+    """Load the weights, and give them rows for added tokens, or a head by its key."""
     config, scan = base.network.config, base.network.scan_layers
     at = places
     if base.added is not None:
         config = dataclasses.replace(config, vocab_size=base.added.before)
         shapes = huggingface.abstract_params(config, scan_layers=scan)
-        at = sharding.param_shardings(shapes, DECODER_RULES, mesh)
+        at = sharding.param_shardings(shapes, base.family.kind.rules, mesh)
     params = huggingface.load_params(
         base.folder,
         config,
@@ -182,6 +215,8 @@ def load_base(
         scan_layers=scan,
         shardings=at,
         quantization=base.quantization,
+        head_key=head_key,
+        new_head=base.new_head,
         progress=progress,
     )
     if base.added is None:
@@ -229,7 +264,7 @@ def start(
 
 def make_parts(run: Run, params: Any, places: Places, recorder: Recorder) -> loop.Parts:
     """Build what the loop calls."""
-    loss_fn = next_token_loss(run.base.apply)
+    loss_fn = run.loss_fn
     step = make_train_step(
         loss_fn,
         run.optimizer,
@@ -332,6 +367,7 @@ def finish(
         ),
         base_model=run.base.name,
         params=paths.update(run.base.params, rest),
+        task_type=run.base.family.kind.peft_task,
     )
     if run.base.added is not None:
         run.base.tokenizer.save_pretrained(str(run.workdir / "adapter"))

@@ -11,12 +11,19 @@ import numpy as np
 from tsd_jax.app.artifacts import on_host
 from tsd_jax.core.errors import InputError
 from tsd_jax.data import encoding
+from tsd_jax.data.classification import (
+    Labels,
+    encode_labelled,
+    find_labels,
+    read_labelled,
+)
 from tsd_jax.data.encoding import Batch
 from tsd_jax.data.iteration import Batches, RandomWindows, hold_out
 from tsd_jax.data.sources import Record, read_instructions, read_text
 from tsd_jax.data.templates import TEMPLATES
+from tsd_jax.evaluation.classification import LOSSES, SCORES, make_logits, predict
 from tsd_jax.evaluation.generation import generate
-from tsd_jax.evaluation.loss import next_token_loss, sequence_log_likelihood
+from tsd_jax.evaluation.loss import LossFn, next_token_loss, sequence_log_likelihood
 from tsd_jax.evaluation.scoring import Place, choices, nll
 from tsd_jax.evaluation.tasks import answer_pattern, exact_match
 
@@ -26,16 +33,21 @@ Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Say what is trained and evaluated on; see configs/default.py for each key."""
+    """Say what is trained and evaluated on; see configs/default.py for each key.
+
+    labels: of a classification, of `labels_of`.
+    """
 
     kind: str
     path: str
     eval_path: str
+    problem: str
     held_out: float
     template: str
     length: int
     train_on_prompt: bool
     seed: int
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +74,19 @@ class Data:
 
     Attributes:
       rows: makes the training rows, from (batch size, process index, count).
-      windows: evaluation text as arrays, or None.
-      records: evaluation records; empty for text.
+      windows: evaluation items as arrays, or None where they are records.
+      records: evaluation records; empty for others.
       notes: what a user should know of the encoding, a line each.
+      metrics: that serve the data.
+      loss: makes the loss from the adapted apply function.
     """
 
     rows: Callable[[int, int, int], Rows]
     windows: Batch | None
     records: list[Record]
     notes: tuple[str, ...]
+    metrics: tuple[str, ...] = ("nll",)
+    loss: Callable[[Callable[..., Any]], LossFn] = next_token_loss
 
 
 def read_data(settings: DataSettings, tokenizer: Any) -> Data:
@@ -143,12 +159,58 @@ def _read_instructions(settings: DataSettings, tokenizer: Any) -> Data:
             f"data.length {settings.length} cuts the output of {examples.truncated:,} "
             f"examples and leaves out {examples.dropped:,} whose prompt fills it"
         )
-    return Data(rows, None, held, tuple(notes))
+    return Data(rows, None, held, tuple(notes), ("nll", "choices", "generate"))
+
+
+def labels_of(settings: DataSettings, known: tuple[str, ...] = ()) -> Labels | None:
+    """Say what the labels of the data mean; None where it has none.
+
+    Args:
+      settings: of the data. known: names of classes that the model's head has.
+
+    Raises:
+      InputError: the file cannot be read, or its labels do not serve.
+    """
+    if settings.kind != "classification" or not settings.path:
+        return None
+    return find_labels(read_labelled(settings.path), settings.problem, known)
+
+
+def _read_classification(settings: DataSettings, tokenizer: Any) -> Data:
+    labels = settings.labels
+    assert labels is not None
+    items = read_labelled(settings.path)
+    if settings.eval_path:
+        held = read_labelled(settings.eval_path)
+    else:
+        count = max(round(len(items) * settings.held_out), 1)
+        items, held = hold_out(items, count, settings.seed)
+    batch, cut = encode_labelled(items, tokenizer, labels, settings.length)
+    held_batch, held_cut = encode_labelled(held, tokenizer, labels, settings.length)
+
+    def rows(batch_size: int, index: int, count: int) -> Rows:
+        return Batches(
+            batch,
+            batch_size,
+            settings.seed,
+            process_index=index,
+            process_count=count,
+        )
+
+    notes = [f"{len(items):,} items to train on, {len(held):,} held out"]
+    if cut or held_cut:
+        notes.append(
+            f"data.length {settings.length} cuts the texts of {cut:,} and "
+            f"{held_cut:,} of them"
+        )
+    loss = LOSSES[labels.problem]
+    return Data(rows, held_batch, [], tuple(notes), ("scores",), loss)
 
 
 KINDS: Mapping[str, Callable[[DataSettings, Any], Data]] = {
     "text": _read_text,
     "instructions": _read_instructions,
+    "classification": _read_classification,
 }
 
 
@@ -195,10 +257,10 @@ def make_evaluation(judge: Judge) -> Evaluate:
             f"unknown eval.metric {judge.eval.metric!r}; "
             f"choose one of {', '.join(METRICS)}"
         )
-    if judge.data.windows is not None and judge.eval.metric != "nll":
+    if judge.eval.metric not in judge.data.metrics:
         raise InputError(
-            f"eval.metric {judge.eval.metric!r} needs data.kind 'instructions'; "
-            "plain text has only 'nll'"
+            f"eval.metric {judge.eval.metric!r} does not serve data.kind "
+            f"{judge.settings.kind!r}, which has {', '.join(judge.data.metrics)}"
         )
     return METRICS[judge.eval.metric](judge)
 
@@ -282,8 +344,24 @@ def _generate(judge: Judge) -> Evaluate:
     return evaluate
 
 
+def _scores(judge: Judge) -> Evaluate:
+    arrays, labels = judge.data.windows, judge.settings.labels
+    assert arrays is not None
+    assert labels is not None
+    held = {n: array[: judge.eval.limit or None] for n, array in arrays.items()}
+    logits_fn = make_logits(judge.apply_fn)
+    scores, size = SCORES[labels.problem], judge.eval.batch_size
+
+    def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
+        logits = predict(logits_fn, variables, held, size, judge.place)
+        return scores(logits, held["targets"][:, 0])
+
+    return evaluate
+
+
 METRICS: Mapping[str, Callable[[Judge], Evaluate]] = {
     "nll": _nll,
     "choices": _choices,
     "generate": _generate,
+    "scores": _scores,
 }

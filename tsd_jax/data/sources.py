@@ -43,10 +43,20 @@ def read_instructions(path: str | Path) -> list[Record]:
     Raises:
       InputError: the file is missing, empty or not JSON, or a row has not the format.
     """
+    rows = read_rows(path)
+    return [_record(row, f"{path}, row {n}") for n, row in enumerate(rows, start=1)]
+
+
+def read_rows(path: str | Path) -> list[Any]:
+    """Read a JSON list, or one JSON value per line.
+
+    Raises:
+      InputError: the file is missing, empty or not JSON.
+    """
     rows = _parse(_read(path), path)
     if not rows:
         raise InputError(f"{path} holds no rows; give a file with at least one")
-    return [_record(row, f"{path}, row {n}") for n, row in enumerate(rows, start=1)]
+    return rows
 
 
 def read_text(path: str | Path) -> str:

@@ -47,7 +47,7 @@ def nll(
     """
     step = jax.jit(loss_fn)
     total = count = 0.0
-    for batch in _batches(arrays, batch_size):
+    for batch in cut_batches(arrays, batch_size):
         loss, weight = step(variables, place(batch))
         total, count = total + float(loss), count + float(weight)
     if count == 0:
@@ -89,7 +89,7 @@ def choices(
     if not len(labels):
         raise InputError("there are no records to score")
     step = jax.jit(score_fn)
-    parts = [_fetch(step(variables, place(b))) for b in _batches(arrays, batch_size)]
+    parts = [fetch(step(variables, place(b))) for b in cut_batches(arrays, batch_size)]
     scores = np.concatenate(parts)[: len(groups)]
     starts = np.searchsorted(groups, np.arange(1, len(labels)))
     correct = sum(
@@ -99,7 +99,7 @@ def choices(
     return {"accuracy": float(correct) / len(labels), "count": len(labels)}
 
 
-def _batches(
+def cut_batches(
     arrays: Mapping[str, np.ndarray], batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Cut rows into batches, the last one filled up with zeros (weight 0)."""
@@ -112,7 +112,7 @@ def _batches(
         }
 
 
-def _fetch(array: jax.Array) -> np.ndarray:
+def fetch(array: jax.Array) -> np.ndarray:
     """Give the whole array on the host, the rows of other processes included."""
     if array.is_fully_addressable:
         return np.asarray(array)

@@ -47,7 +47,7 @@ from tsd_jax.interchange.whole import WholeTensor, whole_tensors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What lies beside the weights and belongs to the model: settings, tokenizer, licence.
-_BESIDE = (
+BESIDE = (
     "*.json",
     "*.jinja",
     "*.model",
@@ -136,7 +136,7 @@ def merge_factors(
     target = None if dtype is None else jnp.dtype(dtype)
     if target is not None and not jnp.issubdtype(target, jnp.floating):
         raise InputError(f"dtype {target} cannot hold weights: name a float type")
-    _check_folders(folder, base)
+    check_folders(folder, base)
     config = read_json(base / "config.json")
     wanted = {f"{name}.weight": (name, pair) for name, pair in factors.items()}
     files = _files(base)
@@ -190,7 +190,7 @@ class _Report:
         return export
 
 
-def _check_folders(folder: Path, base: Path) -> None:
+def check_folders(folder: Path, base: Path) -> None:
     """Refuse to write over anything."""
     if not base.is_dir():
         raise InputError(f"base folder {base} does not exist: give the base model's")
@@ -258,7 +258,7 @@ def _copy_beside(
     base: Path, part: Path, config: Mapping[str, Any], target: Any
 ) -> None:
     """Copy what lies beside the weights; `config`, and their type, as they are now."""
-    found = {file for pattern in _BESIDE for file in base.glob(pattern)}
+    found = {file for pattern in BESIDE for file in base.glob(pattern)}
     for file in sorted(found):
         if file.is_file() and file.name not in (INDEX, "adapter_config.json"):
             shutil.copyfile(file, part / file.name)

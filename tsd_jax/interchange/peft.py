@@ -42,6 +42,8 @@ PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 ROWS = "token_adapter.trainable_tokens_delta"
 """The name of an embedding's trained rows, which are values and no differences."""
+CLASSIFIER = "classifier"
+"""The module that PEFT itself saves of a classification."""
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ def to_peft(
     base_model: str,
     params: Mapping[str, Any] | None = None,
     max_rank: int | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> PeftExport:
     """Write `adapter_config.json` and `adapter_model.safetensors`, loaded by PEFT.
 
@@ -92,6 +95,7 @@ def to_peft(
       max_rank: cut modules of a higher rank to this one, by the SVD of their factors;
         what that costs is returned and logged. Without it the export is exact. With
         DoRA magnitudes stay, and the cost is of dK, before columns are scaled.
+      task_type: of PEFT; "SEQ_CLS" for a classification or regression.
 
     Raises:
       InputError: there is no adapter, some kernels have DoRA and some have not,
@@ -120,6 +124,7 @@ def to_peft(
         max_rank=max_rank,
         tensors=tensors,
         tied=tied,
+        task_type=task_type,
     )
 
 
@@ -146,6 +151,7 @@ def write_adapter(
     max_rank: int | None = None,
     tensors: Mapping[str, WholeTensor] = MappingProxyType({}),
     tied: bool = False,
+    task_type: str = "CAUSAL_LM",
 ) -> PeftExport:
     """Write {torch module: factors} as a PEFT adapter; see `to_peft`.
 
@@ -156,6 +162,7 @@ def write_adapter(
       base_model: for the config. max_rank: as in `to_peft`.
       tensors: {name: what trained whole}.
       tied: whether the base's head may be its embedding.
+      task_type: of PEFT.
     """
     dora = _uses_dora(factors)
     cut: dict[str, tuple[float, float]] = {}
@@ -173,6 +180,7 @@ def write_adapter(
         stored = _tensors(factors) | _whole_tensors(tensors)
         config = _config(ranks, rank, targets, base_model, dora)
         config |= _whole_config(tensors)
+        config["task_type"] = task_type
         if tied and EMBEDDING in tensors and tensors[EMBEDDING].rows is None:
             config["ensure_weight_tying"] = True
             stored[PREFIX + HEAD] = tensors[EMBEDDING].value
@@ -252,9 +260,15 @@ def _whole_tensors(tensors: Mapping[str, WholeTensor]) -> dict[str, np.ndarray]:
     }
 
 
+def _saved(each: WholeTensor) -> str:
+    """Name the module that PEFT saves; it takes a classifier of several as one."""
+    first, _, _ = each.module.partition(".")
+    return first if first == CLASSIFIER else each.module
+
+
 def _whole_config(tensors: Mapping[str, WholeTensor]) -> dict[str, Any]:
     """Say which modules, and which rows of others, take the base's place."""
-    modules = sorted({each.module for each in tensors.values() if each.rows is None})
+    modules = sorted({_saved(each) for each in tensors.values() if each.rows is None})
     rows = {each.module: list(each.rows) for each in tensors.values() if each.rows}
     return {"modules_to_save": modules or None, "trainable_token_indices": rows or None}
 
@@ -283,7 +297,6 @@ def _config(
     } | experts.patterns(ranks, rank)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": rank,

@@ -65,7 +65,13 @@ def _module(name: str, config: Mapping[str, Any]) -> str | None:
     tied = (HEAD,) if config.get("ensure_weight_tying") else ()
     if owned is None or ".lora_" in name:
         return None
-    return owned[1] if owned[1].endswith(saved) or name in tied else None
+    return owned[1] if _is_inside(owned[1], saved) or name in tied else None
+
+
+def _is_inside(module: str, saved: tuple[str, ...]) -> bool:
+    """Tell whether a module, or one that holds it, ends as one of `saved`."""
+    parts = module.split(".")
+    return any(".".join(parts[: n + 1]).endswith(saved) for n in range(len(parts)))
 
 
 def _whole(

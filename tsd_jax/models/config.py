@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.models.layers import ACTIVATIONS
 from tsd_jax.models.rope import RopeScaling
 
 
-def _check_positive(numbers: object) -> None:
-    """Refuse a dataclass whose ints or floats are not positive; None may be."""
+def check_positive(numbers: object, *, zero: Sequence[str] = ()) -> None:
+    """Refuse a dataclass whose ints or floats are not positive; None may be.
+
+    Args:
+      numbers: the dataclass. zero: names of fields that may be 0.
+
+    Raises:
+      InputError: if one is not.
+    """
     for field in dataclasses.fields(numbers):  # pyright: ignore[reportArgumentType]
         value = getattr(numbers, field.name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and not 0 < value < math.inf:
+        zeros = field.name in zero and value == 0
+        if number and not (0 < value < math.inf or zeros):
             raise InputError(
                 f"{field.name} must be positive, not {value}: correct the "
                 "model's config"
@@ -44,7 +53,7 @@ class Experts:
     shared_intermediate_size: int | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed "
@@ -113,7 +122,7 @@ class DecoderConfig:
     experts: Experts | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple "

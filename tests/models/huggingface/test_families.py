@@ -18,6 +18,7 @@ from tsd_jax.models.config import Experts
 from tsd_jax.models.decoder import DECODER_RULES
 from tsd_jax.models.huggingface import names
 from tsd_jax.models.huggingface.config import config_json, read_config
+from tsd_jax.models.huggingface.encoder_families import ENCODERS
 from tsd_jax.models.huggingface.families import FAMILIES
 from tsd_jax.models.rope import (
     DynamicScaling,
@@ -34,7 +35,7 @@ def written(folder, content):
 
 
 def test_every_family_has_a_small_model():
-    assert PUBLISHED.keys() == FAMILIES.keys()
+    assert PUBLISHED.keys() == FAMILIES.keys() - ENCODERS.keys()
     for name, published in PUBLISHED.items():
         assert published["architectures"] == [FAMILIES[name].architecture]
 

@@ -144,6 +144,6 @@ def read_biases(fields: Fields) -> Values:
     return {name: fields.get(name, "bool", False) for name in names}
 
 
-def same_names(*names: str) -> Callable[[DecoderConfig], Values]:
+def same_names(*names: str) -> Callable[[Any], Values]:
     """Make the function that writes fields of the same name on both sides."""
     return lambda config: {name: getattr(config, name) for name in names}

@@ -1,4 +1,4 @@
-"""The file config.json: read into a DecoderConfig, and written from one."""
+"""The file config.json: read into the config of a model, and written from one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.config import DecoderConfig
-from tsd_jax.models.huggingface.common import read_common, write_common
-from tsd_jax.models.huggingface.families import FAMILIES, Family
+from tsd_jax.models.huggingface.families import FAMILIES
+from tsd_jax.models.huggingface.family import Family, ModelConfig
 from tsd_jax.models.huggingface.fields import Fields
 from tsd_jax.models.huggingface.tensors import read_json
 
 
-def read_config(folder: str | Path) -> DecoderConfig:
-    """Read a decoder's config.json, refusing what the model here does not compute.
+def read_config(folder: str | Path) -> ModelConfig:
+    """Read a model's config.json, refusing what the model here does not compute.
 
     Raises:
       InputError: if the file is missing or damaged, lacks a field, has one of the
@@ -26,16 +25,16 @@ def read_config(folder: str | Path) -> DecoderConfig:
     found = read_json(file)
     family = _find_family(file, found)
     fields = Fields(file, found, family.defaults)
-    values = read_common(fields)
+    values = family.kind.read(fields)
     try:
         values |= family.read(fields)
-        return DecoderConfig(**{"model_type": found["model_type"], **values})
+        return family.kind.config(**{"model_type": found["model_type"], **values})
     except InputError as error:
         known = str(error).startswith(str(file))
         raise error if known else InputError(f"{file}: {error}") from error
 
 
-def config_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Give the content of the config.json that transformers reads as this model.
 
     Args:
@@ -44,9 +43,9 @@ def config_json(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """
     family = FAMILIES[config.model_type]
     return {
-        "architectures": [family.architecture],
+        "architectures": [family.written(config)],
         "model_type": config.model_type,
-        **write_common(config),
+        **family.kind.write(config),
         **family.write(config),
         "torch_dtype": dtype,
     }
@@ -61,12 +60,12 @@ def _find_family(file: Path, found: Mapping[str, Any]) -> Family:
             f"supported: {_way_out(found)}"
         )
     family = FAMILIES[kind]
-    only = [family.architecture]
-    given = found.get("architectures") or only
-    if given != only:
+    only = [[name] for name in family.accepted]
+    given = found.get("architectures") or only[0]
+    if given not in only:
         raise InputError(
-            f"{file}: architectures of a {kind} is {given!r}, and only {only!r} is "
-            "supported: choose another checkpoint"
+            f"{file}: architectures of a {kind} is {given!r}, and only "
+            f"{' or '.join(map(repr, only))} is supported: choose another checkpoint"
         )
     settings = found.get("quantization_config")
     if settings is not None:

@@ -6,8 +6,8 @@ transformers assumes where a config.json is silent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tsd_jax.models.config import DecoderConfig, Experts
 from tsd_jax.models.huggingface.common import (
@@ -28,24 +28,9 @@ from tsd_jax.models.huggingface.common import (
     write_chosen_windows,
     write_windows,
 )
+from tsd_jax.models.huggingface.encoder_families import ENCODERS
+from tsd_jax.models.huggingface.family import Family, ModelConfig
 from tsd_jax.models.huggingface.fields import Fields, checked
-
-
-class Family(NamedTuple):
-    """Describe one `model_type`.
-
-    Attributes:
-      architecture: the class of transformers. defaults: of its config.json.
-      read: fields -> values of the DecoderConfig beyond the common ones.
-      write: config -> entries of config.json beyond the common ones.
-      renamed: {a module's name here: there}, where they differ.
-    """
-
-    architecture: str
-    defaults: Mapping[str, Any]
-    read: Callable[[Fields], Values]
-    write: Callable[[DecoderConfig], Values]
-    renamed: Mapping[str, str] = {}
 
 
 def _read_llama(fields: Fields) -> Values:
@@ -378,4 +363,10 @@ FAMILIES: Mapping[str, Family] = {
         _read_smollm3,
         _write_smollm3,
     ),
+    **ENCODERS,
 }
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Give the family of a model's config."""
+    return FAMILIES[config.model_type]

@@ -8,7 +8,7 @@ the names they have in published files, some of which transformers 5 changes on 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,16 +18,16 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.config import DecoderConfig
-from tsd_jax.models.decoder import Decoder
 from tsd_jax.models.huggingface.families import FAMILIES
+from tsd_jax.models.huggingface.family import ModelConfig
 
 
 def abstract_params(
-    config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = True
+    config: ModelConfig, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = True
 ) -> dict[str, Any]:
-    """Give the shapes and dtypes of a decoder's parameters, and no arrays."""
-    model = Decoder(config, param_dtype=dtype, scan_layers=scan_layers)
+    """Give the shapes and dtypes of a model's parameters, and no arrays."""
+    network = FAMILIES[config.model_type].kind.network
+    model = network(config, param_dtype=dtype, scan_layers=scan_layers)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
@@ -55,17 +55,20 @@ def module_name(
         raise ValueError(
             f"{path!r}, {index}: stacked leaves alone have an index for each axis"
         )
-    renamed = FAMILIES[model_type].renamed
-    names = ["model"]
+    family = FAMILIES[model_type]
+    first, *_ = path.split("/")
+    names = [] if first in family.bare else [family.prefix]
     for part in path.split("/")[:-1]:
         layer = re.fullmatch(r"layers_(\d+)", part)
         if layer:
-            names += ["layers", layer[1]]
-        elif part in ("layers", "experts"):
+            names += [family.layers, layer[1]]
+        elif part == "layers":
+            names += [family.layers, str(numbers.pop(0))]
+        elif part == "experts":
             names += [part, str(numbers.pop(0))]
         else:
-            names.append(renamed.get(part, part))
-    return ".".join(names[1:] if names[1] == "lm_head" else names)
+            names.append(family.renamed.get(part, part))
+    return ".".join(names)
 
 
 def module_places(
@@ -147,8 +150,31 @@ def tensor_shapes(
     return shapes
 
 
+def canonical_names(names: Iterable[str], model_type: str) -> dict[str, str]:
+    """Give {the name a tensor has here: its name in a file}.
+
+    Files of a class without a head lack the prefix, and old ones name norms otherwise.
+    """
+    family = FAMILIES[model_type]
+    names = list(names)
+    bare = family.headless and not any(n.startswith(f"{family.prefix}.") for n in names)
+    found = {}
+    for name in names:
+        first, _, _ = name.partition(".")
+        prefix = f"{family.prefix}." if bare and first not in family.bare else ""
+        new = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", prefix + name)
+        found[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", new)] = name
+    return found
+
+
+def head_paths(params: Mapping[str, Any], model_type: str) -> list[str]:
+    """Give the paths of `params`, flat, that are of the head, if there is one."""
+    pattern = FAMILIES[model_type].head
+    return [path for path in params if re.fullmatch(pattern, path)]
+
+
 def to_huggingface(
-    params: Mapping[str, Any], config: DecoderConfig
+    params: Mapping[str, Any], config: ModelConfig
 ) -> dict[str, np.ndarray]:
     """Give the parameters their Hugging Face names and layouts.
 

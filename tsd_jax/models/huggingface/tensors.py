@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,12 @@ class StoredTensor:
         return self.source[index]
 
 
-def open_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+def open_tensors(folder: str | Path, buffers: str = "") -> dict[str, StoredTensor]:
     """Describe every tensor in `folder` from the headers of its files.
+
+    Args:
+      folder: of a checkpoint.
+      buffers: expression for names that are left out.
 
     Raises:
       InputError: if a file is missing, corrupt or truncated, if the index and the
@@ -64,9 +69,9 @@ def open_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     folder = Path(folder)
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():
-        return _read_header(single)
+        return _read_header(single, buffers)
     if index.is_file():
-        return _read_index(index)
+        return _read_index(index, buffers)
     raise InputError(
         f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: fetch one, or convert "
         "its weights with transformers' save_pretrained"
@@ -94,7 +99,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_index(index: Path) -> dict[str, StoredTensor]:
+def _read_index(index: Path, buffers: str) -> dict[str, StoredTensor]:
     """Describe the tensors an index lists, each from the file it names."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(
@@ -105,8 +110,10 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
             f'{index} has no "weight_map" from tensors to file names: fetch it again'
         )
     headers = {
-        file: _read_header(index.parent / file) for file in sorted({*listed.values()})
+        file: _read_header(index.parent / file, buffers)
+        for file in sorted({*listed.values()})
     }
+    listed = {n: file for n, file in listed.items() if not re.fullmatch(buffers, n)}
     for name, file in listed.items():
         if name not in headers[file]:
             raise InputError(
@@ -116,13 +123,14 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
     return {name: headers[file][name] for name, file in listed.items()}
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def _read_header(file: Path, buffers: str) -> dict[str, StoredTensor]:
     """Describe the tensors of one file; opening checks that no byte is missing."""
     if not file.is_file():
         raise InputError(f"{file} does not exist: fetch the missing file")
     try:
         with safe_open(file, framework="np") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            kept = [n for n in opened.keys() if not re.fullmatch(buffers, n)]  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in kept}
             kinds = {name: each.get_dtype() for name, each in slices.items()}
         places, content = _map(file)
     except (SafetensorError, OSError) as error:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from safetensors.numpy import save_file
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantised import Quantised, Quantization
-from tsd_jax.models.config import DecoderConfig
-from tsd_jax.models.decoder import LINEAR_KERNELS
+from tsd_jax.models.encoder_config import EncoderConfig
 from tsd_jax.models.huggingface import names
 from tsd_jax.models.huggingface.config import config_json
+from tsd_jax.models.huggingface.families import FAMILIES
+from tsd_jax.models.huggingface.family import ModelConfig
 from tsd_jax.models.huggingface.placing import READERS, Index, Placing, read_ahead
 from tsd_jax.models.huggingface.tensors import SINGLE_FILE, StoredTensor, open_tensors
 
@@ -36,12 +38,14 @@ _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 def load_params(
     folder: str | Path,
-    config: DecoderConfig,
+    config: ModelConfig,
     *,
     dtype: DTypeLike | None = None,
     scan_layers: bool = True,
     shardings: Mapping[str, Any] | None = None,
     quantization: Quantization | None = None,
+    head_key: jax.Array | None = None,
+    new_head: bool = False,
     progress: Progress | None = None,
     readers: int = READERS,
 ) -> dict[str, Any]:
@@ -60,6 +64,10 @@ def load_params(
         default whole arrays on the default device.
       quantization: of the kernels of linear layers, on their devices, a matrix at a
         time, from the stored type; `dtype` is then that of their use.
+      head_key: a random key for the head of an encoder whose files have none
+        (`absent_head`): kernels N(0, initializer_range²), biases 0. Where the files
+        have one, it is read.
+      new_head: start the last layer of the head afresh whatever the files have.
       progress: called as weights are placed.
       readers: threads that read.
 
@@ -71,10 +79,13 @@ def load_params(
         unknown or has the wrong shape, if `shardings` has another structure, or if
         tiles do not divide a kernel.
     """
-    stored = open_tensors(folder)
+    stored = _open(folder, config, new_head)
     wanted = names.flatten(names.abstract_params(config, scan_layers=scan_layers))
-    _check_tensors(Path(folder), stored, names.tensor_shapes(wanted, config.model_type))
-    if config.tie_word_embeddings and _HEAD in stored:
+    fresh = {} if head_key is None else _absent_head(wanted, stored, config)
+    read = {path: leaf for path, leaf in wanted.items() if path not in fresh}
+    shapes = names.tensor_shapes(read, config.model_type)
+    _check_tensors(Path(folder), stored, shapes, FAMILIES[config.model_type].unused)
+    if getattr(config, "tie_word_embeddings", False) and _HEAD in stored:
         _check_tied(stored[_HEAD], stored[_TABLE])
     places = dict.fromkeys(wanted) if shardings is None else names.flatten(shardings)
     odd = places.keys() ^ wanted.keys()
@@ -82,20 +93,25 @@ def load_params(
         raise InputError(
             f"shardings and parameters differ at {min(odd)!r}: give one for each"
         )
+    kind = FAMILIES[config.model_type].kind
     jobs = []
-    for path, leaf in wanted.items():
+    for path, leaf in fresh.items():
+        made = _start_head(path, leaf.shape, config, head_key, dtype)
+        placing = Placing(leaf.shape, made.dtype, 0, places[path])
+        jobs += [_job(path, placing, step, made.__getitem__) for step in placing.steps]
+    for path, leaf in read.items():
         owners = names.tensor_names(path, leaf.shape, config.model_type)
         tensors = [stored[name] for name in owners]
         target = _target(tensors, dtype)
         depth = names.stacked_axes(path)
         encode = None
-        if quantization is not None and re.fullmatch(LINEAR_KERNELS, path):
+        if quantization is not None and re.fullmatch(kind.linear, path):
             quantization.check(path, leaf.shape)
             encode = Quantise(quantization, target)
             target = _target(tensors, None)
         placing = Placing(leaf.shape, target, depth, places[path], encode)
-        read = _reader(path, leaf.shape, tensors, target)
-        jobs += [_job(path, placing, step, read) for step in placing.steps]
+        part = _reader(path, leaf.shape, tensors, target)
+        jobs += [_job(path, placing, step, part) for step in placing.steps]
     return traverse_util.unflatten_dict(_placed(jobs, progress, readers), sep="/")
 
 
@@ -136,20 +152,42 @@ def _placed(jobs: list[Any], progress: Progress | None, readers: int) -> dict[st
     return params
 
 
-def check_checkpoint(folder: str | Path, config: DecoderConfig) -> None:
+def check_checkpoint(
+    folder: str | Path, config: ModelConfig, *, new_head: bool = False
+) -> None:
     """See from the files' headers that they hold a model of this config.
+
+    A head that they lack, or shall not be read (`new_head`), is none of it.
 
     Raises:
       InputError: as `load_params`.
     """
     wanted = names.flatten(names.abstract_params(config))
-    shapes = names.tensor_shapes(wanted, config.model_type)
-    _check_tensors(Path(folder), open_tensors(folder), shapes)
+    stored = _open(folder, config, new_head)
+    fresh = _absent_head(wanted, stored, config)
+    read = {path: leaf for path, leaf in wanted.items() if path not in fresh}
+    shapes = names.tensor_shapes(read, config.model_type)
+    _check_tensors(Path(folder), stored, shapes, FAMILIES[config.model_type].unused)
+
+
+def absent_head(
+    folder: str | Path, config: ModelConfig, *, new_head: bool = False
+) -> tuple[str, ...]:
+    """Give the parameters of the head that a checkpoint lacks, from its headers.
+
+    Args:
+      folder, config, new_head: as of `load_params`.
+
+    Raises:
+      InputError: if a file is missing, corrupt or truncated.
+    """
+    wanted = names.flatten(names.abstract_params(config))
+    return tuple(_absent_head(wanted, _open(folder, config, new_head), config))
 
 
 def write_checkpoint(
     folder: str | Path,
-    config: DecoderConfig,
+    config: ModelConfig,
     params: Mapping[str, Any],
     *,
     dtype: DTypeLike | None = None,
@@ -172,7 +210,7 @@ def write_checkpoint(
         tensors = {
             name: each.astype(jnp.dtype(dtype)) for name, each in tensors.items()
         }
-    stored = str(tensors["model.embed_tokens.weight"].dtype)
+    stored = str(next(iter(tensors.values())).dtype)
     text = json.dumps({**config_json(config, stored), **(extra or {})}, indent=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,14 +224,56 @@ def write_checkpoint(
     os.replace(new_settings, settings)
 
 
+def _open(
+    folder: str | Path, config: ModelConfig, new_head: bool
+) -> dict[str, StoredTensor]:
+    """Describe a checkpoint's tensors, by the names they have here."""
+    stored = open_tensors(folder, FAMILIES[config.model_type].buffers)
+    found = names.canonical_names(stored, config.model_type)
+    left_out = f"{FAMILIES[config.model_type].readout}." if new_head else None
+    return {
+        name: stored[theirs]
+        for name, theirs in found.items()
+        if left_out is None or not name.startswith(left_out)
+    }
+
+
+def _absent_head(
+    wanted: Mapping[str, Any], stored: Mapping[str, StoredTensor], config: ModelConfig
+) -> dict[str, Any]:
+    """Give those of the head's parameters whose tensors are not there."""
+    return {
+        path: wanted[path]
+        for path in names.head_paths(wanted, config.model_type)
+        if not {*names.tensor_names(path, (), config.model_type)} & stored.keys()
+    }
+
+
+def _start_head(
+    path: str,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    key: jax.Array | None,
+    dtype: DTypeLike | None,
+) -> np.ndarray:
+    """Start a parameter of the head."""
+    assert key is not None
+    assert isinstance(config, EncoderConfig)
+    started = np.zeros(shape, np.float32)
+    if names.is_transposed(path):
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        started = config.initializer_range * jax.random.normal(own, shape)
+    return np.asarray(started).astype(jnp.dtype(dtype or jnp.float32))
+
+
 def _check_tensors(
     folder: Path,
     stored: Mapping[str, StoredTensor],
     wanted: Mapping[str, tuple[int, ...]],
+    unused: str,
 ) -> None:
     """Compare names and shapes with those the config asks for."""
-    # Buffers of old checkpoints, and the copy that some keep of a tied head.
-    spare = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
+    spare = re.compile(unused)
     unknown = {name for name in stored if not spare.fullmatch(name)} - wanted.keys()
     missing = wanted.keys() - stored.keys()
     wrong = sorted(

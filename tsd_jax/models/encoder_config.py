@@ -1,0 +1,174 @@
+"""The numbers that shape an encoder, whatever family it is of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+from jax import Array
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.models.config import check_positive
+
+REGRESSION = "regression"
+CLASSIFICATION = "single_label_classification"
+PROBLEM_TYPES = {"classification": CLASSIFICATION, "regression": REGRESSION}
+"""{what a task is: what config.json calls it}."""
+
+
+def _exact_gelu(x: Array) -> Array:
+    return nn.gelu(x, approximate=False)
+
+
+# As Hugging Face names them: "gelu" is the exact one there, and here.
+ENCODER_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu": _exact_gelu,
+    "gelu_new": nn.gelu,
+    "gelu_fast": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": nn.tanh,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """Hold the numbers of DeBERTa's convolution, whose result joins the first layer.
+
+    Attributes:
+      width: of the kernel, odd. groups: of channels. activation: of the result.
+
+    Raises:
+      InputError: if the width is even, or the activation is not known.
+    """
+
+    width: int
+    groups: int = 1
+    activation: str = "tanh"
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+        _check_activation("conv_act", self.activation)
+        if self.width % 2 == 0:
+            raise InputError(
+                f"conv_kernel_size is {self.width}, and only odd ones keep the "
+                "length: choose another checkpoint"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Disentangled:
+    """Hold the numbers of attention to relative positions (arXiv:2006.03654).
+
+    Attributes:
+      max_relative_positions: no distance counts as more.
+      position_buckets: distances past half of them share buckets whose width grows
+        with the logarithm of the distance; None gives every distance its own.
+      content_to_position, position_to_content: the terms of the scores beside content
+        to content.
+      share_att_key: positions go through the projections of content, not their own.
+      norm_embeddings: normalise the table of positions.
+    """
+
+    max_relative_positions: int
+    position_buckets: int | None = None
+    content_to_position: bool = True
+    position_to_content: bool = True
+    share_att_key: bool = True
+    norm_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+
+    @property
+    def span(self) -> int:
+        """Half the number of rows in the table of positions."""
+        return self.position_buckets or self.max_relative_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Hold the numbers that shape an encoder; without the later ones, it is a BERT.
+
+    Attributes:
+      vocab_size ... layer_norm_eps: as Hugging Face names them; no token types where
+        type_vocab_size is 0.
+      model_type: of the family, which names the tensors in files.
+      hidden_act, pooler_act: keys of `ENCODER_ACTIVATIONS`.
+      head: a key of `tsd_jax.models.encoder_blocks.HEADS`.
+      pad_token_id: of padding. counted_positions: count them from behind it, along
+        the tokens that are not padding (RoBERTa).
+      absolute_positions: add embeddings of positions to those of tokens.
+      embedding_size: of tokens, projected to the hidden one; None for the same.
+      disentangled: attention to relative positions; None for plain attention.
+      convolution: beside the first layer; None for none.
+      initializer_range: standard deviation of the kernels of a fresh head.
+      num_labels: of the head; 0 for none: the network gives its hidden states.
+      label_names: of a classification, in order; () where they have none.
+      problem_type: `CLASSIFICATION` or `REGRESSION`.
+
+    Raises:
+      InputError: if a size is not positive, or the numbers do not fit together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    model_type: str = "bert"
+    hidden_act: str = "gelu"
+    pooler_act: str = "tanh"
+    head: str = "pooled"
+    pad_token_id: int = 0
+    counted_positions: bool = False
+    absolute_positions: bool = True
+    embedding_size: int | None = None
+    disentangled: Disentangled | None = None
+    convolution: Convolution | None = None
+    initializer_range: float = 0.02
+    num_labels: int = 0
+    label_names: tuple[str, ...] = ()
+    problem_type: str = CLASSIFICATION
+
+    def __post_init__(self) -> None:
+        check_positive(self, zero=("type_vocab_size", "pad_token_id", "num_labels"))
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads}): correct the "
+                "model's config"
+            )
+        for name in ("hidden_act", "pooler_act"):
+            _check_activation(name, getattr(self, name))
+        if self.label_names and len(self.label_names) != self.num_labels:
+            raise InputError(
+                f"{len(self.label_names)} labels have names, but num_labels is "
+                f"{self.num_labels}: correct the model's config"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """The width of one head of attention."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of one sequence; None where nothing limits it."""
+        if not self.absolute_positions:
+            return None
+        taken = self.pad_token_id + 1 if self.counted_positions else 0
+        return self.max_position_embeddings - taken
+
+
+def _check_activation(name: str, value: str) -> None:
+    if value not in ENCODER_ACTIVATIONS:
+        raise InputError(
+            f"{name} is {value!r}, and only {', '.join(ENCODER_ACTIVATIONS)} are "
+            "supported: choose another checkpoint"
+        )
