@@ -237,9 +237,9 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     small = min(args.layers, 2)
     plans = {
+        "large": (args.layers, 6, True),
         "single": (small, 1, False),
         "several": (small, 5, False),
-        "large": (args.layers, 6, True),
     }
     rows = []
     for checkpoint, (layers, files, wide) in plans.items():
@@ -251,7 +251,7 @@ def main() -> None:
                 for row, plan in ROWS.items()
                 if plan[0] == checkpoint
             ]
-    largest = rows[-1]
+    largest = rows[0]
     bound = 2**30 + 2 * 32000 * 4096
     result = {
         "benchmark": "loading",

@@ -99,7 +99,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     }
     key = jax.random.key(2)
     compiled = step.lower(state, params, batch, key).compile()
-    seconds = []
+    seconds, metrics = [], {}
     for _ in range(1 + repeats):
         begun = time.perf_counter()
         state, metrics = jax.block_until_ready(compiled(state, params, batch, key))

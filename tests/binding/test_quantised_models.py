@@ -15,6 +15,7 @@ from tests.helpers.trees import trained
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.parts import Whole
 from tsd_jax.core.quantised import Quantised, Quantization, dequantised, quantise
 from tsd_jax.core.spec import Rule
 from tsd_jax.evaluation.loss import next_token_loss
@@ -180,3 +181,11 @@ def test_a_quantised_leaf_is_one_leaf_of_paths_and_shardings():
     places = paths.flatten(param_shardings(params, DECODER_RULES, make_mesh((8, 1, 1))))
     assert places.keys() == flat.keys()
     assert {type(place) for place in places.values()} == {NamedSharding}
+
+
+def test_a_quantised_leaf_cannot_train_whole():
+    model, params, _ = decoder(jnp.float32)
+    rules = [RULE, Whole(pattern=r"layers/.*/o_proj/kernel")]
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    with pytest.raises(InputError, match=r"o_proj/kernel is quantised .* train whole"):
+        make_spec(model.apply, {"params": params}, rules, tokens)

@@ -17,6 +17,7 @@ from tsd_jax.core.adapter import delta, init, merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.launch import Extraction, launch
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.magnitudes import column_norms
 from tsd_jax.core.quantised import Quantised, Quantization, dequantised, quantise
 from tsd_jax.training.sharding import make_mesh
 
@@ -251,3 +252,17 @@ def test_an_adapter_at_its_start_and_merging_leave_floats():
     np.testing.assert_array_equal(merged["k"], plain["k"])
     wide = merge(quantised, *init(jax.random.key(0), spec), dtype=jnp.bfloat16)
     assert wide["k"].dtype == jnp.bfloat16
+
+
+def test_magnitudes_are_those_of_the_floats():
+    """DoRA's norms, a layer at a time and of matrices seen at once."""
+    quantised, plain = base("nf4")
+    rng = np.random.default_rng(5)
+    down, up = rng.normal(size=(5, 16, 2)), rng.normal(size=(5, 2, 24))
+    floats = np.asarray(plain["k"], np.float64)
+    want = np.linalg.norm(floats + down @ up, axis=-2)
+    for lifted in ((0,), ()):
+        layout = Layout((0,), (1,), (2,), lifted)
+        factors = [jnp.asarray(x, jnp.float32) for x in (down, up)]
+        found = column_norms(quantised["k"], *factors, layout=layout)
+        np.testing.assert_allclose(found, want, rtol=1e-5)
