@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from transformers import BertTokenizerFast
+from transformers import BertTokenizer
 
 import tsd_jax as tsd
 from configs import minilm_sst2
@@ -48,7 +48,7 @@ def base(tmp_path_factory):
     write_encoder(folder, PUBLISHED["bert"] | headless)
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     table = {word: number for number, word in enumerate(vocab)}
-    BertTokenizerFast(vocab=table).save_pretrained(folder)
+    BertTokenizer(vocab=table).save_pretrained(folder)
     return folder
 
 
@@ -161,6 +161,7 @@ def test_a_head_takes_the_labels_of_the_data(base, data):
 def test_labels_that_the_head_knows_keep_its_order(headed, data):
     turned = dataclasses.replace(headed, label_names=("good", "odd", "bad"))
     config, labels = with_head(turned, settings(path=data))
+    assert labels is not None
     assert labels.names == config.label_names == ("good", "odd", "bad")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import BertTokenizerFast
+from transformers import BertTokenizer
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import (
@@ -21,7 +21,7 @@ NAMES = Labels("classification", 2, ("bad", "good"))
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return BertTokenizerFast(vocab={word: n for n, word in enumerate(WORDS)})
+    return BertTokenizer(vocab={word: n for n, word in enumerate(WORDS)})
 
 
 @pytest.fixture

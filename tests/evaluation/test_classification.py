@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ def apply_fn(variables, tokens, positions, mask, token_types):
     return seen[:, None].astype(jnp.float32) @ variables
 
 
-def batch(rows=7, length=5, kind=np.int32):
+def batch(rows=7, length=5, kind: Any = np.int32):
     return {
         "tokens": RNG.integers(1, 9, (rows, length)).astype(np.int32),
         "mask": RNG.integers(0, 2, (rows, length)).astype(np.int32),

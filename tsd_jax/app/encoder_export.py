@@ -135,7 +135,7 @@ def _merge(
     for name, pair in trained.factors.items():
         require_finite(pair)
         here = _place(flat, places, f"{name}.weight", pair.down @ pair.up)
-        here += pair.down @ pair.up
+        here[...] = pair.applied(here.T).T
     for name, each in trained.whole.items():
         if each.rows is not None:
             raise InputError(f"{name}: an encoder's rows are not merged here")

@@ -37,12 +37,15 @@ def with_tokens(
 
 def with_head(
     config: ModelConfig, settings: DataSettings, *, new: bool = False
-) -> tuple[ModelConfig, Labels | None]:
+) -> tuple[Any, Labels | None]:
     """Give the config the labels of the data; decoders stay as they are.
 
     Args:
       config: of the checkpoint. settings: of the data.
       new: whether the head's last layer starts afresh, whatever the checkpoint has.
+
+    Returns:
+      The config, and what the labels mean; None of a decoder.
 
     Raises:
       InputError: the model does not serve this kind of data, or its head tells other

@@ -13,8 +13,11 @@ from tsd_jax.models.huggingface.fields import Fields
 from tsd_jax.models.huggingface.tensors import read_json
 
 
-def read_config(folder: str | Path) -> ModelConfig:
+def read_config(folder: str | Path) -> Any:
     """Read a model's config.json, refusing what the model here does not compute.
+
+    Returns:
+      A DecoderConfig or an EncoderConfig; the model_type decides.
 
     Raises:
       InputError: if the file is missing or damaged, lacks a field, has one of the
