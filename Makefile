@@ -63,6 +63,8 @@ test-interop: $(VENV)/installed-interop
 bench: $(VENV)/installed-interop
 	@$(BIN)/python bench/extraction.py
 	@$(BIN)/python bench/launch.py
+	@$(BIN)/python bench/loading.py
+	@$(BIN)/python bench/quantised.py
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .
