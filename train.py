@@ -494,8 +494,8 @@ def main(argv: list[str]) -> int:
     except BaseException as error:
         if processes.alone():
             raise
-        traceback.print_exc()
-        return processes.leave(1, f"{type(error).__name__}: {error}".splitlines()[0])
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        return processes.leave(1, line, traceback.format_exc())
     return 0
 
 

@@ -122,20 +122,22 @@ def _listen() -> None:
 
     def listen() -> None:
         while not ended.wait(_POLL):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                told = json.loads(service.key_value_try_get(_FAILED))
-                if told["process"] != jax.process_index():
-                    _leave_now(
-                        told["code"],
-                        f"process {told['process']}: {told['reason']}",
-                        service,
-                    )
+            _follow(service)
 
     atexit.register(ended.set)  # before JAX's own, which closes the service
     threading.Thread(target=listen, daemon=True).start()
 
 
-def leave(code: int, reason: str) -> int:
+def _follow(service: Any) -> None:
+    """Leave as another process did, if one has told so."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        told = json.loads(service.key_value_try_get(_FAILED))
+        if told["process"] != jax.process_index():
+            reason = f"process {told['process']}: {told['reason']}"
+            _leave_now(told["code"], reason, service)
+
+
+def leave(code: int, reason: str, details: str = "") -> int:
     """Print why this process ends, and end all others; give the exit code.
 
     Returns only in a run of one process. In others nothing is cleaned up: whoever
@@ -143,14 +145,19 @@ def leave(code: int, reason: str) -> int:
 
     Args:
       code: of the exit. reason: one line.
+      details: printed before it, unless this process only follows another one.
     """
     service = _service()
     if service is None or alone():
         print(_line(code, reason), file=sys.stderr)
         return code
     told = {"process": jax.process_index(), "code": code, "reason": reason}
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was first
+    try:
         service.key_value_set(_FAILED, json.dumps(told))
+    except (
+        jax.errors.JaxRuntimeError
+    ):  # somebody was first, and this may follow from it
+        _follow(service)
     _leave_now(code, reason, service)
     return code
 
