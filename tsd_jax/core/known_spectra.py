@@ -41,7 +41,7 @@ def fingerprint(matrix: np.ndarray) -> str:
 
     A SHA-256 of the SHA-256s of its blocks, which are hashed side by side.
     """
-    content = memoryview(np.ascontiguousarray(matrix).view(np.uint8).reshape(-1))
+    content = np.ascontiguousarray(matrix).reshape(-1).view(np.uint8).data
     blocks = [content[at : at + _BLOCK] for at in range(0, len(content), _BLOCK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
