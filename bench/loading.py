@@ -118,9 +118,12 @@ class Sampler(threading.Thread):
         """Sample until told to stop."""
         import jax
 
+        placed = 0
         while not self.done.wait(0.005):
-            # A first axis of one is a single matrix on its way: it does not count.
-            placed = sum(x.nbytes for x in jax.live_arrays() if x.shape[:1] != (1,))
+            # A first axis of one is a single matrix on its way: it does not count. A
+            # donated array is in no list for a moment, and what is placed stays placed.
+            arrays = [x for x in jax.live_arrays() if x.shape[:1] != (1,)]
+            placed = max(placed, sum(x.nbytes for x in arrays))
             self.peak = max(self.peak, anonymous() - self.start_bytes - placed)
 
     def stop(self) -> int:
