@@ -1,6 +1,7 @@
 """Eigenvalues of tridiagonal matrices against LAPACK's, by bisection too (stebz)."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
@@ -31,8 +32,10 @@ SOLVE = jax.jit(eigenvalues)
 @pytest.mark.parametrize("name", MATRICES)
 def test_equal_those_of_lapack_to_the_last_digits(name):
     diagonal, off = MATRICES[name]
-    want = scipy.linalg.eigh_tridiagonal(
-        diagonal, off, eigvals_only=True, lapack_driver="stebz"
+    want = np.asarray(
+        scipy.linalg.eigh_tridiagonal(
+            diagonal, off, eigvals_only=True, lapack_driver="stebz"
+        )
     )
     with jax.enable_x64(True):
         found = np.asarray(SOLVE(diagonal, off))
@@ -48,7 +51,8 @@ def test_counts_are_those_of_the_sorted_eigenvalues():
     shifts = np.linspace(-1, 1, 1500)  # more than are counted at a time
     squares = np.concatenate([[0.0], off**2])
     with jax.enable_x64(True):
-        found = np.asarray(count_below(diagonal, squares, jax.numpy.asarray(shifts)))
+        arrays = (jnp.asarray(array) for array in (diagonal, squares, shifts))
+        found = np.asarray(count_below(*arrays))
     np.testing.assert_array_equal(
         found, np.searchsorted(np.linalg.eigvalsh(full), shifts)
     )

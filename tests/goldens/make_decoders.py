@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
@@ -27,9 +28,10 @@ def main() -> None:
     for family, published in PUBLISHED.items():
         with tempfile.TemporaryDirectory() as folder:
             write_decoder(Path(folder), published)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True
             )
+        model, info = loaded
         if any(info.values()):
             raise SystemExit(f"{family}: the tensors do not fit: {info}")
         with torch.no_grad():
