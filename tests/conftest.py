@@ -10,14 +10,27 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Programs here are small and most run once: compiling is what takes the time.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Iterator
 
 import jax
 import pytest
 
+from tests.helpers.compiled import optimized
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(name="optimized")
+def _optimized() -> Iterator[None]:
+    """Compile as users do."""
+    with optimized():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import tsd_jax as tsd
 from configs import default, demo, llama_tsd, stories_tsd
 from tests.helpers.decoders import PUBLISHED, write_decoder
+from tests.helpers.program import ROOT, train
 from tsd_jax.app.export import main
 from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
@@ -24,20 +24,6 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.methods import get_method
 from tsd_jax.models.huggingface import load_tokenizer
 from tsd_jax.training.loop import StopRequested
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_train():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train = load_train()
 
 
 def small_config(**changes):
@@ -282,7 +268,9 @@ def test_experts_are_left_out_unless_asked_for(tmp_path):
             model__scan_layers=scan_layers,
             adapter__pattern=pattern,
         )
-        return train.make_spec(config, train.open_model(config.model)).kernels
+        return train.make_spec(
+            config, train.open_model(config.model, train.data_settings(config))
+        ).kernels
 
     assert len(kernels(True, everything)) == 7
     assert len(kernels(True, default_rule.pattern)) == 3
@@ -550,5 +538,6 @@ def test_headers_are_looked_at_before_anything_runs(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
+    config = small_config(model__path=str(tmp_path))
     with pytest.raises(InputError, match=r"lacks tensor 'model\.norm\.weight'"):
-        train.open_model(small_config(model__path=str(tmp_path)).model)
+        train.open_model(config.model, train.data_settings(config))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from transformers import BertTokenizer
 import tsd_jax as tsd
 from configs import minilm_sst2
 from tests.helpers.encoders import PUBLISHED, write_encoder
+from tests.helpers.program import train
 from tsd_jax.app.model import with_head, with_tokens
 from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
@@ -23,21 +22,8 @@ from tsd_jax.data.classification import Labels
 from tsd_jax.models import huggingface
 from tsd_jax.models.llama import LlamaConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 LLAMA = LlamaConfig(8, 4, 4, 1, 1, 1, 4)
 WORDS = [f"w{number}" for number in range(62)]
-
-
-def load_train():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train = load_train()
 
 
 @pytest.fixture(scope="module")

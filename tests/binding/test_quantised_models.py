@@ -148,6 +148,7 @@ def test_training_leaves_a_quantised_base_as_it_was():
         pytest.param("int8", "s8[3,32,48]", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("optimized")
 def test_no_stack_of_floats_is_in_the_compiled_step(name, stored):
     model, params, spec = decoder(jnp.float32, name)
     optimizer = make_optimizer(1e-2, 1e-2)

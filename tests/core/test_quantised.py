@@ -212,6 +212,7 @@ def test_one_matrix_alone_and_its_store():
     assert len(store.kept) == 1
 
 
+@pytest.mark.usefixtures("optimized")
 def test_of_a_stack_a_chunk_alone_becomes_floats():
     leaf = base("int8")[0]["k"]
     chunks = stacks.cut(leaf, STACKED, memory_budget=1)

@@ -71,6 +71,7 @@ def test_every_matrix_comes_whole_to_one_device(case):
 
 
 @cases
+@pytest.mark.usefixtures("optimized")
 def test_no_device_gathers_the_kernel(case):
     """The compiled program holds one matrix a device, or a block, and nothing larger.
 
@@ -187,6 +188,7 @@ def test_a_launch_does_not_depend_on_where_it_runs(spec, where):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_hosts_leave_nothing_to_decompose_to_the_devices():
     """What is compiled for the devices spreads matrices; it solves nothing."""
     spec, kernel, adapters = problem()

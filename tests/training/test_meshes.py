@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
+from tests.helpers.compiled import optimized
 from tests.helpers.trees import filled
 from tsd_jax.binding.linen import adapted, make_spec
 from tsd_jax.core import paths
@@ -109,7 +110,8 @@ def run(shape: tuple[int, int, int], devices: int = 8) -> Finished:
     """Train through the launch; one executable, compiled ahead, takes every state."""
     placed = place(shape, devices)
     mesh, spec, params, state, shardings, step = placed
-    program = step.lower(state, params, batch(0, mesh), KEY).compile()
+    with optimized():
+        program = step.lower(state, params, batch(0, mesh), KEY).compile()
     losses, indices = [], {}
     for n in range(STEPS):
         if n == LAUNCH:
@@ -204,7 +206,7 @@ def test_no_program_talks_to_the_host(shape):
     """Neither the step nor launch brings a kernel, or anything else, to the host."""
     finished = run(shape)
     placed = finished.placed
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), optimized():
         launching = jax.jit(
             lambda params, adapters: launch(params, adapters, placed.spec)
         )

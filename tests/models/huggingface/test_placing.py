@@ -96,6 +96,7 @@ def test_matrices_are_encoded_on_the_way(place):
         assert found["half"].sharding == found["sum"].sharding == where
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_stack_is_filled_in_place(monkeypatch):
     monkeypatch.setattr(placing, "AT_ONCE", 0)
     whole = jnp.zeros((4, 8, 8))
