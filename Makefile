@@ -58,7 +58,7 @@ test-slow: $(VENV)/installed-test
 	@$(BIN)/python -m pytest -n $(JOBS) --ignore=tests/interop -m slow
 
 test-interop: $(VENV)/installed-interop
-	@$(BIN)/python -m pytest -n $(JOBS) tests/interop
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/interop
 
 bench: $(VENV)/installed-interop
 	@$(BIN)/python bench/extraction.py
