@@ -129,11 +129,11 @@ def _squeeze(equation: Any, inputs: Origins, found: Found) -> Origins:
 
 def _scan(equation: Any, inputs: Origins, found: Found) -> Origins:
     """Enter a scan's body; what comes out stacked has the axis again."""
-    carried = equation.params["num_carry"]
-    outside = equation.params["num_consts"] + carried
+    body = equation.params["jaxpr"].jaxpr
+    outside = _unstacked(equation.invars, body.invars)
+    carried = _unstacked(equation.outvars, body.outvars)
     stacked = [x for x in inputs[outside:] if x]
     inner = [x and x.without([0]) for x in inputs[outside:]]
-    body = equation.params["jaxpr"].jaxpr
     outputs = follow(body, [*inputs[:outside], *inner], found)
     first = {x.source: (x.axes[0], x.shape[0]) for x in stacked}
 
@@ -144,6 +144,15 @@ def _scan(equation: Any, inputs: Origins, found: Found) -> Origins:
         return Origin(y.source, (axis, *y.axes), (size, *y.shape))
 
     return [*outputs[:carried], *map(restack, outputs[carried:])]
+
+
+def _unstacked(around: Sequence[Any], within: Sequence[Any]) -> int:
+    """Count the arrays that a scan passes on whole; they come before the stacked ones.
+
+    JAX's own counts have other names from version to version.
+    """
+    pairs = zip(around, within, strict=True)
+    return sum(outer.aval.ndim == inner.aval.ndim for outer, inner in pairs)
 
 
 def _while(equation: Any, inputs: Origins, found: Found) -> Origins:
