@@ -276,7 +276,8 @@ def main() -> None:
         "repeats": args.repeats,
         "rows": rows,
     }
-    name = "extraction" if args.device == "cpu" else f"extraction_{args.device}"
+    some = [] if args.kernels == list(KERNELS) else args.kernels
+    name = "_".join(["extraction", *some, *[args.device] * (args.device != "cpu")])
     file = ROOT / "bench" / "results" / f"{name}.json"
     if args.scale == 1:
         file.write_text(json.dumps(result, indent=2) + "\n")
