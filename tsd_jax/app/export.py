@@ -27,8 +27,8 @@ from tsd_jax.interchange.factors import ModuleName, module_factors
 from tsd_jax.interchange.merged import merge_factors, to_merged
 from tsd_jax.interchange.native import SavedAdapter, load_adapter
 from tsd_jax.interchange.peft import CONFIG, PeftExport, to_peft, write_adapter
+from tsd_jax.interchange.peft_files import read_modules
 from tsd_jax.interchange.peft_parts import read_whole
-from tsd_jax.interchange.peft_reader import read_modules
 from tsd_jax.interchange.vocabulary import copy_tokenizer, has_tokenizer
 from tsd_jax.interchange.whole import WholeTensor, neighbours, whole_tensors
 from tsd_jax.models import huggingface
