@@ -64,7 +64,7 @@ bench: $(VENV)/installed-interop
 	@$(BIN)/python bench/extraction.py
 	@$(BIN)/python bench/launch.py
 	@$(BIN)/python bench/loading.py
-	@$(BIN)/python bench/quantised.py
+	@$(BIN)/python bench/quantized.py
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .

@@ -28,24 +28,25 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
 import tsd_jax as tsd
+from tsd_jax import huggingface
 from tsd_jax.app.model import with_head, with_tokens
 from tsd_jax.app.plan import describe
 from tsd_jax.app.run import Base, Run, execute
 from tsd_jax.app.task import (
     Data,
     DataSettings,
+    EvalContext,
     EvalSettings,
-    Judge,
     make_evaluation,
     read_data,
 )
-from tsd_jax.core import paths, stacks
+from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import check_changes
-from tsd_jax.interchange.whole import check_modules
-from tsd_jax.models import huggingface
+from tsd_jax.extraction import chunks
+from tsd_jax.extraction.launch import check_deltas
+from tsd_jax.huggingface.full_tensors import check_modules
 from tsd_jax.training import loop, processes, sharding
-from tsd_jax.training.settling import SettlingConfig
+from tsd_jax.training.auto_launch import AutoLaunchConfig
 
 Config = Any  # a ConfigDict; type checkers know nothing of its fields
 
@@ -92,7 +93,7 @@ def open_model(config: Config, data: DataSettings) -> Base:
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     quantization = quantization_of(config)
     if quantization is not None:
-        params = tsd.quantise(params, quantization, family.kind.linear)
+        params = tsd.quantize(params, quantization, family.kind.linear)
     local = Path(config.path).expanduser().is_dir()
     name = str(folder.resolve()) if local else config.path
     return Base(
@@ -111,7 +112,7 @@ def open_model(config: Config, data: DataSettings) -> Base:
 
 
 def quantization_of(config: Config) -> tsd.Quantization | None:
-    """Say how the base's linear layers are quantised."""
+    """Say how the base's linear layers are quantized."""
     if not config.quantization:
         if config.quantization_tile:
             raise InputError("model.quantization_tile needs a model.quantization")
@@ -146,7 +147,7 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
         scaling=config.adapter.scaling,
         dora=config.adapter.dora,
     )
-    rules = [*head_rules(config, base), rule, *whole_rules(config, base)]
+    rules = [*head_rules(config, base), rule, *full_rules(config, base)]
     tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
     variables = {"params": base.params}
     spec = tsd.make_spec(base.network.apply, variables, rules, tokens, method=method)
@@ -154,25 +155,25 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
     return spec
 
 
-def whole_rules(config: Config, base: Base) -> list[tsd.Whole]:
+def full_rules(config: Config, base: Base) -> list[tsd.Full]:
     """Say what trains whole: what is asked for, and the rows of added tokens."""
-    pattern = config.adapter.train_whole
-    rules = [tsd.Whole(pattern=pattern)] if pattern else []
+    pattern = config.adapter.full_params
+    rules = [tsd.Full(pattern=pattern)] if pattern else []
     rows = base.added.rows if base.added else None
     flat = paths.flatten(base.params)
     for path, axis in huggingface.ROWS.items():
         taken = pattern and re.fullmatch(pattern, path)
         if rows and path in flat and not taken:
-            rules.append(tsd.Whole(pattern=re.escape(path), rows=rows, axis=axis))
+            rules.append(tsd.Full(pattern=re.escape(path), rows=rows, axis=axis))
     return rules
 
 
-def head_rules(config: Config, base: Base) -> list[tsd.Whole]:
+def head_rules(config: Config, base: Base) -> list[tsd.Full]:
     """Train the head of a classification whole, unless told not to."""
     if base.labels is None:
         return []
     if config.adapter.train_head:
-        return [tsd.Whole(pattern=base.family.head)]
+        return [tsd.Full(pattern=base.family.head)]
     if base.absent:
         raise InputError(
             f"the checkpoint has no {base.absent[0]}, which starts at random: leave "
@@ -192,8 +193,8 @@ def optimizer_of(
             f"and method {config.method.name!r} has none here"
         )
     names = ["learning_rate", "gain_learning_rate"]
-    if settings.whole_learning_rate:
-        names.append("whole_learning_rate")
+    if settings.full_learning_rate:
+        names.append("full_learning_rate")
     rates = {
         name: tsd.make_schedule(
             settings[name],
@@ -230,7 +231,7 @@ def discovery_batches(config: Config, spec: tsd.Spec) -> int:
             "method.discovery='gradient' has no meaning for method "
             f"{spec.method.name!r}, which launches nothing"
         )
-    check_changes(spec.method)
+    check_deltas(spec.method)
     if settings.auto_launch:
         raise InputError(
             "method.auto_launch=True waits for what pre-launch changes to settle, but "
@@ -244,7 +245,7 @@ def discovery_batches(config: Config, spec: tsd.Spec) -> int:
     return settings.discovery_batches
 
 
-def settling_config(config: Config, spec: tsd.Spec) -> SettlingConfig | None:
+def settling_config(config: Config, spec: tsd.Spec) -> AutoLaunchConfig | None:
     """Say when directions have settled, where that decides when to launch."""
     if not config.method.auto_launch:
         return None
@@ -255,7 +256,7 @@ def settling_config(config: Config, spec: tsd.Spec) -> SettlingConfig | None:
             f"method.auto_launch=True waits for change rates to settle, but method "
             f"{method.name!r} {reason}"
         )
-    return SettlingConfig(
+    return AutoLaunchConfig(
         launch_min=settings.launch_min,
         launch_max=settings.launch_max or config.train.steps // 2,
         every=settings.every,
@@ -272,7 +273,7 @@ def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
     settling = settling_config(config, spec)
     if settling is not None:
         launch_step = None
-    if launch_step == 0 and method.needs_change and not discovery_batches(config, spec):
+    if launch_step == 0 and method.needs_delta and not discovery_batches(config, spec):
         raise InputError(
             f"method.launch_step 0: method {method.name!r} finds its directions in "
             "what training has changed, so launch after at least 1 step (or with "
@@ -289,7 +290,7 @@ def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
 
 
 def batch_source(config: Config, data: Data, mesh: Mesh) -> Callable[[int], Any]:
-    """Give the function from a step to its batch on the mesh."""
+    """Return the function from a step to its batch on the mesh."""
     size, parts = config.train.batch_size, config.train.micro_batches
     if size < 1 or parts < 1 or size % parts:
         raise InputError(
@@ -309,11 +310,11 @@ def batch_source(config: Config, data: Data, mesh: Mesh) -> Callable[[int], Any]
 def evaluation_of(
     config: Config, settings: DataSettings, base: Base, data: Data, mesh: Mesh
 ):
-    """Give the function from model variables to figures."""
+    """Return the function from model variables to figures."""
     size = config.eval.batch_size
     sharding.check_batch(size, mesh)
     rows = PartitionSpec(*sharding.BATCH[1:])
-    judge = Judge(
+    judge = EvalContext(
         data=data,
         settings=settings,
         eval=EvalSettings(
@@ -342,7 +343,7 @@ def prepare(config: Config, workdir: Path) -> Run:
     settings = dataclasses.replace(settings, labels=base.labels)
     spec = make_spec(config, base)
     if spec.method.launches and tsd.Extraction().on_hosts(None):
-        stacks.host_device()  # refuses here what it would at the launch
+        chunks.host_device()  # refuses here what it would at the launch
     plan = loop_config(config, spec)
     optimizer, rates = optimizer_of(config, plan)
     data = read_data(settings, base.tokenizer)
@@ -370,7 +371,7 @@ def prepare(config: Config, workdir: Path) -> Run:
 
 
 def flat_config(config: Config) -> dict[str, Any]:
-    """Give {"section.key": value}."""
+    """Return {"section.key": value}."""
     flat = {}
     for key, value in config.items():
         inner = flat_config(value) if isinstance(value, ConfigDict) else {"": value}
@@ -379,7 +380,7 @@ def flat_config(config: Config) -> dict[str, Any]:
 
 
 def cache_folder(cache_dir: str) -> Path | None:
-    """Give the folder of caches; None if there shall be none."""
+    """Return the folder of caches; None if there shall be none."""
     if cache_dir == "off":
         return None
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -485,17 +486,17 @@ def main(argv: list[str]) -> int:
         if not _DRY_RUN.value:
             execute(run)
     except InputError as error:
-        return processes.leave(2, str(error))
+        return processes.exit_run(2, str(error))
     except loop.StopRequested as error:
         print(
             f"train.py: {error}; the same command goes on from there", file=sys.stderr
         )
         return 130
     except BaseException as error:
-        if processes.alone():
+        if processes.is_single_process():
             raise
         line = f"{type(error).__name__}: {error}".splitlines()[0]
-        return processes.leave(1, line, traceback.format_exc())
+        return processes.exit_run(1, line, traceback.format_exc())
     return 0
 
 

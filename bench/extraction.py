@@ -35,7 +35,7 @@ RANK, TOP, SCALE, EPSILON = 8, 8, 2.0, 1e-6
 
 
 def shape_of(name: str, scale: int) -> tuple[int, int]:
-    """Give (in, out) of a kernel of the layer, its widths divided by `scale`."""
+    """Return (in, out) of a kernel of the layer, its widths divided by `scale`."""
     width, inner = WIDTH // scale, INNER // scale
     return {"up": (width, inner), "down": (inner, width)}.get(name, (width, width))
 
@@ -112,7 +112,7 @@ def measured(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
 
 
 def ours(folder: Path, names: list[str], device: str, how: str) -> Callable[[], Any]:
-    """Give our extraction as a function of no arguments: {name: top indices}."""
+    """Return our extraction as a function of no arguments: {name: top indices}."""
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, str(ROOT))
@@ -151,7 +151,7 @@ def ours(folder: Path, names: list[str], device: str, how: str) -> Callable[[], 
 
 
 def theirs(folder: Path, names: list[str], device: str) -> Callable[[], Any]:
-    """Give the authors' procedure as a function of no arguments."""
+    """Return the authors' procedure as a function of no arguments."""
     import torch  # pyright: ignore[reportMissingImports]
 
     where = "cuda" if device == "gpu" else "cpu"
@@ -174,7 +174,7 @@ def theirs(folder: Path, names: list[str], device: str) -> Callable[[], Any]:
 
 
 def reference(folder: Path, names: list[str]) -> dict[str, list[int]]:
-    """Give the top sets of a float64 SVD, a wide kernel's by way of its LQ."""
+    """Return the top sets of a float64 SVD, a wide kernel's by way of its LQ."""
     sets = {}
     for name, x in read_inputs(folder, names).items():
         kernel, a, b = (x[key].astype(np.float64) for key in ("kernel", "a", "b"))

@@ -30,8 +30,8 @@ import numpy as np
 
 import tsd_jax as tsd
 from configs import default, demo
+from tsd_jax import huggingface
 from tsd_jax.evaluation.loss import next_token_loss
-from tsd_jax.models import huggingface
 from tsd_jax.models.decoder import Decoder
 from tsd_jax.models.llama import LlamaConfig
 from tsd_jax.training.state import create_state
@@ -62,7 +62,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """Give what a function gives, and its seconds until the devices are done."""
+    """Return what a function gives, and its seconds until the devices are done."""
     begun = time.perf_counter()
     result = jax.block_until_ready(run())
     return result, time.perf_counter() - begun

@@ -46,7 +46,7 @@ ROWS: dict[str, tuple[str, int | None, bool]] = {
 
 
 def config_of(layers: int) -> Any:
-    """Give a Llama of LLaMA-7B's widths."""
+    """Return a Llama of LLaMA-7B's widths."""
     from tsd_jax.models.llama import LlamaConfig
 
     return LlamaConfig(
@@ -65,7 +65,7 @@ def make_checkpoint(folder: Path, layers: int, files: int, wide: bool) -> int:
     import jax.numpy as jnp
     from safetensors.numpy import save_file
 
-    from tsd_jax.models.huggingface import abstract_params, names
+    from tsd_jax.huggingface import abstract_params, names
 
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(2**22, np.float32) * 0.02
@@ -138,7 +138,7 @@ def plain(folder: Path, config: Any) -> Any:
     import jax.numpy as jnp
     from safetensors.numpy import load_file
 
-    from tsd_jax.models.huggingface import abstract_params, names
+    from tsd_jax.huggingface import abstract_params, names
 
     tensors = load_file(folder / "model.safetensors")
     params = {}
@@ -157,7 +157,7 @@ def child(args: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
-    from tsd_jax.models.huggingface import load_params
+    from tsd_jax.huggingface import load_params
 
     folder, config = Path(args.folder), config_of(args.layers)
     _, readers, stacked = ROWS[args.row]

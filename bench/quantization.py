@@ -1,6 +1,6 @@
 """Weigh and time training beside a base in float32, bfloat16, int8 and nf4.
 
-    python bench/quantised.py
+    python bench/quantized.py
 
 A random decoder of 8 scanned layers with remat; LoRA-TSD on q, k, v, up and down. One
 process for all formats: bytes of the base and of its linear kernels, the compiled
@@ -32,7 +32,7 @@ FORMATS = {
 
 
 def problem(dtype: str, quantization: str | None) -> tuple[Any, Any, Any]:
-    """Give a model, its random base and a spec."""
+    """Return a model, its random base and a spec."""
     import jax
     import jax.numpy as jnp
 
@@ -58,14 +58,14 @@ def problem(dtype: str, quantization: str | None) -> tuple[Any, Any, Any]:
         shapes,
     )
     if quantization is not None:
-        params = tsd.quantise(params, quantization, LINEAR_KERNELS)
+        params = tsd.quantize(params, quantization, LINEAR_KERNELS)
     rules = [tsd.Rule(pattern=PATTERN, rank=8, directions=8)]
     spec = tsd.make_spec(model.apply, {"params": params}, rules, tokens, method="tsd")
     return model, params, spec
 
 
 def sizes(params: Any) -> tuple[int, int]:
-    """Give the bytes of the base, and those of its linear kernels."""
+    """Return the bytes of the base, and those of its linear kernels."""
     import re
 
     from tsd_jax.core import paths
@@ -142,8 +142,8 @@ def main() -> None:
             f"  loss {row['loss']:.4f}",
             flush=True,
         )
-    result = {"benchmark": "quantised", "device": args.device, "rows": rows}
-    name = "quantised" if args.device == "cpu" else f"quantised_{args.device}"
+    result = {"benchmark": "quantized", "device": args.device, "rows": rows}
+    name = "quantized" if args.device == "cpu" else f"quantized_{args.device}"
     file = ROOT / "bench" / "results" / f"{name}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> Any:
-    """Give all keys with their defaults."""
+    """Return all keys with their defaults."""
     config: Any = ConfigDict()
     config.seed = 0
     # Devices along data, fsdp and tensor; one of them may be -1 for all that is left.
@@ -78,7 +78,7 @@ def get_config() -> Any:
     config.adapter.dora = False  # train the norms of the kernels' columns apart
     # Parameters that train whole beside the adapters: an expression over their paths,
     # as r"norm/scale|lm_head/kernel"; "" for none.
-    config.adapter.train_whole = ""
+    config.adapter.full_params = ""
 
     config.data = ConfigDict()
     config.data.kind = "instructions"  # instructions, text or classification
@@ -102,7 +102,7 @@ def get_config() -> Any:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-4  # of A and B
     config.optimizer.gain_learning_rate = 2e-4  # of the gains along the directions
-    config.optimizer.whole_learning_rate = 0.0  # of parts; 0 for learning_rate
+    config.optimizer.full_learning_rate = 0.0  # of parts; 0 for learning_rate
     config.optimizer.warmup = 0
     config.optimizer.decay = "linear"  # constant, linear or cosine
     config.optimizer.restart = False  # warm up and decay once more from launch on

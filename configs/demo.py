@@ -11,7 +11,7 @@ ASSETS = "tsd_jax/demo/assets"
 
 
 def get_config():
-    """Give the demo's settings."""
+    """Return the demo's settings."""
     config = default.get_config()
     config.model.path = f"{ASSETS}/model"
     config.method.launch_step = 24

@@ -15,7 +15,7 @@ from configs import default
 
 
 def get_config():
-    """Give the paper's settings; the steps are 3 epochs of about 170,000 items."""
+    """Return the paper's settings; the steps are 3 epochs of about 170,000 items."""
     config = default.get_config()
     config.model.path = "huggyllama/llama-7b"
     config.model.dtype = "bfloat16"

@@ -13,7 +13,7 @@ from configs import default
 
 
 def get_config():
-    """Give the settings: 160 steps of 16 x 48 tokens, launch at 40, r = 8."""
+    """Return the settings: 160 steps of 16 x 48 tokens, launch at 40, r = 8."""
     config = default.get_config()
     config.model.path = "sentence-transformers/all-MiniLM-L6-v2"
     config.method.launch_step = 40

@@ -12,7 +12,7 @@ from configs import default
 
 
 def get_config():
-    """Give the settings: 150 steps of 8 x 128 tokens, launch at 20, r = 8."""
+    """Return the settings: 150 steps of 8 x 128 tokens, launch at 20, r = 8."""
     config = default.get_config()
     config.model.path = "../shared/models/stories3M"
     config.method.launch_step = 20

@@ -35,7 +35,7 @@ def _optimized() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Give the folder of real models and data beside the project, or skip."""
+    """Return the folder of real models and data beside the project, or skip."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         if os.environ.get("REQUIRE_SHARED") == "1":

@@ -101,7 +101,7 @@ def top(imported: str) -> str:
 
 
 def room(name: str) -> str:
-    """Give the room of a module of ours; the top itself is "__init__"."""
+    """Return the room of a module of ours; the top itself is "__init__"."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__"
 

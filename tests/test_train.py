@@ -22,12 +22,12 @@ from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.methods import get_method
-from tsd_jax.models.huggingface import load_tokenizer
+from tsd_jax.huggingface import load_tokenizer
 from tsd_jax.training.loop import StopRequested
 
 
 def small_config(**changes):
-    """Give the demo's config, cut to 6 steps on few kernels, with changes by key."""
+    """Return the demo's config, cut to 6 steps on few kernels, with changes by key."""
     config = demo.get_config()
     config.mesh = (2, 2, 2)
     config.model.path = str(ROOT / config.model.path)
@@ -194,7 +194,7 @@ def test_a_run_with_added_tokens_and_parts(tmp_path):
     moved = np.abs(norm - base["model.norm.weight"].astype(np.float32))
     assert 0.02 < moved.max() < 0.07
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    rates = [json.loads(line).get("whole_learning_rate") for line in metrics]
+    rates = [json.loads(line).get("full_learning_rate") for line in metrics]
     assert max(rate or 0 for rate in rates) == pytest.approx(0.02)
     out = tmp_path / "merged"
     assert main([str(tmp_path / "run"), "--to", "merged", "--out", str(out)]) == 0
@@ -374,7 +374,7 @@ BAD_TOGETHER = {
         {"model__quantization": "fp3", "model__remat": True},
         r"unknown quantization 'fp3'; choose one of int8, nf4",
     ),
-    "quantised and without remat": (
+    "quantized and without remat": (
         {"model__quantization": "nf4", "model__quantization_tile": 32},
         r"model.quantization='nf4' without model.remat=True .*model.remat=True$",
     ),

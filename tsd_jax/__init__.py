@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tsd_jax.binding.linen import adapted, bind, einsum, make_spec
-from tsd_jax.binding.linen_handlers import HANDLERS, Call
+from tsd_jax.binding.linen.handlers import HANDLERS, Call
 from tsd_jax.core.adapter import (
     Adapter,
     Directions,
@@ -14,24 +14,24 @@ from tsd_jax.core.adapter import (
     merge,
 )
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import Extraction, Ranking, launch
+from tsd_jax.core.full_params import Full, FullParam, FullSpec
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
-from tsd_jax.core.parts import Part, Whole, WholeSpec
-from tsd_jax.core.quantised import Quantised, Quantization, quantise
-from tsd_jax.core.ranking import rank_directions
+from tsd_jax.core.quantization import Quantization, Quantized, quantize
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
-from tsd_jax.interchange.merged import MergedExport, to_merged
-from tsd_jax.interchange.native import SavedAdapter, load_adapter, save_adapter
-from tsd_jax.interchange.peft import PeftExport, to_peft
-from tsd_jax.interchange.peft_reader import PeftAdapter, from_peft
+from tsd_jax.extraction.launch import Extraction, Ranking, launch
+from tsd_jax.extraction.ranking import rank_directions
+from tsd_jax.huggingface.merge import MergedExport, to_merged
+from tsd_jax.huggingface.peft.read import PeftAdapter, from_peft
+from tsd_jax.huggingface.peft.write import PeftExport, to_peft
+from tsd_jax.storage.adapter_file import SavedAdapter, load_adapter, save_adapter
+from tsd_jax.storage.spectra_folder import SpectraFolder
 from tsd_jax.training.optimizer import (
     group_labels,
     make_optimizer,
     make_schedule,
     reset_moments,
 )
-from tsd_jax.training.spectra_store import SpectraFolder
 
 if TYPE_CHECKING:
     from tsd_jax.binding import nnx
@@ -43,23 +43,23 @@ __all__ = [
     "Call",
     "Directions",
     "Extraction",
+    "Full",
+    "FullParam",
+    "FullSpec",
     "InputError",
     "KernelSpec",
     "Layout",
     "MergedExport",
     "Method",
-    "Part",
     "PeftAdapter",
     "PeftExport",
-    "Quantised",
     "Quantization",
+    "Quantized",
     "Ranking",
     "Rule",
     "SavedAdapter",
     "Spec",
     "SpectraFolder",
-    "Whole",
-    "WholeSpec",
     "adapted",
     "bind",
     "delta",
@@ -76,7 +76,7 @@ __all__ = [
     "make_spec",
     "merge",
     "nnx",
-    "quantise",
+    "quantize",
     "rank_directions",
     "reset_moments",
     "save_adapter",

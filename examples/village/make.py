@@ -1,6 +1,6 @@
 """Make the demo's assets: tokenizer, pretrained model, and the task's two files.
 
-    python -m tsd_jax.demo.make [--folder DIR]
+    python -m examples.village.make [--folder DIR]
 
 Takes some minutes on two CPU cores, needs nothing but this package, and gives the
 same files again on the same machine. See `world` for what the model is taught.
@@ -19,14 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from examples.village import pretraining, world
+from examples.village.tokenizer import save_tokenizer, train_tokenizer
+from tsd_jax import huggingface
 from tsd_jax.data.encoding import encode_choices
 from tsd_jax.data.sources import Record, read_instructions
 from tsd_jax.data.templates import plain
-from tsd_jax.demo import pretraining, world
-from tsd_jax.demo.tokenizer import save_tokenizer, train_tokenizer
 from tsd_jax.evaluation.loss import sequence_log_likelihood
 from tsd_jax.evaluation.scoring import choices
-from tsd_jax.models import huggingface
 from tsd_jax.models.llama import Llama, LlamaConfig
 
 ASSETS = Path(__file__).parent / "assets"
@@ -44,7 +44,7 @@ SCHEDULE = pretraining.Schedule(
 
 
 def make_config(vocab_size: int) -> LlamaConfig:
-    """Give the shape of the model: half a million parameters."""
+    """Return the shape of the model: half a million parameters."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=96,
@@ -59,7 +59,7 @@ def make_config(vocab_size: int) -> LlamaConfig:
 
 
 def tokenizer_texts(people: list[world.Villager]) -> list[str]:
-    """Give the text the tokenizer is trained on: every sentence a few times."""
+    """Return the text the tokenizer is trained on: every sentence a few times."""
     return [text for n in range(4) for text in world.documents(people, SEED + n)]
 
 
@@ -72,7 +72,7 @@ def token_ids(tokenizer: Any, people: list[world.Villager]) -> Iterator[list[int
 
 
 def accuracy(model: Llama, params: Any, tokenizer: Any, records: list[Record]) -> float:
-    """Give the share of records whose right option is the most likely one."""
+    """Return the share of records whose right option is the most likely one."""
     encoded = encode_choices(records, tokenizer, plain, 32)
     apply: Callable[..., Any] = model.apply
     score_fn = sequence_log_likelihood(apply)

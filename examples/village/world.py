@@ -327,7 +327,7 @@ def _fill(sentence: str, person: Villager) -> str:
 
 
 def _spread(values: Sequence[T], count: int, rng: random.Random) -> list[T]:
-    """Give `count` values in random order, each as often as any other."""
+    """Return `count` values in random order, each as often as any other."""
     column = [value for value in values for _ in range(count // len(values))]
     if len(column) != count:
         raise ValueError(f"{count} places cannot be shared by {len(values)} values")

@@ -20,10 +20,10 @@ from tsd_jax.analysis.arrays import (
 )
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import Ranking
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import KernelSpec
-from tsd_jax.training.files import write_rankings
+from tsd_jax.extraction.launch import Ranking
+from tsd_jax.storage.run_files import write_rankings
 
 ROWS = [
     {"kind": "eval", "step": 0, "nll": 5.5},

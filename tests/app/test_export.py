@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers.trees import random_all
+from tsd_jax import huggingface
 from tsd_jax.app.export import main
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.spec import Rule
-from tsd_jax.interchange.native import save_adapter
-from tsd_jax.models import huggingface
 from tsd_jax.models.llama import Llama
+from tsd_jax.storage.adapter_file import save_adapter
 
 BASE = Path(__file__).resolve().parents[2] / "tsd_jax/demo/assets/model"
 TOKENS = np.arange(1, 9)[None]

@@ -14,12 +14,12 @@ import tsd_jax as tsd
 from configs import minilm_sst2
 from tests.helpers.encoders import PUBLISHED, write_encoder
 from tests.helpers.program import train
+from tsd_jax import huggingface
 from tsd_jax.app.model import with_head, with_tokens
 from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
-from tsd_jax.models import huggingface
 from tsd_jax.models.llama import LlamaConfig
 
 LLAMA = LlamaConfig(8, 4, 4, 1, 1, 1, 4)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from tsd_jax.app.plan import count_parameters, describe, table
+from tsd_jax.core.full_params import FullSpec
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import get_method
-from tsd_jax.core.parts import WholeSpec
-from tsd_jax.core.quantised import Quantization, quantise
+from tsd_jax.core.quantization import Quantization, quantize
 from tsd_jax.core.spec import Rule, build_spec
-from tsd_jax.training.settling import SettlingConfig
+from tsd_jax.training.auto_launch import AutoLaunchConfig
 
 STACKED = Layout((0,), (1,), (2,), (0,))
 
@@ -50,12 +50,12 @@ def test_describe_counts_magnitudes():
     assert f"trainable {3 * (2 * (6 + 10) + 4 + 10)} beside 360" in text
 
 
-def test_describe_tells_what_is_quantised():
+def test_describe_tells_what_is_quantized():
     path = "layers/up/kernel"
     rules = {path: Rule(pattern="x", rank=2, directions=4)}
     spec = build_spec({path: (3, 6, 10)}, {path: STACKED}, rules, get_method("dash"))
     assert " of the base in " not in describe(spec, params(), 20, 150)
-    base = quantise(params(), Quantization(format="int8", tile=3), path)
+    base = quantize(params(), Quantization(format="int8", tile=3), path)
     text = describe(spec, base, 20, 150)
     size = 180 + 4 * 3 * 2 * 10
     bits = 8 * size / 180
@@ -68,7 +68,7 @@ def test_describe_tells_what_decides_when_to_launch():
     rule = Rule(pattern="x", rank=2, directions=4, auto_directions=True)
     rules = {path: rule}
     spec = build_spec({path: (3, 6, 10)}, {path: STACKED}, rules, get_method("dash"))
-    settling = SettlingConfig(launch_min=12, launch_max=34)
+    settling = AutoLaunchConfig(launch_min=12, launch_max=34)
     text = describe(spec, params(), None, 150, settling)
     assert "launch once directions have settled, between step 12 and 34" in text
     assert "<= 4" in next(line for line in text.splitlines() if line.startswith(path))
@@ -78,8 +78,8 @@ def test_describe_names_parts_and_counts_them_once():
     path = "layers/up/kernel"
     rules = {path: Rule(pattern="x", rank=2, directions=4)}
     whole = (
-        WholeSpec(path="head", shape=(3, 6, 10)),
-        WholeSpec(path="table", shape=(9, 5), rows=(7, 9)),
+        FullSpec(path="head", shape=(3, 6, 10)),
+        FullSpec(path="table", shape=(9, 5), rows=(7, 9)),
     )
     spec = build_spec(
         {path: (3, 6, 10)}, {path: STACKED}, rules, get_method("lora"), whole

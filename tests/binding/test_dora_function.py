@@ -11,13 +11,13 @@ import pytest
 from tests.helpers.models import Net, inputs, net, three_ways
 from tests.helpers.trees import random_all, trained
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.binding.linen_handlers import HANDLERS, Call
+from tsd_jax.binding.linen.handlers import HANDLERS, Call
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import init, low_rank_factors
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import launch
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule
+from tsd_jax.extraction.launch import launch
 
 LIFT = "scan of remat"
 
@@ -122,7 +122,7 @@ def test_at_step_0_and_over_the_launch_of_dash_nothing_changes():
 
 
 def dense(dropout=0.0, **settings):
-    """Give a dense layer, its adapter and an input."""
+    """Return a dense layer, its adapter and an input."""
     model = nn.Dense(5, **settings)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
     params = model.init(jax.random.key(0), x)["params"]

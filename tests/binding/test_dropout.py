@@ -42,7 +42,7 @@ class Layers(nn.Module):
 
 
 def masks(key, method="lora", remat=False):
-    """Give (layers, 16, 32): y = drop(x) where A = B = 1, L = 1, R = offset = 1."""
+    """Return (layers, 16, 32): y = drop(x) where A = B = 1, L = 1, R = offset = 1."""
     model, x = Layers(remat), jnp.ones((16, WIDTH))
     params = {"layers": {"linear": {"kernel": jnp.zeros((LAYERS, WIDTH, WIDTH))}}}
     rule = Rule(pattern=".*kernel", rank=WIDTH, alpha=WIDTH, dropout=RATE)

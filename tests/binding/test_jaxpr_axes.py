@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tsd_jax.binding.axes import Origin, follow, mark
+from tsd_jax.binding.jaxpr_axes import Origin, follow, mark
 
 CUBE = (4, 4, 4)
 
 
 def marks(function: Any, *shapes: tuple[int, ...]) -> list[tuple[int, Any]]:
-    """Give (number, (input, its axes)) of all marks a function leaves."""
+    """Return (number, (input, its axes)) of all marks a function leaves."""
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     program: Any = jax.make_jaxpr(function)(*arrays).jaxpr
     found = []

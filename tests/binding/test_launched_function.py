@@ -13,8 +13,8 @@ from tests.helpers.oracle import geometric, spectrum_kernel
 from tests.helpers.trees import method_of, trained, zeros
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import merge
-from tsd_jax.core.launch import launch
 from tsd_jax.core.spec import Rule
+from tsd_jax.extraction.launch import launch
 
 METHODS = ["dash", "init", "tsd", "init+keep", "tsd+keep"]
 LIFT = "scan of remat"
@@ -24,7 +24,7 @@ apply_bfloat16 = jax.jit(adapted(Net(LIFT, jnp.bfloat16).apply))
 
 
 def trees(method, dtype):
-    """Give what the model is called with: pretrained, trained, and launched.
+    """Return what the model is called with: pretrained, trained, and launched.
 
     All of one shape, for one executable: the pretrained one has adapters without
     effect. The last is launched too, with a residual weight in place of the offset.

@@ -1,4 +1,4 @@
-"""Quantised kernels under models that know nothing of them."""
+"""Quantized kernels under models that know nothing of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.helpers.trees import trained
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Whole
-from tsd_jax.core.quantised import Quantised, Quantization, dequantised, quantise
+from tsd_jax.core.full_params import Full
+from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
 from tsd_jax.core.spec import Rule
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
@@ -28,9 +28,9 @@ from tsd_jax.training.step import launch_state, make_train_step
 
 
 def opened(params):
-    """Give the same tree in floats."""
+    """Return the same tree in floats."""
     flat = paths.flatten(params)
-    return paths.unflatten({path: dequantised(leaf) for path, leaf in flat.items()})
+    return paths.unflatten({path: dequantize(leaf) for path, leaf in flat.items()})
 
 
 QUICK = ("plain", "scan", "scan on axis 1", "scan of remat", "vmap")
@@ -49,11 +49,11 @@ def test_the_function_is_that_of_the_floats(lift):
     # Where the scan takes the axis beside the outputs away, no tile may span it.
     tile = 1 if "axis" in lift or lift == "scan of scans" else 2
     some = r"(.*/)?(heads|each|mix|head)/kernel"
-    quantised = quantise(params, Quantization(format="int8", tile=tile), some)
-    plain, x = opened(quantised), inputs(lift)
+    quantized = quantize(params, Quantization(format="int8", tile=tile), some)
+    plain, x = opened(quantized), inputs(lift)
     own = make_spec(
         model.apply,
-        {"params": quantised},
+        {"params": quantized},
         [Rule(pattern=r".*/kernel", rank=2, alpha=3, directions=3)],
         x,
         method="lora",
@@ -63,10 +63,10 @@ def test_the_function_is_that_of_the_floats(lift):
     apply = adapted(model.apply)
 
     @jax.jit
-    def both(quantised, plain, pairs):
-        return [apply({"params": bind(base, *pairs)}, x) for base in (quantised, plain)]
+    def both(quantized, plain, pairs):
+        return [apply({"params": bind(base, *pairs)}, x) for base in (quantized, plain)]
 
-    got, want = both(quantised, plain, pairs)
+    got, want = both(quantized, plain, pairs)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
     before = model.apply({"params": params}, x)
     assert np.abs(np.asarray(want - before)).max() > 1e-3
@@ -100,12 +100,12 @@ def decoder(dtype, name="nf4"):
     params = jax.tree.map(
         lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), shapes
     )
-    quantised = quantise(params, Quantization(format=name, tile=16), LINEAR_KERNELS)
-    spec = make_spec(model.apply, {"params": quantised}, [RULE], tokens, method="tsd")
-    return model, quantised, spec
+    quantized = quantize(params, Quantization(format=name, tile=16), LINEAR_KERNELS)
+    spec = make_spec(model.apply, {"params": quantized}, [RULE], tokens, method="tsd")
+    return model, quantized, spec
 
 
-def test_training_leaves_a_quantised_base_as_it_was():
+def test_training_leaves_a_quantized_base_as_it_was():
     """Steps, launch and steps over a mesh, in bfloat16, by one compiled step."""
     model, params, spec = decoder(jnp.bfloat16)
     mesh = make_mesh((2, 2, 2))
@@ -175,18 +175,18 @@ def test_other_boxes_are_still_refused():
         )
 
 
-def test_a_quantised_leaf_is_one_leaf_of_paths_and_shardings():
+def test_a_quantized_leaf_is_one_leaf_of_paths_and_shardings():
     _, params, _ = decoder(jnp.float32)
     flat = paths.flatten(params)
-    assert sum(isinstance(leaf, Quantised) for leaf in flat.values()) == 7
+    assert sum(isinstance(leaf, Quantized) for leaf in flat.values()) == 7
     places = paths.flatten(param_shardings(params, DECODER_RULES, make_mesh((8, 1, 1))))
     assert places.keys() == flat.keys()
     assert {type(place) for place in places.values()} == {NamedSharding}
 
 
-def test_a_quantised_leaf_cannot_train_whole():
+def test_a_quantized_leaf_cannot_train_whole():
     model, params, _ = decoder(jnp.float32)
-    rules = [RULE, Whole(pattern=r"layers/.*/o_proj/kernel")]
+    rules = [RULE, Full(pattern=r"layers/.*/o_proj/kernel")]
     tokens = jnp.zeros((1, 3), jnp.int32)
-    with pytest.raises(InputError, match=r"o_proj/kernel is quantised .* train whole"):
+    with pytest.raises(InputError, match=r"o_proj/kernel is quantized .* train whole"):
         make_spec(model.apply, {"params": params}, rules, tokens)

@@ -9,22 +9,22 @@ import pytest
 from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.adapter import init, merge
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import launch
-from tsd_jax.core.parts import (
-    Part,
-    Whole,
-    WholeSpec,
+from tsd_jax.core.full_params import (
+    Full,
+    FullParam,
+    FullSpec,
+    full_spec,
     kernels_in,
     parts_in,
-    place_part,
-    start_part,
-    whole_spec,
+    place_full,
+    start_full,
 )
 from tsd_jax.core.spec import Rule, Spec, match_rules
+from tsd_jax.extraction.launch import launch
 
-NORM = WholeSpec(path="norm/scale", shape=(5,))
-ROWS = WholeSpec(path="embed/embedding", shape=(7, 3), rows=(4, 6))
-COLUMNS = WholeSpec(path="head/kernel", shape=(3, 7), rows=(5, 7), axis=1)
+NORM = FullSpec(path="norm/scale", shape=(5,))
+ROWS = FullSpec(path="embed/embedding", shape=(7, 3), rows=(4, 6))
+COLUMNS = FullSpec(path="head/kernel", shape=(3, 7), rows=(5, 7), axis=1)
 PARTS = (NORM, ROWS, COLUMNS)
 
 
@@ -58,13 +58,13 @@ def test_what_trains_is_counted():
 
 def test_rules_of_both_kinds_stand_in_one_list_and_the_first_wins():
     paths = ["q/kernel", "q/bias", "norm/scale"]
-    kernel, whole = Rule(pattern=".*/kernel"), Whole(pattern=".*")
+    kernel, whole = Rule(pattern=".*/kernel"), Full(pattern=".*")
     matched = match_rules(paths, [kernel, whole])
     assert matched == {"q/kernel": kernel, "q/bias": whole, "norm/scale": whole}
     with pytest.raises(InputError, match="matches only what earlier rules took"):
         match_rules(paths, [whole, kernel])
     with pytest.raises(InputError, match="'norm' matches no parameter; the nearest"):
-        match_rules(paths, [kernel, Whole(pattern="norm")])
+        match_rules(paths, [kernel, Full(pattern="norm")])
     with pytest.raises(InputError, match="name at least one kernel to adapt"):
         match_rules(paths, [whole])
 
@@ -80,22 +80,22 @@ def test_rules_of_both_kinds_stand_in_one_list_and_the_first_wins():
 )
 def test_impossible_rules_are_refused(settings, told):
     with pytest.raises(InputError, match=told):
-        Whole(**settings)
+        Full(**settings)
 
 
 def test_a_parameter_must_be_a_float_array_with_such_rows():
     leaf = jax.ShapeDtypeStruct((7, 3), jnp.bfloat16)
-    rule = Whole(pattern="x", rows=(4, 6))
-    assert whole_spec("embed/embedding", leaf, rule) == ROWS
+    rule = Full(pattern="x", rows=(4, 6))
+    assert full_spec("embed/embedding", leaf, rule) == ROWS
     with pytest.raises(InputError, match=r"x has shape \(7, 3\).*\(5, 8\) along axis"):
-        whole_spec("x", leaf, Whole(pattern="x", rows=(5, 8)))
+        full_spec("x", leaf, Full(pattern="x", rows=(5, 8)))
     with pytest.raises(InputError, match="axis 2"):
-        whole_spec("x", leaf, Whole(pattern="x", rows=(0, 1), axis=2))
+        full_spec("x", leaf, Full(pattern="x", rows=(0, 1), axis=2))
     with pytest.raises(InputError, match="x is of type int8 and cannot train"):
-        whole_spec("x", jax.ShapeDtypeStruct((3,), jnp.int8), Whole(pattern="x"))
+        full_spec("x", jax.ShapeDtypeStruct((3,), jnp.int8), Full(pattern="x"))
     boxed = nn.Partitioned(jnp.ones(3), names=(None,))
-    with pytest.raises(InputError, match="x is quantised or boxed"):
-        whole_spec("x", boxed, Whole(pattern="x"))
+    with pytest.raises(InputError, match="x is quantized or boxed"):
+        full_spec("x", boxed, Full(pattern="x"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -119,7 +119,7 @@ def test_parts_start_at_the_bases_values_in_float32(dtype):
 
 def test_a_start_shares_no_memory_with_the_base():
     leaf = jnp.ones(5)
-    started = start_part(leaf, NORM, jnp.float32)
+    started = start_full(leaf, NORM, jnp.float32)
     jax.jit(lambda x: x + 1, donate_argnums=0)(started.value).block_until_ready()
     np.testing.assert_array_equal(leaf, 1)
 
@@ -135,10 +135,12 @@ def test_a_start_without_a_fitting_base_is_refused():
         init(jax.random.key(0), spec_with_parts(), params={**params, "norm": {}})
 
 
-def random_parts(seed: int) -> dict[str, Part]:
+def random_parts(seed: int) -> dict[str, FullParam]:
     rng = np.random.default_rng(seed)
     return {
-        part.path: Part(jnp.asarray(rng.normal(size=part.value_shape), "float32"), part)
+        part.path: FullParam(
+            jnp.asarray(rng.normal(size=part.value_shape), "float32"), part
+        )
         for part in PARTS
     }
 
@@ -171,7 +173,7 @@ def test_merge_puts_trained_values_in_place(dtype):
 def test_only_the_rows_receive_a_gradient():
     leaf, part = jnp.ones((7, 3)), random_parts(0)["embed/embedding"]
     weight = jnp.arange(21.0).reshape(7, 3)
-    grad = jax.grad(lambda part: jnp.sum(place_part(leaf, part) * weight))(part)
+    grad = jax.grad(lambda part: jnp.sum(place_full(leaf, part) * weight))(part)
     np.testing.assert_array_equal(grad.value, np.arange(21.0).reshape(7, 3)[4:6])
 
 

@@ -46,8 +46,8 @@ def test_unknown_methods_name_the_known_ones():
 def test_rivals_are_init_by_another_ranking(name, ranking):
     method = get_method(name)
     assert (method.ranking, method.restart, method.gains) == (ranking, True, False)
-    assert not method.needs_change
-    assert get_method(name, start="sigma+p").needs_change
+    assert not method.needs_delta
+    assert get_method(name, start="sigma+p").needs_delta
     assert get_method("init", ranking=ranking, start="zero").ranking == ranking
 
 

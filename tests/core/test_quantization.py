@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import STACKED, small_spec, trained
-from tsd_jax.core import stacks
 from tsd_jax.core.adapter import delta, init, merge
+from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import Extraction, launch
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.magnitudes import column_norms
-from tsd_jax.core.quantised import Quantised, Quantization, dequantised, quantise
+from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
+from tsd_jax.extraction import chunks
+from tsd_jax.extraction.launch import Extraction, launch
 from tsd_jax.training.sharding import make_mesh
 
 SHAPE = (5, 16, 24)
@@ -42,10 +42,10 @@ def kernels() -> np.ndarray:
 
 @functools.cache
 def base(name: str, tile: int = 4) -> tuple[dict, dict]:
-    """Give a quantised stack, and the same in floats."""
+    """Return a quantized stack, and the same in floats."""
     how = Quantization(format=name, tile=tile)
-    quantised = quantise({"k": jnp.asarray(kernels())}, how, "k")
-    return quantised, {"k": jax.jit(dequantised)(quantised["k"])}
+    quantized = quantize({"k": jnp.asarray(kernels())}, how, "k")
+    return quantized, {"k": jax.jit(dequantize)(quantized["k"])}
 
 
 formats = pytest.mark.parametrize("name", ["int8", "nf4"])
@@ -60,7 +60,7 @@ def tiles(kernel: np.ndarray, size: int) -> np.ndarray:
 @formats
 @pytest.mark.parametrize("tile", [4, 16])
 def test_every_number_is_the_nearest_of_its_tile(name, tile):
-    quantised, plain = base(name, tile)
+    quantized, plain = base(name, tile)
     split = tiles(kernels(), tile)
     most = np.abs(split).max(-2, keepdims=True)
     table = NF4 if name == "nf4" else np.arange(-128, 128) / 127.5
@@ -68,26 +68,26 @@ def test_every_number_is_the_nearest_of_its_tile(name, tile):
     error = np.abs(tiles(np.asarray(plain["k"]), tile) - split)
     np.testing.assert_allclose(error, least, rtol=1e-3, atol=1e-6)
     assert least.max() > 0.01
-    leaf = quantised["k"]
-    assert isinstance(leaf, Quantised)
+    leaf = quantized["k"]
+    assert isinstance(leaf, Quantized)
     assert (leaf.shape, leaf.ndim, leaf.dtype) == (SHAPE, 3, jnp.float32)
     bits = {"int8": 8, "nf4": 4}[name]
     assert leaf.nbytes == 5 * 16 * 24 * bits // 8 + 4 * 5 * (16 // tile) * 24
 
 
-def test_only_what_matches_is_quantised_and_shapes_serve_too():
+def test_only_what_matches_is_quantized_and_shapes_serve_too():
     params = {
         "a": {"kernel": jnp.ones((64, 3)), "bias": jnp.ones(3)},
         "head": {"kernel": jnp.ones((64, 2), jnp.bfloat16)},
     }
-    found = quantise(params, "nf4", r".*/kernel")
-    boxes = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, Quantised))
-    assert sum(isinstance(x, Quantised) for x in boxes) == 2
+    found = quantize(params, "nf4", r".*/kernel")
+    boxes = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, Quantized))
+    assert sum(isinstance(x, Quantized) for x in boxes) == 2
     assert found["a"]["bias"] is params["a"]["bias"]
     assert found["head"]["kernel"].dtype == jnp.bfloat16
     assert found["head"]["kernel"].unbox().dtype == jnp.bfloat16
     shapes = jax.eval_shape(lambda: params)
-    abstract = quantise(shapes, "nf4", r".*/kernel")
+    abstract = quantize(shapes, "nf4", r".*/kernel")
     assert jax.eval_shape(lambda: found) == abstract
     assert abstract["a"]["kernel"].nbytes == 64 * 3 // 2 + 4 * 3
 
@@ -99,18 +99,18 @@ def test_only_what_matches_is_quantised_and_shapes_serve_too():
         (lambda: Quantization(format="nf4", tile=-1), "tile of -1"),
         (lambda: Quantization(format="nf4", tile=6), "tile that 4 divides, not 6"),
         (
-            lambda: quantise({"k": jnp.ones((6, 2))}, "nf4", "k"),
+            lambda: quantize({"k": jnp.ones((6, 2))}, "nf4", "k"),
             "k: its input axis of 6 .* leave it out",
         ),
         (
-            lambda: quantise({"k": jnp.ones((96, 2))}, "nf4", "k"),
+            lambda: quantize({"k": jnp.ones((96, 2))}, "nf4", "k"),
             r"k: its input axis of 96 .*nf4 tile of 64; use a tile of 48",
         ),
-        (lambda: quantise({"k": jnp.ones(64)}, "nf4", "k"), r"k of shape \(64,\)"),
-        (lambda: quantise({"k": jnp.ones(64)}, "nf4", "x"), "'x' matches no parameter"),
+        (lambda: quantize({"k": jnp.ones(64)}, "nf4", "k"), r"k of shape \(64,\)"),
+        (lambda: quantize({"k": jnp.ones(64)}, "nf4", "x"), "'x' matches no parameter"),
     ],
 )
-def test_what_cannot_be_quantised_gets_one_line(how, message):
+def test_what_cannot_be_quantized_gets_one_line(how, message):
     with pytest.raises(InputError, match=message) as caught:
         how()
     assert "\n" not in str(caught.value)
@@ -119,7 +119,7 @@ def test_what_cannot_be_quantised_gets_one_line(how, message):
 def test_without_qwix_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "qwix", None)
     with pytest.raises(InputError, match="pip install qwix"):
-        quantise({"k": jnp.ones((64, 2))}, "nf4", "k")
+        quantize({"k": jnp.ones((64, 2))}, "nf4", "k")
 
 
 class Memory:
@@ -148,7 +148,7 @@ def assert_launched_alike(got, want):
 
 @functools.cache
 def launch_of(name: str):
-    """Launch on the floats of a quantised base, all on one device."""
+    """Launch on the floats of a quantized base, all on one device."""
     spec = small_spec("tsd", shape=SHAPE, layout=STACKED, rank=3, directions=4)
     adapters = trained(0, spec)[0]
     return spec, adapters, launch(base(name)[1], adapters, spec)
@@ -201,13 +201,13 @@ def test_launched_sets_are_those_of_a_full_svd():
 def test_one_matrix_alone_and_its_store():
     alone = {"k": jnp.asarray(kernels()[0])}
     how = Quantization(format="nf4", tile=4)
-    params = quantise(alone, how, "k")
+    params = quantize(alone, how, "k")
     spec = small_spec("dash", shape=SHAPE[1:], layout=Layout())
     adapters = trained(1, spec)[0]
     store = Memory()
     extraction = Extraction(store=store)
     got = launch(params, adapters, spec, extraction=extraction)
-    plain = {"k": dequantised(params["k"])}
+    plain = {"k": dequantize(params["k"])}
     assert_launched_alike(got, launch(plain, adapters, spec, extraction=extraction))
     assert len(store.kept) == 1
 
@@ -215,7 +215,7 @@ def test_one_matrix_alone_and_its_store():
 @pytest.mark.usefixtures("optimized")
 def test_of_a_stack_a_chunk_alone_becomes_floats():
     leaf = base("int8")[0]["k"]
-    chunks = stacks.cut(leaf, STACKED, memory_budget=1)
+    chunks = chunks.cut(leaf, STACKED, memory_budget=1)
     assert chunks.width == 1
     take = jax.jit(lambda kernel, start: chunks.matrices(kernel, start))
     text = take.lower(leaf, np.int32(0)).compile().as_text() or ""
@@ -226,19 +226,19 @@ def test_of_a_stack_a_chunk_alone_becomes_floats():
 @pytest.mark.parametrize(
     "method", ["tsd", pytest.param("init", marks=pytest.mark.slow)]
 )
-def test_launch_leaves_the_function_while_a_requantised_residual_does_not(method):
+def test_launch_leaves_the_function_while_a_requantized_residual_does_not(method):
     """PiSSA's way, Q(K - A B) + A B, against an untouched base and an offset."""
-    quantised, plain = base("nf4")
+    quantized, plain = base("nf4")
     spec = small_spec(method, shape=SHAPE, layout=STACKED, rank=3, directions=4)
-    adapters, directions, _ = launch(quantised, trained(0, spec)[0], spec)
+    adapters, directions, _ = launch(quantized, trained(0, spec)[0], spec)
     whole = np.asarray(plain["k"], np.float64)
-    ours = np.asarray(merge(quantised, adapters, directions)["k"], np.float64)
+    ours = np.asarray(merge(quantized, adapters, directions)["k"], np.float64)
     error = np.linalg.norm(ours - whole) / np.linalg.norm(whole)
     assert error < 1e-5
     scale = adapters["k"].kernel.scale
     taken = scale * np.asarray(adapters["k"].a @ adapters["k"].b, np.float64)
     how = Quantization(format="nf4", tile=4)
-    rest = how.quantise(jnp.asarray(whole - taken, jnp.float32)).unbox()
+    rest = how.quantize(jnp.asarray(whole - taken, jnp.float32)).unbox()
     theirs = np.asarray(rest, np.float64) + taken
     other = np.linalg.norm(theirs - whole) / np.linalg.norm(whole)
     # Measured: ours 4e-10, theirs 1.3e-2.
@@ -247,17 +247,17 @@ def test_launch_leaves_the_function_while_a_requantised_residual_does_not(method
 
 
 def test_an_adapter_at_its_start_and_merging_leave_floats():
-    quantised, plain = base("int8")
+    quantized, plain = base("int8")
     spec = small_spec("tsd", shape=SHAPE, layout=STACKED)
-    merged = merge(quantised, *init(jax.random.key(0), spec))
+    merged = merge(quantized, *init(jax.random.key(0), spec))
     np.testing.assert_array_equal(merged["k"], plain["k"])
-    wide = merge(quantised, *init(jax.random.key(0), spec), dtype=jnp.bfloat16)
+    wide = merge(quantized, *init(jax.random.key(0), spec), dtype=jnp.bfloat16)
     assert wide["k"].dtype == jnp.bfloat16
 
 
 def test_magnitudes_are_those_of_the_floats():
     """DoRA's norms, a layer at a time and of matrices seen at once."""
-    quantised, plain = base("nf4")
+    quantized, plain = base("nf4")
     rng = np.random.default_rng(5)
     down, up = rng.normal(size=(5, 16, 2)), rng.normal(size=(5, 2, 24))
     floats = np.asarray(plain["k"], np.float64)
@@ -265,5 +265,5 @@ def test_magnitudes_are_those_of_the_floats():
     for lifted in ((0,), ()):
         layout = Layout((0,), (1,), (2,), lifted)
         factors = [jnp.asarray(x, jnp.float32) for x in (down, up)]
-        found = column_norms(quantised["k"], *factors, layout=layout)
+        found = column_norms(quantized["k"], *factors, layout=layout)
         np.testing.assert_allclose(found, want, rtol=1e-5)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import tsd_jax as tsd
+from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
 from tsd_jax.evaluation.generation import generate
-from tsd_jax.models import huggingface
 from tsd_jax.models.llama import Llama, LlamaConfig
 
 VOCABULARY, NEW = 29, 8

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from tsd_jax.core.bisection import count_below, eigenvalues
+from tsd_jax.extraction.bisection import count_below, eigenvalues
 
 RNG = np.random.default_rng(0)
 SIZE = 121  # one size, one program

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsd_jax.core.wide import Wide
+from tsd_jax.extraction.blocked import BlockedMatrix
 
 # A block and a rest on both sides; less than one; several rows of Gram blocks.
 SHAPES = [(70, 150), (150, 70), (5, 9), (600, 2100), (2100, 600)]
@@ -21,7 +21,7 @@ def test_products_are_those_of_the_widened_matrix(shape, dtype):
     n, m = whole.shape
     x, v = rng.normal(size=(m, 3)), rng.normal(size=(n, 3))
     with jax.enable_x64(True):
-        wide = Wide(stored)
+        wide = BlockedMatrix(stored)
         assert wide.shape == (n, m)
         np.testing.assert_allclose(
             jax.jit(lambda w, x: w.times(x))(wide, x), whole @ x, rtol=1e-11, atol=1e-11

@@ -14,14 +14,14 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.trees import small_spec, trained
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import (
+from tsd_jax.core.layout import Layout
+from tsd_jax.extraction.chunks import cut, has_float64, host_device, map_here, on_hosts
+from tsd_jax.extraction.launch import (
     Extraction,
     _launch_chunk,
     _spread_chunk,
     launch,
 )
-from tsd_jax.core.layout import Layout
-from tsd_jax.core.stacks import cut, has_float64, host_device, map_here, on_hosts
 from tsd_jax.training.sharding import make_mesh
 
 MESH = (2, 2, 2)

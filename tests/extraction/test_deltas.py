@@ -7,20 +7,20 @@ import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
-from tsd_jax.core.changes import Full, LowRank, Rescaled, learned_change
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import Extraction, launch
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.ranking import rank_change, rank_directions
-from tsd_jax.core.tridiagonal import tridiagonalize
-from tsd_jax.core.wide import Wide
+from tsd_jax.extraction.blocked import BlockedMatrix
+from tsd_jax.extraction.deltas import DenseDelta, DoraDelta, LowRankDelta, learned_delta
+from tsd_jax.extraction.launch import Extraction, launch
+from tsd_jax.extraction.ranking import rank_delta, rank_directions
+from tsd_jax.extraction.tridiagonal import tridiagonalize
 
 SHAPES = {"square": (20, 20), "wide": (20, 33), "tall": (33, 20)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def problem(shape):
-    """Give a kernel of falling spectrum, and a change of full rank."""
+    """Return a kernel of falling spectrum, and a change of full rank."""
     kernel, _, _ = spectrum_kernel(0, shape, geometric(20))
     change = np.random.default_rng(1).normal(size=shape)
     return kernel.astype(np.float32), change.astype(np.float32)
@@ -32,8 +32,8 @@ def test_a_full_change_is_ranked_as_defined(shape, solver):
     """Whatever solver is asked for: it needs the dense one, and takes it."""
     kernel, change = problem(shape)
     with jax.enable_x64(True):
-        got = rank_change(
-            jnp.asarray(kernel), Full(jnp.asarray(change)), count=6, solver=solver
+        got = rank_delta(
+            jnp.asarray(kernel), DenseDelta(jnp.asarray(change)), count=6, solver=solver
         )
     want = core_directions(kernel, change)
     top = want.order[:6]
@@ -50,10 +50,10 @@ def test_both_kinds_of_a_change_say_the_same(shape):
     a = jnp.asarray(rng.normal(size=(shape[0], 3)), jnp.float32)
     b = jnp.asarray(rng.normal(size=(3, shape[1])), jnp.float32)
     with jax.enable_x64(True):
-        full = Full(2.0 * a.astype(jnp.float64) @ b.astype(jnp.float64))
-        one = rank_change(jnp.asarray(kernel), full, count=5)
+        full = DenseDelta(2.0 * a.astype(jnp.float64) @ b.astype(jnp.float64))
+        one = rank_delta(jnp.asarray(kernel), full, count=5)
         other = rank_directions(jnp.asarray(kernel), a, b, scale=2.0, count=5)
-        third = rank_change(jnp.asarray(kernel), LowRank(a, b, 2.0), count=5)
+        third = rank_delta(jnp.asarray(kernel), LowRankDelta(a, b, 2.0), count=5)
     np.testing.assert_array_equal(one.indices, other.indices)
     np.testing.assert_allclose(one.rates, other.rates, rtol=1e-7)
     np.testing.assert_allclose(one.moved, other.moved, rtol=1e-7)
@@ -63,9 +63,11 @@ def test_both_kinds_of_a_change_say_the_same(shape):
 def test_a_full_change_cannot_be_seen_without_all_vectors():
     kernel, change = problem((20, 33))
     with jax.enable_x64(True):
-        few = tridiagonalize(Wide(jnp.asarray(kernel)).gram())
+        few = tridiagonalize(BlockedMatrix(jnp.asarray(kernel)).gram())
         with pytest.raises(TypeError, match="dense spectrum"):
-            Full(jnp.asarray(change)).wide.products(few, Wide(jnp.asarray(kernel)))
+            DenseDelta(jnp.asarray(change)).wide.products(
+                few, BlockedMatrix(jnp.asarray(kernel))
+            )
 
 
 @pytest.mark.parametrize("where", ["devices", "hosts"])
@@ -81,9 +83,9 @@ def test_launch_by_gradients_of_stored_kernels(method, where):
     params = {"k": jnp.asarray(kernel)}
     extraction = Extraction(where=where)
     new, frozen, report = launch(
-        params, adapters, spec, changes={"k": gradient}, extraction=extraction
+        params, adapters, spec, deltas={"k": gradient}, extraction=extraction
     )
-    again = launch(params, adapters, spec, changes={"k": -7.0 * gradient})[2]
+    again = launch(params, adapters, spec, deltas={"k": -7.0 * gradient})[2]
     count = spec.kernels[0].ranked
     for layer in range(3):
         want = core_directions(kernel[:, layer].T, np.asarray(gradient)[:, layer].T)
@@ -101,11 +103,11 @@ def test_methods_that_make_nothing_of_a_gradient():
     spec = small_spec("pissa", shape=(6, 9))
     params = {"k": jnp.ones((6, 9))}
     with pytest.raises(InputError, match="'pissa' ranks by 'largest', which looks"):
-        launch(params, trained(0, spec)[0], spec, changes=params)
+        launch(params, trained(0, spec)[0], spec, deltas=params)
 
 
 def rescaled(shape):
-    """Give a kernel, A, B, c and DoRA's change of it, (K + 2 A B) diag(c) - K."""
+    """Return a kernel, A, B, c and DoRA's change of it, (K + 2 A B) diag(c) - K."""
     kernel, _ = problem(shape)
     rng = np.random.default_rng(4)
     a, b = 0.1 * rng.normal(size=(shape[0], 3)), 0.1 * rng.normal(size=(3, shape[1]))
@@ -118,8 +120,8 @@ def test_the_change_of_dora_is_ranked_as_defined(shape):
     """To the digits of float64, for directions of every size."""
     kernel, a, b, c, change = rescaled(shape)
     with jax.enable_x64(True):
-        parts = Rescaled.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
-        got = rank_change(jnp.asarray(kernel), parts, count=6, solver="tridiagonal")
+        parts = DoraDelta.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
+        got = rank_delta(jnp.asarray(kernel), parts, count=6, solver="tridiagonal")
     want = core_directions(kernel, change)
     np.testing.assert_array_equal(got.indices, want.order[:6])
     np.testing.assert_allclose(got.rates, want.rates, rtol=1e-6)
@@ -133,8 +135,8 @@ def test_more_directions_than_are_looked_at_together(shape):
     _, a, b, c, _ = rescaled(shape)
     change = (kernel + 2 * a @ b) * c - kernel
     with jax.enable_x64(True):
-        parts = Rescaled.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
-        got = rank_change(jnp.asarray(kernel), parts, count=6)
+        parts = DoraDelta.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
+        got = rank_delta(jnp.asarray(kernel), parts, count=6)
     want = core_directions(kernel, change)
     np.testing.assert_allclose(got.rates, want.rates, rtol=1e-6, atol=1e-9)
 
@@ -146,17 +148,17 @@ def test_what_was_learned_with_dora():
     norms = np.linalg.norm(kernel + 2 * a @ b, axis=0)
     with jax.enable_x64(True):
         matrix, first, second = (jnp.asarray(x) for x in (kernel, a, b))
-        plain = learned_change(matrix, first, second, 2.0)
-        whole = learned_change(matrix, first, second, 2.0, jnp.asarray(magnitude))
-    assert isinstance(plain, LowRank)
-    assert isinstance(whole, Rescaled)
+        plain = learned_delta(matrix, first, second, 2.0)
+        whole = learned_delta(matrix, first, second, 2.0, jnp.asarray(magnitude))
+    assert isinstance(plain, LowRankDelta)
+    assert isinstance(whole, DoraDelta)
     np.testing.assert_allclose(whole.excess, magnitude / norms - 1, rtol=1e-12)
 
 
 def test_the_change_of_dora_cannot_be_seen_without_all_vectors():
     kernel, a, b, c, _ = rescaled((20, 33))
     with jax.enable_x64(True):
-        few = tridiagonalize(Wide(jnp.asarray(kernel)).gram())
-        parts = Rescaled.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
+        few = tridiagonalize(BlockedMatrix(jnp.asarray(kernel)).gram())
+        parts = DoraDelta.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
         with pytest.raises(TypeError, match="dense spectrum"):
-            parts.products(few, Wide(jnp.asarray(kernel)))
+            parts.products(few, BlockedMatrix(jnp.asarray(kernel)))

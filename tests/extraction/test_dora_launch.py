@@ -14,9 +14,9 @@ from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import STACKED, random_all, small_spec, trained
 from tsd_jax.core.adapter import delta, init, low_rank_factors, merge
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import Extraction, launch
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, build_spec
+from tsd_jax.extraction.launch import Extraction, launch
 
 METHODS = ["dash", "tsd", "tsd+keep"]
 methods = pytest.mark.parametrize("method", METHODS)
@@ -27,14 +27,14 @@ def wide(x) -> np.ndarray:
 
 
 def dora(kernel, change, magnitude) -> np.ndarray:
-    """Give m o (K + dK) / ||K + dK||, (*batch, in, out)."""
+    """Return m o (K + dK) / ||K + dK||, (*batch, in, out)."""
     total = wide(kernel) + wide(change)
     norms = np.linalg.norm(total, axis=-2, keepdims=True)
     return wide(magnitude)[..., None, :] * total / norms
 
 
 def base(spec, seed=0):
-    """Give kernels of falling spectra for the matrices of a spec."""
+    """Return kernels of falling spectra for the matrices of a spec."""
     params = {}
     for kernel in spec.kernels:
         size = (kernel.fan_in, kernel.fan_out)
@@ -47,7 +47,7 @@ def base(spec, seed=0):
 
 
 def trained_dora(spec, params):
-    """Give adapters as pre-launch leaves them: magnitudes 10 % off what they were."""
+    """Return adapters as pre-launch leaves them: magnitudes 10 % off what they were."""
     adapters, directions = trained(3, spec, 0.2)
     rng = np.random.default_rng(4)
     for path, adapter in adapters.items():
@@ -58,7 +58,7 @@ def trained_dora(spec, params):
 
 
 def kernel_of(params, adapters, directions, path):
-    """Give the dense kernel an adapter stands for, in float64."""
+    """Return the dense kernel an adapter stands for, in float64."""
     down, up = low_rank_factors(adapters[path], directions[path])
     change = wide(down) @ wide(up)
     return dora(params[path], change, adapters[path].magnitude)
@@ -128,7 +128,7 @@ def test_stored_axes_and_types_are_kept():
 
 @functools.cache
 def launched(method):
-    """Give a problem and its launch, computed once for all tests."""
+    """Return a problem and its launch, computed once for all tests."""
     spec = small_spec(method, shape=(3, 6, 7), layout=STACKED, dora=True)
     params = base(spec)
     adapters, directions = trained_dora(spec, params)
@@ -157,7 +157,7 @@ def test_directions_are_ranked_by_all_that_changed(method):
 
 
 def delta_without(adapter, directions):
-    """Give gamma A B alone."""
+    """Return gamma A B alone."""
     kernel = dataclasses.replace(adapter.kernel, dora=False)
     return delta(adapter.replace(magnitude=None, kernel=kernel), directions)
 
@@ -220,7 +220,7 @@ def test_gradients_rank_beside_dora_as_without():
     params = base(spec)
     adapters, _ = trained_dora(spec, params)
     change = np.random.default_rng(6).normal(size=(6, 7)).astype(np.float32)
-    new, _, report = launch(params, adapters, spec, changes={"k": jnp.asarray(change)})
+    new, _, report = launch(params, adapters, spec, deltas={"k": jnp.asarray(change)})
     want = core_directions(wide(params["k"]), change)
     np.testing.assert_array_equal(report["k"].indices, want.order[:4])
     norms = np.linalg.norm(wide(params["k"]), axis=0)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsd_jax.core.knee import knee
+from tsd_jax.extraction.knee import knee
 
 
 def by_hand(rates: np.ndarray, budget: int) -> int:

@@ -12,9 +12,9 @@ from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
 from tsd_jax.core.adapter import delta, init, merge
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.knee import knee
-from tsd_jax.core.launch import launch
 from tsd_jax.core.layout import Layout
+from tsd_jax.extraction.knee import knee
+from tsd_jax.extraction.launch import launch
 
 METHODS = ["dash", "init", "tsd", "init+keep", "tsd+keep"]
 methods = pytest.mark.parametrize("method", METHODS)
@@ -26,7 +26,7 @@ cases = pytest.mark.parametrize(
 
 
 def problem(method, shape, rank=2, directions=4, dtype=jnp.float32, auto=False):
-    """Give kernels of falling spectra, and trained A and B beside them."""
+    """Return kernels of falling spectra, and trained A and B beside them."""
     *batch, m, n = shape
     spec = small_spec(
         method,
@@ -58,7 +58,7 @@ def oracle(params, adapters, epsilon=1e-6):
 
 @functools.cache
 def launched(method, shape, rank=2, directions=4):
-    """Give a problem and its launch, computed once for all tests."""
+    """Return a problem and its launch, computed once for all tests."""
     spec, params, adapters = problem(method, shape, rank, directions)
     return spec, params, adapters, *launch(params, adapters, spec)
 

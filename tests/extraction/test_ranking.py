@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
-from tsd_jax.core.ranking import Ranked, decompose, rank_directions
-from tsd_jax.core.spectra import Dense, null_threshold
+from tsd_jax.extraction.ranking import Ranked, decompose, rank_directions
+from tsd_jax.extraction.spectra import Dense, null_threshold
 
 SCALE, EPSILON = 2.0, 1e-6
 SHAPES = {"square": (40, 40), "wide": (40, 72), "tall": (72, 40)}
@@ -45,7 +45,7 @@ def rank_stored(kernel, a, b) -> Ranked:
 
 
 def problem(seed, shape, sigma, dtype=jnp.float32):
-    """Give a stored kernel and factors of a rank-4 change of size 0.1."""
+    """Return a stored kernel and factors of a rank-4 change of size 0.1."""
     kernel, _, _ = spectrum_kernel(seed, shape, sigma)
     rng = np.random.default_rng(seed + 100)
     a = jnp.asarray(0.1 * rng.normal(size=(shape[0], 4)), jnp.float32)
@@ -253,7 +253,7 @@ def test_degenerate_kernels(way, shape, sigma):
 
 
 def kernels_of(folder):
-    """Give every matrix of a checkpoint of at least 32 rows and columns."""
+    """Return every matrix of a checkpoint of at least 32 rows and columns."""
     from safetensors.numpy import load_file
 
     for name, tensor in load_file(folder / "model.safetensors").items():

@@ -3,11 +3,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from tests.core.test_launch import oracle, problem
+
 from tsd_jax.core.adapter import merge
-from tsd_jax.core.launch import launch
 from tsd_jax.core.methods import get_method
+from tsd_jax.extraction.launch import launch
 
 SHAPES = pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 6, 9)], ids=str)
 

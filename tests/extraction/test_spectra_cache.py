@@ -10,10 +10,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers.trees import small_spec, trained
-from tsd_jax.core import known_spectra
-from tsd_jax.core.known_spectra import fingerprint
-from tsd_jax.core.launch import Extraction, launch
 from tsd_jax.core.layout import Layout
+from tsd_jax.extraction.launch import Extraction, launch
+from tsd_jax.extraction.spectra_cache import fingerprint
 from tsd_jax.training.sharding import make_mesh
 
 SHAPE = (5, 16, 24)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.oracle import geometric
-from tsd_jax.core.tridiagonal import tridiagonalize
+from tsd_jax.extraction.tridiagonal import tridiagonalize
 
 SIZE = 60
 

@@ -20,7 +20,7 @@ WINDOWED, WIDE = "sliding_attention", "full_attention"
 
 
 def _number(low: float, high: float) -> st.SearchStrategy[float]:
-    """Give short decimals: they are what files hold, and shrink well."""
+    """Return short decimals: they are what files hold, and shrink well."""
     return st.integers(round(low * 10), round(high * 10)).map(lambda n: n / 10)
 
 

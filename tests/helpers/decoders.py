@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from tsd_jax.models.huggingface import abstract_params, names, read_config
+from tsd_jax.huggingface import abstract_params, names, read_config
 
 _SIZES = {
     "vocab_size": 67,
@@ -153,7 +153,7 @@ GOLDEN_COLUMNS = (9, 14, 17)
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Give a tensor of a trained size; scales of norms lie around a half."""
+    """Return a tensor of a trained size; scales of norms lie around a half."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     spread = 0.5 if "norm" in name else 1.0 if "embed" in name else 0.25
     values = spread * rng.standard_normal(shape) + 0.5 * ("norm" in name)
@@ -172,7 +172,7 @@ def write_decoder(folder: Path, published: Mapping[str, Any]) -> None:
 
 
 def inputs(length: int = 24) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give tokens, mask and positions (3, T): padded left, right, and not at all."""
+    """Return tokens, mask and positions (3, T): padded left, right, and not at all."""
     tokens = np.random.default_rng(0).integers(3, 67, size=(3, length))
     mask = np.ones(tokens.shape, bool)
     mask[0, : length // 3] = mask[1, -length // 4 :] = False

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from tsd_jax.models.huggingface import abstract_params, names, read_config
+from tsd_jax.huggingface import abstract_params, names, read_config
 
 _SIZES = {
     "vocab_size": 67,
@@ -75,7 +75,7 @@ PUBLISHED: Mapping[str, dict[str, Any]] = {
 
 
 def _random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Give a tensor by its name; what ends in a tanh must not saturate."""
+    """Return a tensor by its name; what ends in a tanh must not saturate."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     ends = "pooler" in name or "classifier.dense" in name
     values = (0.15 if ends else 0.4) * rng.standard_normal(shape)
@@ -96,7 +96,7 @@ def write_encoder(folder: Path, published: Mapping[str, Any]) -> None:
 def inputs(
     published: Mapping[str, Any], length: int = 18
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give tokens, mask and token types (3, T): padded left, right, and not at all."""
+    """Return tokens, mask and token types (3, T): padded left, right, and not at all."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 67, size=(3, length))
     mask = np.ones(tokens.shape, bool)

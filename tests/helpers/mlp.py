@@ -30,7 +30,7 @@ class Mlp(nn.Module):
 
 
 def mlp_params(seed: int = 0) -> dict:
-    """Give kernels of falling spectra; the tall one lacks its last two directions."""
+    """Return kernels of falling spectra; the tall one lacks its last two directions."""
     rng = np.random.default_rng(seed)
     falling = geometric(CLASSES, 2.0, 0.05)
     falling[-2:] = 0
@@ -59,7 +59,7 @@ def mlp_spec(params: dict, method: str) -> Spec:
 
 
 def mlp_batch(step: int) -> dict[str, np.ndarray]:
-    """Give two micro-batches of unequal numbers of counted targets, (2, 4, 6)."""
+    """Return two micro-batches of unequal numbers of counted targets, (2, 4, 6)."""
     rng = np.random.default_rng(step)
     weights = np.ones((2, 4, 6), np.float32)
     weights[1, 1:, 2:] = 0

@@ -79,7 +79,7 @@ class Net(nn.Module):
 
 
 def inputs(lift: str, dtype: Any = jnp.float32) -> jax.Array:
-    """Give two examples of three positions; one pair for each of vmap's blocks."""
+    """Return two examples of three positions; one pair for each of vmap's blocks."""
     shape = (3, 2, 3, WIDTH) if lift == "vmap" else (2, 3, WIDTH)
     return filled(7, jax.ShapeDtypeStruct(shape, dtype))
 
@@ -93,7 +93,7 @@ def net(
     dropout: float = 0.0,
     dora: bool = False,
 ) -> tuple[Net, dict[str, Any], Spec]:
-    """Give a model, its parameters, and a spec, over all five kernels by default."""
+    """Return a model, its parameters, and a spec, over all five kernels by default."""
     model = Net(lift, dtype)
     x = inputs(lift, dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
@@ -108,7 +108,7 @@ def net(
 def three_ways(
     model: nn.Module, params: Any, pairs: Any, x: Any, *settings: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Give the outputs of the factored, the merged and the pretrained model."""
+    """Return the outputs of the factored, the merged and the pretrained model."""
 
     @jax.jit
     def run(params, pairs, x):

@@ -105,5 +105,5 @@ def made(create: Callable[[], Any], seed: int = 0, scale: float = 0.4) -> Any:
 
 
 def inputs(dtype: Any = jnp.float32) -> jax.Array:
-    """Give two examples of three positions."""
+    """Return two examples of three positions."""
     return filled(7, jax.ShapeDtypeStruct((2, 3, WIDTH), dtype))

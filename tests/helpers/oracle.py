@@ -37,5 +37,5 @@ def spectrum_kernel(
 
 
 def geometric(k: int, first: float = 10.0, last: float = 1e-2) -> np.ndarray:
-    """Give the falling spectrum of a pretrained kernel."""
+    """Return the falling spectrum of a pretrained kernel."""
     return np.geomspace(first, last, k)

@@ -25,7 +25,7 @@ def _config(
     length: int,
     **more: Any,
 ) -> dict[str, Any]:
-    """Give the common entries; sizes are V, D, width, layers, heads, key heads."""
+    """Return the common entries; sizes are V, D, width, layers, heads, key heads."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names += ("num_attention_heads", "num_key_value_heads")
     return {

@@ -27,7 +27,7 @@ class Adam:
         self.m, self.v, self.count = np.float64(0), np.float64(0), 0
 
     def __call__(self, grad: np.ndarray) -> np.ndarray:
-        """Give the bias-corrected direction to go against."""
+        """Return the bias-corrected direction to go against."""
         self.count += 1
         self.m = B1 * self.m + (1 - B1) * grad
         self.v = B2 * self.v + (1 - B2) * grad**2
@@ -64,7 +64,7 @@ class Layer:
         return self.residual - self.kernel + self.gamma * a @ b + along
 
     def backward(self, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
-        """Give the gradients of a, b and g, by the dense gradient of W."""
+        """Return the gradients of a, b and g, by the dense gradient of W."""
         dW, (a, b, _) = x.T @ dy, self.trained.values()
         along = np.diag(self.u.T @ dW @ self.v)
         return {"a": self.gamma * dW @ b.T, "b": self.gamma * a.T @ dW, "g": along}
@@ -106,7 +106,7 @@ class Network:
         self.up, self.down = up, down
 
     def gradients(self, batch: Mapping[str, np.ndarray]) -> tuple[float, list]:
-        """Give the mean loss over counted targets, and each layer's gradients."""
+        """Return the mean loss over counted targets, and each layer's gradients."""
         tokens, targets = batch["tokens"].ravel(), batch["targets"].ravel()
         weights = batch["weights"].ravel().astype(np.float64)
         weights = weights / weights.sum()

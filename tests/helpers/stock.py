@@ -24,7 +24,7 @@ def random_torch_model(folder):
 
 
 def torch_logits(model, tokens, mask=None, positions=None) -> np.ndarray:
-    """Give the logits of a torch model, (B, T, V)."""
+    """Return the logits of a torch model, (B, T, V)."""
     arguments = {"attention_mask": mask, "position_ids": positions}
     given = {k: torch.from_numpy(v) for k, v in arguments.items() if v is not None}
     with torch.no_grad():

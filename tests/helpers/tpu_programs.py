@@ -37,10 +37,10 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from tsd_jax.core.adapter import Adapter, Directions
-    from tsd_jax.core.launch import Ranking, _out_shardings, _spread_chunk
     from tsd_jax.core.layout import Layout
     from tsd_jax.core.spec import KernelSpec
-    from tsd_jax.core.stacks import cut
+    from tsd_jax.extraction.chunks import cut
+    from tsd_jax.extraction.launch import Ranking, _out_shardings, _spread_chunk
 
     layers, fan_in, fan_out = STACKS[name]
     axes = ("tensor", "fsdp") if name == "down" else ("fsdp", "tensor")

@@ -63,7 +63,7 @@ def zeros(shapes: Any) -> Any:
 
 
 def pair_shapes(kernel: KernelSpec) -> tuple[Adapter, Directions]:
-    """Give the shapes of what lies beside one kernel."""
+    """Return the shapes of what lies beside one kernel."""
     return jax.eval_shape(
         lambda base: init_kernel(jax.random.key(0), kernel, jnp.dtype("float32"), base),
         jax.ShapeDtypeStruct(kernel.shape, jnp.float32),

@@ -27,7 +27,7 @@ MODEL = LlamaConfig(
 
 
 def problem():
-    """Give a spec, a stack of kernels, and trained adapters."""
+    """Return a spec, a stack of kernels, and trained adapters."""
     import numpy as np
 
     from tests.helpers.trees import STACKED, small_spec, trained
@@ -71,9 +71,9 @@ def loaded(folder: str) -> int:
     import numpy as np
     from safetensors.numpy import load_file
 
+    from tsd_jax.huggingface import abstract_params, device_loader, load_params
+    from tsd_jax.huggingface.tensors import StoredTensor
     from tsd_jax.models.decoder import DECODER_RULES
-    from tsd_jax.models.huggingface import abstract_params, load_params, placing
-    from tsd_jax.models.huggingface.tensors import StoredTensor
     from tsd_jax.training.sharding import make_mesh, param_shardings
 
     elements = []
@@ -84,7 +84,7 @@ def loaded(folder: str) -> int:
         elements.append(part.size)
         return part
 
-    StoredTensor.read, placing.AT_ONCE = read, 0
+    StoredTensor.read, device_loader.AT_ONCE = read, 0
     mesh = make_mesh((1, 2, 2))
     shardings = param_shardings(abstract_params(MODEL), DECODER_RULES, mesh)
     params = load_params(folder, MODEL, shardings=shardings)

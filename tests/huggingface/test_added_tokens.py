@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.huggingface import (
+from tsd_jax.huggingface import (
     add_tokens,
     grow,
     grown_config,

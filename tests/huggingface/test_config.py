@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.huggingface.config import config_json, read_config
+from tsd_jax.huggingface.config import config_json, read_config
 from tsd_jax.models.llama import LlamaConfig
 
 FULL = {

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tsd_jax.models.huggingface import placing
-from tsd_jax.models.huggingface.placing import Placing, read_ahead
+from tsd_jax.huggingface import device_loader
+from tsd_jax.huggingface.device_loader import DeviceLoader, read_ahead
 
 
 def mesh() -> Any:
@@ -19,8 +19,8 @@ def mesh() -> Any:
 
 
 def bring(array: np.ndarray, depth: int, sharding: Any, encode: Any = None):
-    """Place an array through `Placing`; give it and the blocks it took."""
-    way = Placing(array.shape, array.dtype, depth, sharding, encode)
+    """Place an array through `DeviceLoader`; give it and the blocks it took."""
+    way = DeviceLoader(array.shape, array.dtype, depth, sharding, encode)
     blocks = []
     for step in way.steps:
         parts = [np.array(array[index]) for index in way.indices(step)]
@@ -100,7 +100,7 @@ def test_matrices_are_encoded_on_the_way(place):
 def test_a_stack_is_filled_in_place(monkeypatch):
     monkeypatch.setattr(placing, "AT_ONCE", 0)
     whole = jnp.zeros((4, 8, 8))
-    lowered = placing._fill.lower(
+    lowered = device_loader._fill.lower(
         whole, whole[:1], (np.int32(0),), encode=None, mesh=None
     )
     memory = lowered.compile().memory_analysis()

@@ -13,33 +13,33 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Part, WholeSpec
+from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.spec import Spec
-from tsd_jax.interchange.factors import Index
-from tsd_jax.interchange.merged import to_merged
-from tsd_jax.interchange.peft import to_peft
-from tsd_jax.interchange.peft_reader import from_peft
-from tsd_jax.interchange.vocabulary import grown_vocabulary
-from tsd_jax.interchange.whole import (
-    WholeTensor,
+from tsd_jax.huggingface.factors import Index
+from tsd_jax.huggingface.full_tensors import (
+    FullTensor,
     filled,
+    full_rule,
+    full_tensors,
     torch_rows,
-    whole_rule,
-    whole_tensors,
 )
+from tsd_jax.huggingface.merge import to_merged
+from tsd_jax.huggingface.peft.read import from_peft
+from tsd_jax.huggingface.peft.write import to_peft
+from tsd_jax.huggingface.vocabulary import grown_vocabulary
 
 V, D, LAYERS = 5, 3, 2
 PREFIX = "base_model.model."
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PARTS = {
-    "embed_tokens/embedding": WholeSpec(
+    "embed_tokens/embedding": FullSpec(
         path="embed_tokens/embedding", shape=(V + 2, D), rows=(V, V + 2)
     ),
-    "lm_head/kernel": WholeSpec(
+    "lm_head/kernel": FullSpec(
         path="lm_head/kernel", shape=(D, V + 2), rows=(V, V + 2), axis=1
     ),
-    "layers/norm/scale": WholeSpec(path="layers/norm/scale", shape=(LAYERS, D)),
-    "layers/up/kernel": WholeSpec(path="layers/up/kernel", shape=(LAYERS, D, 4)),
+    "layers/norm/scale": FullSpec(path="layers/norm/scale", shape=(LAYERS, D)),
+    "layers/up/kernel": FullSpec(path="layers/up/kernel", shape=(LAYERS, D, 4)),
 }
 NAMES = {
     "embed_tokens/embedding": "model.embed_tokens",
@@ -57,10 +57,12 @@ def module_name(path: str, index: int | None) -> str:
     return NAMES[path].format(index)
 
 
-def parts(*paths: str) -> dict[str, Part]:
+def parts(*paths: str) -> dict[str, FullParam]:
     rng = np.random.default_rng(4)
     return {
-        path: Part(jnp.asarray(rng.normal(size=PARTS[path].value_shape), "float32"), p)
+        path: FullParam(
+            jnp.asarray(rng.normal(size=PARTS[path].value_shape), "float32"), p
+        )
         for path, p in PARTS.items()
         if path in paths or not paths
     }
@@ -72,7 +74,7 @@ def trees(*paths: str) -> tuple[Any, Any]:
 
 
 def test_tensors_lie_as_torch_has_them():
-    found, values = whole_tensors(parts(), module_name), parts()
+    found, values = full_tensors(parts(), module_name), parts()
     assert set(found) == {
         TABLE,
         HEAD,
@@ -94,13 +96,13 @@ def test_tensors_lie_as_torch_has_them():
 @pytest.mark.parametrize(
     ("part", "told"),
     [
-        (WholeSpec(path="x/alpha", shape=(3,)), "only leaves named kernel, embedding"),
+        (FullSpec(path="x/alpha", shape=(3,)), "only leaves named kernel, embedding"),
         (
-            WholeSpec(path="x/kernel", shape=(3, 4), rows=(0, 1)),
+            FullSpec(path="x/kernel", shape=(3, 4), rows=(0, 1)),
             "rows along axis 0 of .* are no rows of one tensor",
         ),
         (
-            WholeSpec(path="x/kernel", shape=(2, 3, 4), rows=(0, 1), axis=1),
+            FullSpec(path="x/kernel", shape=(2, 3, 4), rows=(0, 1), axis=1),
             "no rows of one tensor",
         ),
     ],
@@ -114,21 +116,21 @@ def test_tensors_fill_parts_again():
     values = parts()
     for path, part in PARTS.items():
         indices = (0, 1) if path.startswith("layers") else (None,)
-        tensors = whole_tensors({path: values[path]}, module_name).values()
-        layers: dict[Index, WholeTensor] = dict(zip(indices, tensors, strict=True))
-        rule = whole_rule(path, layers)
+        tensors = full_tensors({path: values[path]}, module_name).values()
+        layers: dict[Index, FullTensor] = dict(zip(indices, tensors, strict=True))
+        rule = full_rule(path, layers)
         assert (rule.rows, rule.axis) == (part.rows, part.axis)
         got = filled(np.zeros(part.value_shape, np.float32), part, layers)
         np.testing.assert_array_equal(got, values[path].value)
 
 
 def test_rows_may_have_gaps():
-    tensor = WholeTensor("e", "weight", np.ones((2, D), np.float32), (2, 4))
-    assert whole_rule("e/embedding", {None: tensor}).rows == (2, 5)
-    part = WholeSpec(path="e/embedding", shape=(V, D), rows=(2, 5))
+    tensor = FullTensor("e", "weight", np.ones((2, D), np.float32), (2, 4))
+    assert full_rule("e/embedding", {None: tensor}).rows == (2, 5)
+    part = FullSpec(path="e/embedding", shape=(V, D), rows=(2, 5))
     got = filled(np.zeros((3, D)), part, {None: tensor})
     np.testing.assert_array_equal(got[:, 0], [1, 0, 1])
-    outside = WholeSpec(path="e/embedding", shape=(V, D), rows=(3, 5))
+    outside = FullSpec(path="e/embedding", shape=(V, D), rows=(3, 5))
     with pytest.raises(InputError, match="does not fit what the spec trains of it"):
         filled(np.zeros((2, D)), outside, {None: tensor})
 
@@ -166,7 +168,7 @@ def test_peft_gets_whole_modules(tmp_path):
 def test_a_part_beside_an_adapter_is_refused(tmp_path):
     adapters, directions = random_all(0, small_spec("tsd"))
     kernel = {"k/kernel": adapters["k"]}, {"k/kernel": directions["k"]}
-    bias = Part(jnp.ones(7), WholeSpec(path="k/bias", shape=(7,)))
+    bias = FullParam(jnp.ones(7), FullSpec(path="k/bias", shape=(7,)))
     with pytest.raises(InputError, match="k/bias trains whole and the kernel beside"):
         to_peft(
             tmp_path,
@@ -180,7 +182,7 @@ def test_a_part_beside_an_adapter_is_refused(tmp_path):
 
 def test_experts_are_refused(tmp_path):
     path = "layers/mlp/experts/up_proj/kernel"
-    part = Part(jnp.ones((2, 3, 4, 5)), WholeSpec(path=path, shape=(2, 3, 4, 5)))
+    part = FullParam(jnp.ones((2, 3, 4, 5)), FullSpec(path=path, shape=(2, 3, 4, 5)))
     adapters, directions = trees("layers/norm/scale")
     with pytest.raises(InputError, match="fuses the experts of a mixture"):
         to_peft(
@@ -288,7 +290,7 @@ def test_a_checkpoint_grown_in_one_place_is_refused(tmp_path):
 
 def test_tensors_of_another_base_are_refused(tmp_path):
     def grown(name, value, rows=None, shape=(V, D)):
-        tensor = WholeTensor(name, "weight", np.zeros(value), rows)
+        tensor = FullTensor(name, "weight", np.zeros(value), rows)
         return grown_vocabulary({tensor.name: tensor}, {tensor.name: shape}, tmp_path)
 
     assert grown("x", (V, D)) is None
@@ -304,6 +306,6 @@ def test_tensors_of_another_base_are_refused(tmp_path):
     ]:
         with pytest.raises(InputError, match="does not fit what was trained of it"):
             grown(*bad)
-    tensor = WholeTensor("y", "weight", np.zeros(3))
+    tensor = FullTensor("y", "weight", np.zeros(3))
     with pytest.raises(InputError, match=r"has no tensor 'y.weight'"):
         grown_vocabulary({"y.weight": tensor}, {}, tmp_path)

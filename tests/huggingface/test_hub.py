@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.huggingface.source import load_tokenizer, resolve
+from tsd_jax.huggingface.hub import load_tokenizer, resolve
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ ASK = """
 import os
 from huggingface_hub import constants
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.huggingface.source import resolve
+from tsd_jax.huggingface.hub import resolve
 
 def ask():
     try:

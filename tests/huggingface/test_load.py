@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers.decoders import PUBLISHED, write_decoder
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.quantised import Quantised, Quantization, dequantised, quantise
+from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
+from tsd_jax.huggingface import names, read_config
+from tsd_jax.huggingface.load import load_params, write_checkpoint
+from tsd_jax.huggingface.tensors import StoredTensor
 from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
-from tsd_jax.models.huggingface import names, placing, read_config
-from tsd_jax.models.huggingface.tensors import StoredTensor
-from tsd_jax.models.huggingface.weights import load_params, write_checkpoint
 from tsd_jax.models.llama import LlamaConfig
 from tsd_jax.training.sharding import make_mesh, param_shardings
 
@@ -265,14 +265,14 @@ def test_a_tree_that_does_not_fit_leaves_the_folder_as_it_was(folder, params):
 @pytest.mark.parametrize(
     ("scan_layers", "spread"), [(True, False), (True, True), (False, False)]
 )
-def test_kernels_are_quantised_on_the_way(tmp_path, monkeypatch, scan_layers, spread):
+def test_kernels_are_quantized_on_the_way(tmp_path, monkeypatch, scan_layers, spread):
     """Of linear layers, experts among them, and of no other; matrix by matrix."""
     monkeypatch.setattr(placing, "AT_ONCE", 0)
     write_decoder(tmp_path, PUBLISHED["mixtral"])
     config = read_config(tmp_path)
     plain = load_params(tmp_path, config, scan_layers=scan_layers)
     how = Quantization(format="int8", tile=8)
-    want = quantise(plain, how, LINEAR_KERNELS, jnp.bfloat16)
+    want = quantize(plain, how, LINEAR_KERNELS, jnp.bfloat16)
     places = None
     if spread:
         mesh = make_mesh((1, 4, 2))
@@ -285,7 +285,7 @@ def test_kernels_are_quantised_on_the_way(tmp_path, monkeypatch, scan_layers, sp
         quantization=how,
         shardings=places,
     )
-    boxes = {p: x for p, x in flat(found).items() if isinstance(x, Quantised)}
+    boxes = {p: x for p, x in flat(found).items() if isinstance(x, Quantized)}
     layers = 1 if scan_layers else 4
     assert len(boxes) == 7 * layers
     parts = {path.split("/")[-2] for path in boxes}
@@ -304,7 +304,7 @@ def test_kernels_are_quantised_on_the_way(tmp_path, monkeypatch, scan_layers, sp
             place = flat(places)[path]
             assert leaf.values.sharding == leaf.scale.sharding == place
     if scan_layers and not spread:
-        opened = {p: dequantised(x) for p, x in flat(found).items()}
+        opened = {p: dequantize(x) for p, x in flat(found).items()}
         tree = traverse_util.unflatten_dict(opened, sep="/")
         model = Decoder(config, jnp.bfloat16, jnp.bfloat16)
         tokens = jnp.arange(6)[None]

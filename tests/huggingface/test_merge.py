@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.errors import InputError
-from tsd_jax.interchange import merged
-from tsd_jax.interchange.merged import to_merged
+from tsd_jax.huggingface.merge import to_merged
 
 IN, OUT, LAYERS = 6, 7, 3
 INDEX = "model.safetensors.index.json"
@@ -292,7 +291,7 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path):
 
     pair: tuple[Any, Any] = trees()
     name: Any = module_name
-    refused("is quantised", quantization_config={"bits": 4})
+    refused("is quantized", quantization_config={"bits": 4})
     name = lambda path, layer: f"model.{path}.{layer}"  # noqa: E731
     refused("has no tensor 'model.k.None.weight'")
     name = module_name

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.huggingface import names
+from tsd_jax.huggingface import names
 from tsd_jax.models.llama import LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -120,7 +120,7 @@ def test_another_models_tree_is_refused():
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_module_places_invert_module_names(scan_layers):
     params = names.abstract_params(CONFIG, scan_layers=scan_layers)
-    places = names.module_places(params)
+    places = names.module_paths(params)
     assert len(places) == 2 * 7 + 1
     for module, (path, layer) in places.items():
         assert names.module_name(path, layer) == module

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers.decoders import PUBLISHED, write_decoder
+from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
-from tsd_jax.models import huggingface
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -51,7 +51,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
         "save its text model, a gemma3_text",
     ),
     "gptq": (llama(quantization_config={"quant_method": "gptq"}), "'gptq'", "original"),
-    "unnamed quantisation": (
+    "unnamed quantization": (
         llama(quantization_config={"bits": 4}),
         "{'bits': 4}",
         "original",

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.huggingface.tensors import open_tensors, read_json
+from tsd_jax.huggingface.tensors import open_tensors, read_json
 
 A = np.arange(12, dtype=np.float32).reshape(3, 4)
 B = np.arange(5).astype(jnp.bfloat16)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from tests.helpers.decoder_configs import configs
 from tests.helpers.decoders import inputs
-from tsd_jax.models import huggingface
+from tsd_jax import huggingface
+from tsd_jax.huggingface.families.decoders import FAMILIES
+from tsd_jax.huggingface.families.family import DECODER
 from tsd_jax.models.decoder import Decoder
-from tsd_jax.models.huggingface.families import FAMILIES
-from tsd_jax.models.huggingface.family import DECODER
 
 pytest.importorskip("torch")
 from tests.helpers.stock import random_torch_model, torch_logits

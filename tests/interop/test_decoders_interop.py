@@ -12,11 +12,11 @@ import transformers
 
 from tests.helpers.decoders import PUBLISHED, inputs, write_decoder
 from tests.helpers.trees import random_all
+from tsd_jax import huggingface
 from tsd_jax.binding.linen import make_spec
 from tsd_jax.core.adapter import merge
 from tsd_jax.core.spec import Rule
-from tsd_jax.interchange.peft import to_peft
-from tsd_jax.models import huggingface
+from tsd_jax.huggingface.peft.write import to_peft
 from tsd_jax.models.decoder import Decoder
 
 pytest.importorskip("torch")
@@ -157,7 +157,7 @@ CASES = {
 
 
 def published(case):
-    """Give a family and the config.json of a case."""
+    """Return a family and the config.json of a case."""
     family, changes = CASES[case]
     merged = {**PUBLISHED[family], **changes}
     nulls = {"no_rope_layers", "rope_scaling"}

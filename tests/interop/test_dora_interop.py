@@ -22,14 +22,14 @@ from tests.interop.test_peft_interop import (
 )
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import init, merge
-from tsd_jax.core.launch import launch
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule
-from tsd_jax.interchange.merged import to_merged
-from tsd_jax.interchange.native import load_adapter, save_adapter
-from tsd_jax.interchange.peft import to_peft
-from tsd_jax.interchange.peft_reader import from_peft
-from tsd_jax.models.huggingface import module_name, module_places
+from tsd_jax.extraction.launch import launch
+from tsd_jax.huggingface import module_name, module_paths
+from tsd_jax.huggingface.merge import to_merged
+from tsd_jax.huggingface.peft.read import from_peft
+from tsd_jax.huggingface.peft.write import to_peft
+from tsd_jax.storage.adapter_file import load_adapter, save_adapter
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -175,7 +175,7 @@ def test_a_compressed_adapter_keeps_its_magnitudes(base, tmp_path):
     )
     assert export.rank == 3
     assert 0.01 < export.error < 0.9
-    found = from_peft(tmp_path, module_places(params))
+    found = from_peft(tmp_path, module_paths(params))
     path = "layers/mlp/up_proj/kernel"
     for layer, module in found.kernels[path].items():
         np.testing.assert_array_equal(module.magnitude, adapters[path].magnitude[layer])
@@ -207,7 +207,7 @@ SETTINGS = {
 def test_adapters_made_by_peft_start_ours(base, tmp_path, settings):
     theirs = peft_adapter(base, tmp_path, use_dora=True, **settings)
     model, params = our_model(base)
-    found = from_peft(tmp_path, module_places(params))
+    found = from_peft(tmp_path, module_paths(params))
     rules = found.rules(directions=3)
     assert all(rule.dora for rule in rules)
     spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method="tsd")
@@ -226,7 +226,7 @@ def test_a_plain_adapter_goes_on_with_dora(base, tmp_path):
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
     theirs = peft_adapter(base, tmp_path, **settings)
     model, params = our_model(base)
-    found = from_peft(tmp_path, module_places(params))
+    found = from_peft(tmp_path, module_paths(params))
     spec = make_spec(model.apply, {"params": params}, DORA[:1], TOKENS, method="dash")
     adapters, directions = found.start(jax.random.key(0), spec, params=params)
     close(our_logits(model, params, adapters, directions), theirs)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.encoders import PUBLISHED, inputs
-from tsd_jax.models import huggingface
+from tsd_jax import huggingface
 
 torch = pytest.importorskip("torch")
 from tests.interop.test_encoders_interop import (

@@ -16,15 +16,15 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers.encoders import PUBLISHED, inputs, write_encoder
 from tests.helpers.trees import filled
+from tsd_jax import huggingface
 from tsd_jax.app.export import main
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import init
-from tsd_jax.core.parts import Whole, parts_in
+from tsd_jax.core.full_params import Full, parts_in
 from tsd_jax.core.spec import Rule
-from tsd_jax.interchange.native import save_adapter
-from tsd_jax.interchange.peft import to_peft
-from tsd_jax.interchange.peft_reader import from_peft
-from tsd_jax.models import huggingface
+from tsd_jax.huggingface.peft.read import from_peft
+from tsd_jax.huggingface.peft.write import to_peft
+from tsd_jax.storage.adapter_file import save_adapter
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -75,7 +75,7 @@ class Ours:
         self.spec = make_spec(
             self.model.apply,
             {"params": self.params},
-            rules or [RULE, Whole(pattern=family.head)],
+            rules or [RULE, Full(pattern=family.head)],
             self.tokens,
             method=method,
         )
@@ -101,8 +101,8 @@ class Ours:
     def places(self):
         kind = self.config.model_type
         return (
-            huggingface.module_places(self.params, kind),
-            huggingface.tensor_places(self.params, kind),
+            huggingface.module_paths(self.params, kind),
+            huggingface.tensor_paths(self.params, kind),
         )
 
 

@@ -12,8 +12,8 @@ import transformers
 from safetensors.numpy import load_file
 
 from tests.helpers.encoders import PUBLISHED, inputs, write_encoder
-from tsd_jax.models import huggingface
-from tsd_jax.models.huggingface.families import FAMILIES
+from tsd_jax import huggingface
+from tsd_jax.huggingface.families.decoders import FAMILIES
 
 torch = pytest.importorskip("torch")
 

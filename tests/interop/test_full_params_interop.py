@@ -19,22 +19,22 @@ from tests.helpers.trees import filled
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import init
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Whole, kernels_in, parts_in
+from tsd_jax.core.full_params import Full, kernels_in, parts_in
 from tsd_jax.core.spec import Rule, Spec
-from tsd_jax.interchange.merged import to_merged
-from tsd_jax.interchange.peft import to_peft
-from tsd_jax.interchange.peft_parts import read_whole
-from tsd_jax.interchange.peft_reader import from_peft
-from tsd_jax.models.decoder import Decoder
-from tsd_jax.models.huggingface import (
+from tsd_jax.huggingface import (
     grow,
     grown_config,
     load_params,
     module_name,
-    module_places,
+    module_paths,
     read_config,
-    tensor_places,
+    tensor_paths,
 )
+from tsd_jax.huggingface.merge import to_merged
+from tsd_jax.huggingface.peft.full_params import read_full
+from tsd_jax.huggingface.peft.read import from_peft
+from tsd_jax.huggingface.peft.write import to_peft
+from tsd_jax.models.decoder import Decoder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -43,7 +43,7 @@ VOCABULARY, NEW = 64, 3
 TOKENS = np.random.default_rng(0).integers(VOCABULARY, size=(2, 12))
 TOKENS[:, ::4] = VOCABULARY + np.arange(NEW)  # for models that have grown
 KERNELS = Rule(pattern=r"layers/.*/(q|down)_proj/kernel", rank=4, directions=3)
-NORMS = Whole(pattern=r".*norm/scale")
+NORMS = Full(pattern=r".*norm/scale")
 TABLE, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 ROWS = (VOCABULARY, VOCABULARY + NEW)
 
@@ -52,25 +52,25 @@ class Case(NamedTuple):
     """What trains whole, of which base."""
 
     tied: bool
-    rules: tuple[Whole, ...]
+    rules: tuple[Full, ...]
     grows: bool
 
 
 CASES = {
     "norms": Case(False, (NORMS,), False),
-    "head and table": Case(False, (Whole(pattern=HEAD), Whole(pattern=TABLE)), False),
-    "table, tied": Case(True, (NORMS, Whole(pattern=TABLE)), False),
+    "head and table": Case(False, (Full(pattern=HEAD), Full(pattern=TABLE)), False),
+    "table, tied": Case(True, (NORMS, Full(pattern=TABLE)), False),
     "rows": Case(
         False,
         (
             NORMS,
-            Whole(pattern=TABLE, rows=ROWS),
-            Whole(pattern=HEAD, rows=ROWS, axis=1),
+            Full(pattern=TABLE, rows=ROWS),
+            Full(pattern=HEAD, rows=ROWS, axis=1),
         ),
         True,
     ),
-    "rows, tied": Case(True, (Whole(pattern=TABLE, rows=ROWS),), True),
-    "grown table, tied": Case(True, (Whole(pattern=TABLE),), True),
+    "rows, tied": Case(True, (Full(pattern=TABLE, rows=ROWS),), True),
+    "grown table, tied": Case(True, (Full(pattern=TABLE),), True),
 }
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -192,7 +192,7 @@ def test_our_own_adapter_is_read_back(bases, tmp_path, name):
     trees = trained(our)
     base = str(bases[tied])
     to_peft(tmp_path, *trees, module_name, base_model=base, params=our.params)
-    places = module_places(our.params), tensor_places(our.params)
+    places = module_paths(our.params), tensor_paths(our.params)
     found = from_peft(tmp_path, *places)
     again = ours(bases[tied], found.rules(directions=2), grows)
     assert again.spec.whole == our.spec.whole
@@ -241,7 +241,7 @@ def test_an_adapter_of_stock_peft_gives_its_logits(bases, tmp_path, tied, settin
     assert np.abs(theirs - logits_of(stock(grown), grows)).max() > 1
     config = read_config(grown)
     params, decoder = load_params(grown, config), Decoder(config)
-    places = module_places(params), tensor_places(params)
+    places = module_paths(params), tensor_paths(params)
     found = from_peft(tmp_path / "adapter", *places)
     spec = make_spec(
         decoder.apply, {"params": params}, found.rules(), TOKENS, method="tsd"
@@ -251,4 +251,4 @@ def test_an_adapter_of_stock_peft_gives_its_logits(bases, tmp_path, tied, settin
     np.testing.assert_allclose(got, theirs, atol=3e-4)
     with pytest.raises(InputError, match="whole: give the places of tensors"):
         from_peft(tmp_path / "adapter", places[0])
-    assert read_whole(tmp_path / "adapter").keys() <= places[1].keys()
+    assert read_full(tmp_path / "adapter").keys() <= places[1].keys()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import transformers
 
+from tsd_jax import huggingface
 from tsd_jax.evaluation.generation import generate
-from tsd_jax.models import huggingface
 from tsd_jax.models.llama import Llama
 
 torch = pytest.importorskip("torch")

@@ -13,18 +13,18 @@ import transformers
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import init
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import launch
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule
-from tsd_jax.interchange.merged import to_merged
-from tsd_jax.interchange.peft import to_peft
-from tsd_jax.interchange.peft_reader import from_peft
-from tsd_jax.models.huggingface import (
+from tsd_jax.extraction.launch import launch
+from tsd_jax.huggingface import (
     load_params,
     module_name,
-    module_places,
+    module_paths,
     read_config,
 )
+from tsd_jax.huggingface.merge import to_merged
+from tsd_jax.huggingface.peft.read import from_peft
+from tsd_jax.huggingface.peft.write import to_peft
 from tsd_jax.models.llama import Llama
 
 torch = pytest.importorskip("torch")
@@ -249,7 +249,7 @@ THEIRS = {
 def test_adapters_made_by_peft_start_ours(base, tmp_path, settings, scan_layers):
     theirs = peft_adapter(base, tmp_path, **settings)
     model, params = our_model(base, scan_layers=scan_layers)
-    found = from_peft(tmp_path, module_places(params))
+    found = from_peft(tmp_path, module_paths(params))
     assert found.base_model == str(base)
     spec = make_spec(
         model.apply,
@@ -283,13 +283,13 @@ def test_adapters_on_a_changed_base_are_refused_until_converted(base, tmp_path, 
     model.save_pretrained(plain)
     ours, params = our_model(base)
     with pytest.raises(InputError, match="path_initial_model_for_weight_conversion"):
-        from_peft(plain, module_places(params))
+        from_peft(plain, module_paths(params))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it warns of what it undoes
         model.save_pretrained(
             converted, path_initial_model_for_weight_conversion=str(first)
         )
-    found = from_peft(converted, module_places(params))
+    found = from_peft(converted, module_paths(params))
     variables = {"params": params}
     spec = make_spec(ours.apply, variables, found.rules(), TOKENS, method="lora")
     adapters, directions = found.start(jax.random.key(0), spec)

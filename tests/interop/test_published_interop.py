@@ -10,13 +10,13 @@ import pytest
 import transformers
 
 from tests.helpers.published import CHECKPOINTS
-from tsd_jax.models.huggingface import abstract_params, names, read_config
+from tsd_jax.huggingface import abstract_params, names, read_config
 
 torch = pytest.importorskip("torch")
 
 
 def loaded_names(published, experts):
-    """Give {name: shape} as transformers 5 has them in memory: experts stacked.
+    """Return {name: shape} as transformers 5 has them in memory: experts stacked.
 
     The kernels of gate and up become one there, gate first.
     """

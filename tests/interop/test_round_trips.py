@@ -12,14 +12,14 @@ import pytest
 
 from tests.helpers.decoders import PUBLISHED, inputs, write_decoder
 from tests.helpers.trees import filled
+from tsd_jax import huggingface
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import init
-from tsd_jax.core.launch import launch
 from tsd_jax.core.spec import Rule
-from tsd_jax.interchange.merged import to_merged
-from tsd_jax.interchange.peft import to_peft
-from tsd_jax.interchange.peft_reader import from_peft
-from tsd_jax.models import huggingface
+from tsd_jax.extraction.launch import launch
+from tsd_jax.huggingface.merge import to_merged
+from tsd_jax.huggingface.peft.read import from_peft
+from tsd_jax.huggingface.peft.write import to_peft
 from tsd_jax.models.decoder import Decoder
 
 torch = pytest.importorskip("torch")
@@ -115,7 +115,7 @@ def test_what_goes_out_is_what_we_compute(tmp_path, base, family, method):
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
 
     # What we wrote for PEFT, we read ourselves.
-    found = from_peft(tmp_path / "peft", huggingface.module_places(params, family))
+    found = from_peft(tmp_path / "peft", huggingface.module_paths(params, family))
     variables = {"params": params}
     spec = make_spec(
         model.apply, variables, found.rules(directions=1), TOKENS, method="lora"
@@ -156,7 +156,7 @@ def test_what_peft_made_comes_in(tmp_path, base, family):
         **stacked,
     )
     assert np.abs(theirs - torch_logits(stock(base), TOKENS)).max() > 0.3
-    found = from_peft(tmp_path / "peft", huggingface.module_places(params, family))
+    found = from_peft(tmp_path / "peft", huggingface.module_paths(params, family))
     assert any("mlp/experts/up" in path for path in found.kernels) == bool(stacked)
     variables = {"params": params}
     spec = make_spec(

@@ -87,7 +87,7 @@ def loops(program: Program) -> list[str]:
 
 
 def gathered(program: Program) -> Iterator[int]:
-    """Give the bytes of every array that a collective makes whole on each device."""
+    """Return the bytes of every array that a collective makes whole on each device."""
     pattern = r"= ([^=]*) (?:all-gather|all-reduce|collective-broadcast)(?:-start)?\("
     for results in re.findall(pattern, program.compiled):
         for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", results):

@@ -14,13 +14,13 @@ import pytest
 
 from tests.helpers.decoders import GOLDEN_COLUMNS, PUBLISHED, inputs, write_decoder
 from tests.helpers.trees import method_of, random_all
+from tsd_jax import huggingface
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import init, merge
-from tsd_jax.core.launch import launch
 from tsd_jax.core.spec import Rule
-from tsd_jax.models import huggingface
+from tsd_jax.extraction.launch import launch
+from tsd_jax.huggingface import names
 from tsd_jax.models.decoder import Decoder
-from tsd_jax.models.huggingface import names
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "decoders.npz"
 TOKENS, MASK, POSITIONS = inputs()

@@ -15,16 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.encoders import PUBLISHED, inputs, write_encoder
 from tests.helpers.trees import method_of, random_all
+from tsd_jax import huggingface
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.spec import Rule
-from tsd_jax.models import huggingface
+from tsd_jax.huggingface import names
+from tsd_jax.huggingface.families.decoders import FAMILIES
 from tsd_jax.models.deberta import position_rows
 from tsd_jax.models.encoder import ENCODER_RULES
 from tsd_jax.models.encoder_config import Disentangled
-from tsd_jax.models.huggingface import names
-from tsd_jax.models.huggingface.families import FAMILIES
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "encoders.npz"
 # The paper's modules for understanding: query, key, value, intermediate, output.

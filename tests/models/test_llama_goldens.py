@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tsd_jax.models import huggingface
+from tsd_jax import huggingface
 from tsd_jax.models.llama import Llama
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.adapter import delta
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Part, WholeSpec
+from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.spec import Spec
-from tsd_jax.interchange import files, native
-from tsd_jax.interchange.native import load_adapter, save_adapter
+from tsd_jax.storage import adapter_file, files
+from tsd_jax.storage.adapter_file import load_adapter, save_adapter
 
 METHODS = ["lora", "dash", "init", "tsd", "init+keep", "tsd+keep"]
 
@@ -190,7 +190,7 @@ def test_a_foreign_file_is_refused(tmp_path):
 
 def test_a_newer_version_is_refused(saved):
     file, _ = saved
-    newer = metadata_of(file) | {"version": str(native.VERSION + 1), "facts": "?"}
+    newer = metadata_of(file) | {"version": str(adapter_file.VERSION + 1), "facts": "?"}
     save_file(load_file(file), file, newer)
     with pytest.raises(InputError, match="format version 3, and this tsd_jax reads"):
         load_adapter(file)
@@ -237,20 +237,20 @@ def test_a_type_jax_would_round_is_refused(saved):
 
 
 PARTS = (
-    WholeSpec(path="norm/scale", shape=(5,)),
-    WholeSpec(path="embed/embedding", shape=(7, 3), rows=(4, 6)),
+    FullSpec(path="norm/scale", shape=(5,)),
+    FullSpec(path="embed/embedding", shape=(7, 3), rows=(4, 6)),
 )
 
 
 def with_parts(seed: int = 0) -> tuple[Spec, Any, Any]:
-    """Give a spec with parts, and trees of random numbers for it."""
+    """Return a spec with parts, and trees of random numbers for it."""
     spec = small_spec("tsd")
     adapters: Any
     adapters, directions = random_all(seed, spec)
     rng = np.random.default_rng(seed)
     for part in PARTS:
         value = jnp.asarray(rng.normal(size=part.value_shape), jnp.float32)
-        adapters[part.path] = Part(value, part)
+        adapters[part.path] = FullParam(value, part)
     return Spec(spec.kernels, spec.method, PARTS), adapters, directions
 
 

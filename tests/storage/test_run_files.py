@@ -7,25 +7,25 @@ import numpy as np
 import pytest
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import Ranking
-from tsd_jax.training import files
+from tsd_jax.extraction.launch import Ranking
+from tsd_jax.storage import run_files
 
 CONFIG = {"method.name": "tsd", "train.steps": 100, "mesh": (1, -1, 1), "seed": 0}
 
 
 def test_atomic_writes_leave_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "x.json"
-    files.write_json(path, {"a": 1})
+    run_files.write_json(path, {"a": 1})
 
     def fail(part):
         part.write_text("half a f")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(path, fail)
-    assert files.read_json(path) == {"a": 1}
-    files.write_json(path, {"a": 2})
-    assert files.read_json(path) == {"a": 2}
+        run_files.write_atomically(path, fail)
+    assert run_files.read_json(path) == {"a": 1}
+    run_files.write_json(path, {"a": 2})
+    assert run_files.read_json(path) == {"a": 2}
 
 
 def test_a_file_is_only_seen_whole(tmp_path):
@@ -36,42 +36,42 @@ def test_a_file_is_only_seen_whole(tmp_path):
         assert not path.exists()
         assert part.parent == tmp_path  # on the same disk, or it would be copied
 
-    files.write_atomically(path, write)
+    run_files.write_atomically(path, write)
     assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_json_is_sorted_and_ends_with_a_newline(tmp_path):
-    files.write_json(tmp_path / "x", {"b": [1, 2], "a": "é"})
+    run_files.write_json(tmp_path / "x", {"b": [1, 2], "a": "é"})
     text = (tmp_path / "x").read_text()
     assert text.index('"a"') < text.index('"b"')
     assert text.endswith("}\n")
-    assert files.read_json(tmp_path / "x") == {"b": [1, 2], "a": "é"}
+    assert run_files.read_json(tmp_path / "x") == {"b": [1, 2], "a": "é"}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"3", b"\xff"])
 def test_what_is_no_json_object_reads_as_an_empty_one(tmp_path, content):
     if content is not None:
         (tmp_path / "x").write_bytes(content)
-    assert files.read_json(tmp_path / "x") == {}
+    assert run_files.read_json(tmp_path / "x") == {}
 
 
 def test_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert files.read_lines(path) == []
+    assert run_files.read_lines(path) == []
     rows = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 1e-30}]
-    files.write_lines(path, rows)
-    assert files.read_lines(path) == rows
+    run_files.write_lines(path, rows)
+    assert run_files.read_lines(path) == rows
     assert path.read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize("cut", range(1, 8))
 def test_a_cut_off_last_line_is_left_out(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
-    files.write_lines(path, [{"step": 1}, {"step": 23}])
+    run_files.write_lines(path, [{"step": 1}, {"step": 23}])
     path.write_text(path.read_text()[:-cut])
     want = [{"step": 1}, {"step": 23}] if cut == 1 else [{"step": 1}]
-    assert files.read_lines(path) == want
+    assert run_files.read_lines(path) == want
 
 
 def test_rankings(tmp_path):
@@ -82,7 +82,7 @@ def test_rankings(tmp_path):
         "head/kernel": one,
         "layers/q/kernel": Ranking(stack, -stack, np.zeros((2, 2, 2), np.int32)),
     }
-    files.write_rankings(tmp_path / "directions.npz", report)
+    run_files.write_rankings(tmp_path / "directions.npz", report)
     with np.load(tmp_path / "directions.npz", allow_pickle=False) as arrays:
         assert set(arrays) == {
             f"{kernel}/{field}"
@@ -101,13 +101,13 @@ def test_rankings(tmp_path):
 
 
 def claim(workdir, free=(), **changes):
-    return files.claim_workdir(workdir, {**CONFIG, **changes}, free)
+    return run_files.claim_workdir(workdir, {**CONFIG, **changes}, free)
 
 
 @pytest.fixture
 def used(tmp_path):
     """Leave a run's config behind."""
-    files.write_json(tmp_path / "config.json", {"config": CONFIG, "jax": "1.2"})
+    run_files.write_json(tmp_path / "config.json", {"config": CONFIG, "jax": "1.2"})
     return tmp_path
 
 
@@ -148,7 +148,7 @@ def test_another_config_is_refused_by_key(used, changes, message):
 def test_a_key_that_is_gone_is_named(used):
     config = {key: value for key, value in CONFIG.items() if key != "seed"}
     with pytest.raises(InputError, match="seed was 0, now None"):
-        files.claim_workdir(used, config, ())
+        run_files.claim_workdir(used, config, ())
 
 
 def test_a_file_in_the_place_of_the_workdir(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tsd_jax.training.spectra_store import SpectraFolder
+from tsd_jax.storage.spectra_folder import SpectraFolder
 
 VALUES = np.linspace(2, 1, 4)
 VECTORS = np.eye(4, dtype=np.float32)[::-1]

@@ -10,21 +10,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
-from tsd_jax.core import stacks
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, Spec, build_spec
-from tsd_jax.training.settling import (
-    Settling,
-    SettlingConfig,
-    Watcher,
+from tsd_jax.training.auto_launch import (
+    AutoLaunchConfig,
+    DirectionMonitor,
+    MonitorState,
     advance,
-    init_settling,
+    init_monitor,
     mean_overlap,
     sample,
 )
 
-CONFIG = SettlingConfig(launch_min=2, launch_max=40, every=2, patience=2)
+CONFIG = AutoLaunchConfig(launch_min=2, launch_max=40, every=2, patience=2)
 
 
 def stacks_of(kernels: int, layers: int) -> Spec:
@@ -61,8 +60,8 @@ def test_overlap_is_of_sets():
     assert mean_overlap(old, new) == pytest.approx((1 + 0.5 + 0) / 3)
 
 
-def state(streak: int = 0, checks: int = 0) -> Settling:
-    return Settling(
+def state(streak: int = 0, checks: int = 0) -> MonitorState:
+    return MonitorState(
         {"k": jnp.array([[0, 1, 2, 3]])},
         jnp.float32(0),
         jnp.int32(streak),
@@ -116,7 +115,7 @@ def test_a_check_finds_the_sets_of_the_full_svd(shape, spread):
     """Two checks: each set as defined, and their overlap."""
     spec, params = problem(shape)
     first, second = trained(0, spec)[0], trained(5, spec)[0]
-    settling = init_settling(spec, CONFIG)
+    settling = init_monitor(spec, CONFIG)
     placed: Any = {name: jnp.asarray(x) for name, x in params.items()}
     if spread:
         mesh = jax.make_mesh(
@@ -129,7 +128,7 @@ def test_a_check_finds_the_sets_of_the_full_svd(shape, spread):
         placed = jax.device_put(placed, at)
         whole = NamedSharding(mesh, PartitionSpec())
         first, second, settling = jax.device_put((first, second, settling), whole)
-    watcher = Watcher(placed, spec, CONFIG)
+    watcher = DirectionMonitor(placed, spec, CONFIG)
     one = watcher(settling, first)
     two = watcher(one, second)
     tops = [wanted(spec, params, adapters) for adapters in (first, second)]
@@ -160,7 +159,7 @@ def test_a_check_finds_the_sets_of_the_full_svd(shape, spread):
 def test_what_could_never_be_decided(settings, message):
     base = {"launch_min": 2, "launch_max": 40, "every": 2, "patience": 2}
     with pytest.raises(InputError, match=message):
-        SettlingConfig(**{**base, **settings})
+        AutoLaunchConfig(**{**base, **settings})
 
 
 def test_magnitudes_count_in_what_has_settled():
@@ -169,7 +168,9 @@ def test_magnitudes_count_in_what_has_settled():
     magnitude = np.random.default_rng(1).uniform(1, 9, size=(3, 9))
     moved = adapters["k"].replace(magnitude=jnp.asarray(magnitude, jnp.float32))
     placed = {"k": jnp.asarray(params["k"])}
-    seen = Watcher(placed, spec, CONFIG)(init_settling(spec, CONFIG), {"k": moved})
+    seen = DirectionMonitor(placed, spec, CONFIG)(
+        init_monitor(spec, CONFIG), {"k": moved}
+    )
     want = wanted(spec, params, {"k": moved})
     np.testing.assert_array_equal(np.sort(seen.sets["k"], -1), want)
     plain = wanted(spec, params, {"k": moved.replace(magnitude=None)})
@@ -180,7 +181,9 @@ def test_devices_without_float64_are_watched_from_the_host(monkeypatch):
     spec, params = problem((6, 9))
     adapters = trained(0, spec)[0]
     monkeypatch.setattr(stacks, "has_float64", lambda platform: False)
-    settling = init_settling(spec, CONFIG)
-    seen = Watcher({"k": jnp.asarray(params["k"])}, spec, CONFIG)(settling, adapters)
+    settling = init_monitor(spec, CONFIG)
+    seen = DirectionMonitor({"k": jnp.asarray(params["k"])}, spec, CONFIG)(
+        settling, adapters
+    )
     want = wanted(spec, params, adapters)
     np.testing.assert_array_equal(np.sort(seen.sets["k"], -1), want)

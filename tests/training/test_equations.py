@@ -92,7 +92,7 @@ def problem(method: str) -> Problem:
 
 
 def change(adapter: Adapter, frozen: Directions) -> np.ndarray:
-    """Give gamma A B + L diag(g + o) R^T."""
+    """Return gamma A B + L diag(g + o) R^T."""
     a, b = np.asarray(adapter.a, np.float64), np.asarray(adapter.b)
     total = adapter.kernel.scale * (a @ b)
     if frozen.left is None:

@@ -12,7 +12,7 @@ from tests.helpers.mlp import PATHS, TOKENS, Mlp, mlp_batch, mlp_params, mlp_spe
 from tests.helpers.oracle import core_directions
 from tsd_jax.binding.linen import adapted
 from tsd_jax.evaluation.loss import next_token_loss
-from tsd_jax.training.discovery import KernelGradients, group
+from tsd_jax.training.gradient_discovery import KernelGradients, group
 from tsd_jax.training.optimizer import make_optimizer
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import launch_state
@@ -72,7 +72,7 @@ def test_directions_at_step_0(method):
     spec, state = started(method)
     batches = [mlp_batch(0), mlp_batch(1)]
     changes = KernelGradients(LOSS, state, PARAMS, spec, batches)
-    new, report = launch_state(state, PARAMS, spec, changes=changes)
+    new, report = launch_state(state, PARAMS, spec, deltas=changes)
     for kernel in spec.kernels:
         module, name = kernel.path.split("/")
         want = core_directions(

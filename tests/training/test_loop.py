@@ -20,13 +20,13 @@ import pytest
 from tests.helpers.mlp import RULES, Mlp, mlp_batch, mlp_params
 from tsd_jax.binding.linen import adapted, make_spec
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Whole, kernels_in, parts_in
+from tsd_jax.core.full_params import Full, kernels_in, parts_in
 from tsd_jax.evaluation.loss import next_token_loss
+from tsd_jax.training.auto_launch import AutoLaunchConfig, DirectionMonitor
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.loop import LoopConfig, Parts, StopRequested, run
 from tsd_jax.training.optimizer import make_optimizer, make_schedule
 from tsd_jax.training.recorder import Recorder
-from tsd_jax.training.settling import SettlingConfig, Watcher
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import LossFn, launch_state, make_train_step
 
@@ -48,21 +48,21 @@ class Setup(NamedTuple):
     parts: Parts
 
 
-def build(settling: SettlingConfig | None = None) -> Setup:
+def build(settling: AutoLaunchConfig | None = None) -> Setup:
     """Build LoRA-TSD with dropout and two parts that train whole.
 
     Its step may be traced once by all tests.
     """
     params = jax.device_put(mlp_params(), jax.devices()[0])
     rules = [dataclasses.replace(rule, dropout=0.2) for rule in RULES]
-    rules += [Whole(pattern="down/bias"), Whole(pattern="embed/.*", rows=(2, 5))]
+    rules += [Full(pattern="down/bias"), Full(pattern="embed/.*", rows=(2, 5))]
     tokens = jnp.zeros((1, 1), jnp.int32)
     spec = make_spec(Mlp().apply, {"params": params}, rules, tokens, method="tsd")
     optimizer = make_optimizer(*RATES.values(), clip_norm=0.3)
     create = functools.partial(
         create_state, spec=spec, optimizer=optimizer, settling=settling
     )
-    watcher = None if settling is None else Watcher(params, spec, settling)
+    watcher = None if settling is None else DirectionMonitor(params, spec, settling)
 
     def settle(state: TrainState) -> TrainState:
         assert watcher is not None
@@ -129,7 +129,7 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 def kept(workdir: Path) -> list[int]:
-    """Give the steps of the checkpoints that lie there."""
+    """Return the steps of the checkpoints that lie there."""
     names = (path.name for path in (workdir / "checkpoints").iterdir())
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -311,7 +311,7 @@ def test_a_launch_before_the_first_step(setup, tmp_path):
     assert state.launched
 
 
-SETTLING = SettlingConfig(
+SETTLING = AutoLaunchConfig(
     launch_min=3, launch_max=8, every=2, threshold=0.7, patience=1, matrices=4
 )
 AUTO = dataclasses.replace(CONFIG, launch_step=None, settling=SETTLING)

@@ -16,10 +16,10 @@ from tests.helpers.compiled import optimized
 from tests.helpers.trees import filled
 from tsd_jax.binding.linen import adapted, make_spec
 from tsd_jax.core import paths
-from tsd_jax.core.launch import launch
-from tsd_jax.core.parts import Whole
+from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Rule, Spec
 from tsd_jax.evaluation.loss import next_token_loss
+from tsd_jax.extraction.launch import launch
 from tsd_jax.models.llama import LLAMA_RULES, Llama, LlamaConfig
 from tsd_jax.training.optimizer import make_optimizer
 from tsd_jax.training.sharding import (
@@ -45,9 +45,9 @@ CONFIG = LlamaConfig(
 RULES = [
     Rule(pattern=r".*/(q|o)_proj/kernel", rank=3, directions=2),
     Rule(pattern=r".*/down_proj/kernel", rank=3, directions=2, dora=True),
-    Whole(pattern="embed_tokens/embedding", rows=(20, 24)),
-    Whole(pattern=r".*/scale"),
-    Whole(pattern=r".*/up_proj/kernel"),
+    Full(pattern="embed_tokens/embedding", rows=(20, 24)),
+    Full(pattern=r".*/scale"),
+    Full(pattern=r".*/up_proj/kernel"),
 ]
 STEPS, LAUNCH, KEY = 6, 3, jax.random.key(0)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]

@@ -12,8 +12,8 @@ import pytest
 
 from tests.helpers.trees import filled, method_of, pair_shapes, small_spec, zeros
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.methods import get_method
-from tsd_jax.core.parts import Part, WholeSpec
 from tsd_jax.training.optimizer import (
     group_labels,
     make_optimizer,
@@ -79,13 +79,13 @@ RATE, GAIN_RATE = 1e-2, 3e-1
 
 
 def tree(seed: int | None) -> Any:
-    """Give {"k": Adapter} of random numbers, or of zeros."""
+    """Return {"k": Adapter} of random numbers, or of zeros."""
     shapes = {"k": pair_shapes(SPEC.kernels[0])[0]}
     return zeros(shapes) if seed is None else filled(seed, shapes)
 
 
 def without_gains(grads: Any) -> Any:
-    """Give the gradients before launch, where L = R = 0."""
+    """Return the gradients before launch, where L = R = 0."""
     adapter = grads["k"]
     return {"k": adapter.replace(gain=jnp.zeros_like(adapter.gain))}
 
@@ -99,7 +99,7 @@ def optimizer(**settings: Any) -> tuple[Any, Any]:
 
 
 def run(update, state, gradients, params=None):
-    """Give the updates of every step as {field: array}, and the last state."""
+    """Return the updates of every step as {field: array}, and the last state."""
     updates = []
     for grads in gradients:
         step, state = update(grads, state, tree(None) if params is None else params)
@@ -284,18 +284,18 @@ def test_shapes_and_types_stay():
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
-PART = WholeSpec(path="norm", shape=(4,))
+PART = FullSpec(path="norm", shape=(4,))
 
 
 def both(seed: int) -> Any:
-    """Give an adapter and a part of random numbers."""
+    """Return an adapter and a part of random numbers."""
     value = jax.ShapeDtypeStruct((4,), np.float32)
-    return {**tree(seed), "norm": Part(filled(seed + 9, value), PART)}
+    return {**tree(seed), "norm": FullParam(filled(seed + 9, value), PART)}
 
 
 def test_parts_are_a_group_of_their_own():
     labels = group_labels(both(0))
-    assert labels["norm"] == Part("whole", PART)
+    assert labels["norm"] == FullParam("whole", PART)
     assert labels["k"].a == labels["k"].b == "lora"
     assert set(jax.tree.leaves(group_labels(tree(0)))) == {"lora", "gain"}
 
@@ -303,7 +303,7 @@ def test_parts_are_a_group_of_their_own():
 @pytest.mark.parametrize(("rate", "used"), [(None, RATE), (0.5, 0.5)])
 def test_parts_have_a_rate_of_their_own_and_the_decay_of_a_and_b(rate, used):
     """The first step of AdamW is -rate (g / (|g| + eps) + decay value)."""
-    made = make_optimizer(RATE, GAIN_RATE, whole_learning_rate=rate, weight_decay=0.3)
+    made = make_optimizer(RATE, GAIN_RATE, full_learning_rate=rate, weight_decay=0.3)
     adapters, grads = both(0), both(1)
     updates: Any
     updates, _ = made.update(grads, made.init(adapters), adapters)

@@ -68,11 +68,11 @@ def test_who_waits_in_vain_ends_with_one_line():
 
 def test_a_run_of_one_process_ends_as_it_likes(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["folder/train.py"])
-    assert processes.leave(2, "no data") == 2
+    assert processes.exit_run(2, "no data") == 2
     assert capsys.readouterr().err == "train.py: error: no data\n"
-    assert processes.alone()
-    assert processes.first_says(True)
-    assert not processes.first_says(False)
+    assert processes.is_single_process()
+    assert processes.broadcast_flag(True)
+    assert not processes.broadcast_flag(False)
 
 
 def test_signals_are_given_back():

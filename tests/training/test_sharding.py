@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.helpers.trees import method_of, small_spec
 from tsd_jax.core.adapter import init
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import launch
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, kernel_spec
+from tsd_jax.extraction.launch import launch
 from tsd_jax.training.optimizer import make_optimizer
 from tsd_jax.training.sharding import (
     adapter_shardings,

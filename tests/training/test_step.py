@@ -28,7 +28,7 @@ KEY = jax.random.key(0)
 
 @functools.cache
 def filled_state() -> TrainState:
-    """Give a state in which every leaf of both trees counts."""
+    """Return a state in which every leaf of both trees counts."""
     adapters, directions = random_all(0, mlp_spec(PARAMS, "tsd+keep"), 0.3)
     step, launched = np.zeros((), np.int32), np.ones((), bool)
     return TrainState(step, launched, adapters, directions, opt_state=())
@@ -38,7 +38,7 @@ accumulate = jax.jit(functools.partial(accumulate_gradients, LOSS))
 
 
 def whole_batch() -> dict[str, np.ndarray]:
-    """Give 12 examples of very unequal numbers of counted targets, in one batch."""
+    """Return 12 examples of very unequal numbers of counted targets, in one batch."""
     parts = [mlp_batch(0), mlp_batch(1)]
     batch = {
         name: np.concatenate([part[name].reshape(8, 6) for part in parts])[None, :12]
@@ -167,7 +167,7 @@ def with_dropout(spec: Spec) -> Spec:
 
 @functools.cache
 def dropout_loss(dropout: bool):
-    """Give the loss of one step, as a function of the key and of the state's step."""
+    """Return the loss of one step, as a function of the key and of the state's step."""
     optimizer = make_optimizer(1e-2, 1e-2)
     spec = with_dropout(mlp_spec(PARAMS, "dash"))
     step = make_train_step(LOSS, optimizer, dropout=dropout)

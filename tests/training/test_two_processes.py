@@ -16,8 +16,8 @@ import pytest
 
 from tests.helpers.two_processes import MODEL, problem
 from tsd_jax.core.adapter import delta
-from tsd_jax.core.launch import launch
-from tsd_jax.models.huggingface import abstract_params, write_checkpoint
+from tsd_jax.extraction.launch import launch
+from tsd_jax.huggingface import abstract_params, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

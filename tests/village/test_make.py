@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tsd_jax.demo import make, world
-from tsd_jax.models import huggingface
+from examples.village import make, world
+from tsd_jax import huggingface
 
 
 @pytest.fixture(scope="module")

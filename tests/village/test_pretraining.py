@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsd_jax.demo import pretraining
+from examples.village import pretraining
 from tsd_jax.models.llama import Llama, LlamaConfig
 
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from tsd_jax.demo import make, world
-from tsd_jax.demo.tokenizer import save_tokenizer, train_tokenizer
-from tsd_jax.models.huggingface import load_tokenizer
+from examples.village import make, world
+from examples.village.tokenizer import save_tokenizer, train_tokenizer
+from tsd_jax.huggingface import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tsd_jax.demo import make, world
+from examples.village import make, world
 
 PASSES = 5
 GOODS = {street.good for street in world.STREETS}

@@ -14,7 +14,7 @@ import numpy as np
 
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Part, kernels_in
+from tsd_jax.core.full_params import FullParam, kernels_in
 
 Row = Mapping[str, Any]
 _NO_ARCHIVE = (LookupError, ValueError, TypeError, EOFError, zipfile.BadZipFile)
@@ -65,7 +65,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def series(metrics: Iterable[Row], kind: str, name: str) -> np.ndarray:
-    """Give (steps, values) of one figure, (2, N) float64, in the order of the file.
+    """Return (steps, values) of one figure, (2, N) float64, in the order of the file.
 
     Args:
       metrics: rows of `read_metrics`.
@@ -153,12 +153,12 @@ def subspace_overlap(
 
 
 def learned_overlap(
-    adapters: Mapping[str, Adapter | Part], directions: Mapping[str, Directions]
+    adapters: Mapping[str, Adapter | FullParam], directions: Mapping[str, Directions]
 ) -> dict[str, np.ndarray]:
-    """Give every launched kernel's `subspace_overlap`: {kernel path: (matrices,)}.
+    """Return every launched kernel's `subspace_overlap`: {kernel path: (matrices,)}.
 
     Args:
-      adapters: {path: Adapter or Part}, trained, on this host; parts are left out.
+      adapters: {path: Adapter or FullParam}, trained, on this host; parts are left out.
       directions: {kernel path: Directions}; kernels that have none are left out.
     """
     overlaps = {}

@@ -197,7 +197,7 @@ def _name_launch(axis: Axes, step: int) -> None:
 def _spectra_by_kind(
     directions: Mapping[str, Spectrum],
 ) -> dict[str, dict[int, Matrix]]:
-    """Give {kind: {layer: Matrix}}."""
+    """Return {kind: {layer: Matrix}}."""
     fields = [
         by_kind({path: getattr(s, name) for path, s in directions.items()})
         for name in Matrix._fields

@@ -13,7 +13,7 @@ from typing import Any
 
 from tsd_jax.app.plan import table
 from tsd_jax.core.errors import InputError
-from tsd_jax.training.files import read_json
+from tsd_jax.storage.run_files import read_json
 
 _HEAD = ("method", "seeds", "before", "after", "launch", "trainable", "tokens/s")
 _FIGURES = ("accuracy", "exact_match", "spearman", "nll")
@@ -72,7 +72,7 @@ def _row(runs: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def compare(folders: Sequence[Path]) -> str:
-    """Give the table of runs, and where their adapters and plots are."""
+    """Return the table of runs, and where their adapters and plots are."""
     runs = [read_run(folder) for folder in folders]
     figures = {figure_of(run) for run in runs}
     rows = [_row(group) for group in group_runs(runs)]

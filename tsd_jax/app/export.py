@@ -1,4 +1,4 @@
-"""Give a trained adapter to other tools.
+"""Return a trained adapter to other tools.
 
     python -m tsd_jax.app.export RUN --to peft --out DIR [--max-rank 16]
     python -m tsd_jax.app.export RUN --to merged --out DIR [--dtype float32]
@@ -18,21 +18,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tsd_jax.app.encoder_export import Trained, noted_labels, write_merged
+from tsd_jax import huggingface
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import parts_in
+from tsd_jax.core.full_params import parts_in
 from tsd_jax.data.classification import Labels
-from tsd_jax.interchange.factors import ModuleName, module_factors
-from tsd_jax.interchange.merged import merge_factors, to_merged
-from tsd_jax.interchange.native import SavedAdapter, load_adapter
-from tsd_jax.interchange.peft import CONFIG, PeftExport, to_peft, write_adapter
-from tsd_jax.interchange.peft_files import read_modules
-from tsd_jax.interchange.peft_parts import read_whole
-from tsd_jax.interchange.vocabulary import copy_tokenizer, has_tokenizer
-from tsd_jax.interchange.whole import WholeTensor, neighbours, whole_tensors
-from tsd_jax.models import huggingface
+from tsd_jax.huggingface.factors import ModuleName, module_factors
+from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors, neighbours
+from tsd_jax.huggingface.merge import merge_factors, to_merged
+from tsd_jax.huggingface.merge_encoder import Trained, noted_labels, write_merged
+from tsd_jax.huggingface.peft.files import read_modules
+from tsd_jax.huggingface.peft.full_params import read_full
+from tsd_jax.huggingface.peft.write import CONFIG, PeftExport, to_peft, write_adapter
+from tsd_jax.huggingface.vocabulary import copy_tokenizer, has_tokenizer
 from tsd_jax.models.encoder_config import EncoderConfig
+from tsd_jax.storage.adapter_file import SavedAdapter, load_adapter
 
 ADAPTER = "adapter.safetensors"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -50,7 +50,7 @@ class Foreign:
 
     factors: Mapping[str, Any]
     base_model: str | None
-    whole: Mapping[str, WholeTensor]
+    whole: Mapping[str, FullTensor]
     tied: bool
     task_type: str = "CAUSAL_LM"
 
@@ -69,7 +69,7 @@ def read(source: Path) -> SavedAdapter | Foreign:
         return Foreign(
             factors,
             config.get("base_model_name_or_path"),
-            read_whole(source),
+            read_full(source),
             bool(config.get("ensure_weight_tying")),
             config.get("task_type") or "CAUSAL_LM",
         )
@@ -124,7 +124,7 @@ def _task_type(base: str) -> str:
 
 
 def _shapes(base: str, found: SavedAdapter) -> Any:
-    """Give the base's parameter shapes where it lies here: modules get short names.
+    """Return the base's parameter shapes where it lies here: modules get short names.
 
     The arrays, where a part is not all of its module.
     """
@@ -186,7 +186,7 @@ def _trained(found: SavedAdapter | Foreign, module_name: ModuleName) -> Trained:
         return Trained(found.factors, found.whole)
     return Trained(
         module_factors(found.adapters, found.directions, module_name),
-        whole_tensors(parts_in(found.adapters), module_name),
+        full_tensors(parts_in(found.adapters), module_name),
     )
 
 

@@ -1,4 +1,4 @@
-"""Give a model what the task asks for: rows for added tokens, or a head."""
+"""Return a model what the task asks for: rows for added tokens, or a head."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from tsd_jax import huggingface
 from tsd_jax.app.run import Added
 from tsd_jax.app.task import DataSettings, labels_of
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
-from tsd_jax.models import huggingface
+from tsd_jax.huggingface.families.encoders import default_names
+from tsd_jax.huggingface.families.family import ModelConfig
 from tsd_jax.models.encoder_config import PROBLEM_TYPES, EncoderConfig
-from tsd_jax.models.huggingface.encoder_families import default_names
-from tsd_jax.models.huggingface.family import ModelConfig
 
 
 def with_tokens(
     config: ModelConfig, tokenizer: Any, tokens: Sequence[str]
 ) -> tuple[ModelConfig, Added | None]:
-    """Give the config rows for tokens, which the tokenizer learns.
+    """Return the config rows for tokens, which the tokenizer learns.
 
     Raises:
       InputError: the model is an encoder, or a token is known already.
@@ -38,7 +38,7 @@ def with_tokens(
 def with_head(
     config: ModelConfig, settings: DataSettings, *, new: bool = False
 ) -> tuple[Any, Labels | None]:
-    """Give the config the labels of the data; decoders stay as they are.
+    """Return the config the labels of the data; decoders stay as they are.
 
     Args:
       config: of the checkpoint. settings: of the data.
@@ -79,7 +79,7 @@ def with_head(
 
 
 def _own_names(config: EncoderConfig) -> tuple[str, ...]:
-    """Give the names of a checkpoint's labels, where they say something."""
+    """Return the names of a checkpoint's labels, where they say something."""
     names = config.label_names
     return () if names == default_names(config.num_labels) else names
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsd_jax.core import paths
-from tsd_jax.core.parts import WholeSpec
-from tsd_jax.core.quantised import Quantised
+from tsd_jax.core.full_params import FullSpec
+from tsd_jax.core.quantization import Quantized
 from tsd_jax.core.spec import KernelSpec, Spec
-from tsd_jax.training.settling import SettlingConfig
+from tsd_jax.training.auto_launch import AutoLaunchConfig
 
 _HEAD = ("kernel", "shape", "stack|in|out axes", "rank", "directions", "trainable")
 
@@ -31,7 +31,7 @@ def _row(kernel: KernelSpec) -> tuple[str, ...]:
     )
 
 
-def _part_row(part: WholeSpec) -> tuple[str, ...]:
+def _part_row(part: FullSpec) -> tuple[str, ...]:
     what = "whole"
     if part.rows is not None:
         what = f"rows {part.rows[0]} to {part.rows[1] - 1} of axis {part.axis}"
@@ -57,10 +57,10 @@ def count_parameters(params: Mapping[str, Any]) -> int:
     return sum(math.prod(leaf.shape) for leaf in paths.flatten(params).values())
 
 
-def quantised_part(params: Mapping[str, Any]) -> str:
-    """Tell how many kernels of the base are quantised, and in how many bits."""
+def quantized_part(params: Mapping[str, Any]) -> str:
+    """Tell how many kernels of the base are quantized, and in how many bits."""
     leaves = paths.flatten(params).values()
-    found = [leaf for leaf in leaves if isinstance(leaf, Quantised)]
+    found = [leaf for leaf in leaves if isinstance(leaf, Quantized)]
     if not found:
         return ""
     formats = ", ".join(sorted({leaf.format for leaf in found}))
@@ -72,7 +72,7 @@ def quantised_part(params: Mapping[str, Any]) -> str:
     )
 
 
-def _when(launch_step: int | None, settling: SettlingConfig | None) -> str:
+def _when(launch_step: int | None, settling: AutoLaunchConfig | None) -> str:
     if settling is not None:
         between = f"between step {settling.launch_min} and {settling.launch_max}"
         return f"launch once directions have settled, {between}"
@@ -84,7 +84,7 @@ def describe(
     params: Mapping[str, Any],
     launch_step: int | None,
     steps: int,
-    settling: SettlingConfig | None = None,
+    settling: AutoLaunchConfig | None = None,
 ) -> str:
     """Tell the matched kernels, their layout and rank, the parts, and what trains.
 
@@ -96,7 +96,7 @@ def describe(
     """
     total = count_parameters(params)
     frozen = total - sum(part.trainable for part in spec.whole)
-    base = quantised_part(params)
+    base = quantized_part(params)
     method = spec.method.name + (" (keep)" if spec.method.keep else "")
     method += " on DoRA" * any(kernel.dora for kernel in spec.kernels)
     when = _when(launch_step, settling)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tsd_jax.analysis import arrays, maps, plots
-from tsd_jax.core.parts import kernels_in
+from tsd_jax.core.full_params import kernels_in
 from tsd_jax.core.spec import Spec
 from tsd_jax.training.state import TrainState
 
@@ -22,7 +22,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 
 
 def environment() -> dict[str, Any]:
-    """Give the versions and devices a run used."""
+    """Return the versions and devices a run used."""
     devices = jax.devices()
     return {
         "python": sys.version.split()[0],
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """Give the most memory one device has held; of the process, on CPU."""
+    """Return the most memory one device has held; of the process, on CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [int(s["peak_bytes_in_use"]) for s in stats if "peak_bytes_in_use" in s]
     if peaks:
@@ -54,7 +54,7 @@ def on_host(tree: Any) -> Any:
 
 
 def gains_used(state: TrainState) -> dict[str, list[int]]:
-    """Give how many directions train in every matrix, by kernel path.
+    """Return how many directions train in every matrix, by kernel path.
 
     Args:
       state: on the host; methods without gains give an empty dict.
@@ -73,7 +73,7 @@ def gains_used(state: TrainState) -> dict[str, list[int]]:
 def launched_indices(
     workdir: Path, spec: Spec, state: TrainState
 ) -> dict[str, np.ndarray] | None:
-    """Give {kernel: launched directions, (*batch, c)}; None before launch."""
+    """Return {kernel: launched directions, (*batch, c)}; None before launch."""
     if not state.launched:
         return None
     found = arrays.read_directions(workdir / "directions.npz")

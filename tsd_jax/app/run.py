@@ -13,28 +13,29 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from tsd_jax.app import artifacts
+from tsd_jax import huggingface
+from tsd_jax.app import report
 from tsd_jax.app.export import ADAPTER
 from tsd_jax.app.task import Evaluate
 from tsd_jax.binding.linen import bind
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.launch import Extraction
-from tsd_jax.core.parts import parts_in
-from tsd_jax.core.quantised import Quantization
+from tsd_jax.core.full_params import parts_in
+from tsd_jax.core.quantization import Quantization
 from tsd_jax.core.spec import Spec
 from tsd_jax.data.classification import Labels
 from tsd_jax.evaluation.loss import LossFn
-from tsd_jax.interchange.native import save_adapter
-from tsd_jax.interchange.peft import to_peft
-from tsd_jax.interchange.whole import neighbours
-from tsd_jax.models import huggingface
-from tsd_jax.models.huggingface.family import Family
-from tsd_jax.training import files, loop, processes, sharding
+from tsd_jax.extraction.launch import Extraction
+from tsd_jax.huggingface.families.family import Family
+from tsd_jax.huggingface.full_tensors import neighbours
+from tsd_jax.huggingface.peft.write import to_peft
+from tsd_jax.storage import run_files
+from tsd_jax.storage.adapter_file import save_adapter
+from tsd_jax.training import loop, processes, sharding
+from tsd_jax.training.auto_launch import DirectionMonitor
 from tsd_jax.training.checkpoint import Checkpoints
-from tsd_jax.training.discovery import KernelGradients
+from tsd_jax.training.gradient_discovery import KernelGradients
 from tsd_jax.training.recorder import LoadingBar, Recorder
-from tsd_jax.training.settling import Watcher
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import launch_state, make_train_step
 
@@ -144,7 +145,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Places:
+class Shardings:
     """Hold the shardings of the base and of the training state."""
 
     params: Any
@@ -160,8 +161,8 @@ def execute(run: Run) -> None:
     """
     init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
     head_key = None if run.base.labels is None else jax.random.fold_in(init_key, 1)
-    goes_on = files.claim_workdir(run.workdir, run.settings, _FREE)
-    goes_on = processes.first_says(goes_on)
+    goes_on = run_files.claim_workdir(run.workdir, run.settings, _FREE)
+    goes_on = processes.broadcast_flag(goes_on)
     places = sharding.param_shardings(
         run.base.params, run.base.family.kind.rules, run.mesh
     )
@@ -170,10 +171,10 @@ def execute(run: Run) -> None:
         params = load_base(run.base, run.mesh, places, head_key, bar)
     if first:
         run.workdir.mkdir(parents=True, exist_ok=True)
-        content = {"config": dict(run.settings), **artifacts.environment()}
+        content = {"config": dict(run.settings), **report.environment()}
         if run.base.labels is not None:
             content["labels"] = dataclasses.asdict(run.base.labels)
-        files.write_json(run.workdir / "config.json", content)
+        run_files.write_json(run.workdir / "config.json", content)
     _check_shared(run.workdir)
     with Checkpoints(run.workdir / "checkpoints") as checkpoints:
         saved = checkpoints if goes_on else None
@@ -236,7 +237,7 @@ def _check_shared(workdir: Path) -> None:
 
 def start(
     run: Run, key: jax.Array, params: Any, base: Any, checkpoints: Checkpoints | None
-) -> tuple[TrainState, Places]:
+) -> tuple[TrainState, Shardings]:
     """Create the state where it shall lie, or restore the newest one.
 
     Args:
@@ -253,16 +254,18 @@ def start(
     places = sharding.state_shardings(abstract, run.spec, base, run.mesh)
     if checkpoints is None or checkpoints.latest is None:
         state = jax.jit(create, out_shardings=places)(key, params)
-        return state, Places(base, places)
+        return state, Shardings(base, places)
     template = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
         abstract,
         places,
     )
-    return checkpoints.restore(template), Places(base, places)
+    return checkpoints.restore(template), Shardings(base, places)
 
 
-def make_parts(run: Run, params: Any, places: Places, recorder: Recorder) -> loop.Parts:
+def make_parts(
+    run: Run, params: Any, places: Shardings, recorder: Recorder
+) -> loop.LoopCallbacks:
     """Build what the loop calls."""
     loss_fn = run.loss_fn
     step = make_train_step(
@@ -274,13 +277,15 @@ def make_parts(run: Run, params: Any, places: Places, recorder: Recorder) -> loo
         batch_shardings=NamedSharding(run.mesh, sharding.BATCH),
     )
 
-    watching: list[Watcher] = []
+    watching: list[DirectionMonitor] = []
 
     def settle(state: TrainState) -> TrainState:
         if not watching:
             config = run.plan.settling
             assert config is not None
-            watching.append(Watcher(params, run.spec, config, epsilon=run.epsilon))
+            watching.append(
+                DirectionMonitor(params, run.spec, config, epsilon=run.epsilon)
+            )
         return state.replace(settling=watching[0](state.settling, state.adapters))
 
     def launch(state: TrainState):
@@ -296,22 +301,22 @@ def make_parts(run: Run, params: Any, places: Places, recorder: Recorder) -> loo
             run.spec,
             epsilon=run.epsilon,
             seed=run.seed,
-            changes=changes,
+            deltas=changes,
             extraction=run.extraction,
             progress=recorder.launching,
             state_shardings=places.state,
         )
 
     def on_launch(report) -> None:
-        report = artifacts.on_host(report)
+        report = report.on_host(report)
         if jax.process_index() == 0:
-            files.write_rankings(run.workdir / "directions.npz", report)
+            run_files.write_rankings(run.workdir / "directions.npz", report)
 
     def evaluate(state: TrainState) -> Figures:
         bound = bind(params, state.adapters, state.directions)
         return run.evaluate({"params": bound})
 
-    return loop.Parts(
+    return loop.LoopCallbacks(
         step=step,
         launch=launch,
         batch=run.batch,
@@ -323,11 +328,11 @@ def make_parts(run: Run, params: Any, places: Places, recorder: Recorder) -> loo
 
 
 def evaluated(
-    recorder: Recorder, parts: loop.Parts, state: TrainState, at: int
+    recorder: Recorder, parts: loop.LoopCallbacks, state: TrainState, at: int
 ) -> Figures | None:
-    """Give the figures at a step: those on record, or fresh ones of this state."""
+    """Return the figures at a step: those on record, or fresh ones of this state."""
     figures = recorder.find("eval", at)
-    known = processes.first_says(figures is not None)  # the others keep no record
+    known = processes.broadcast_flag(figures is not None)  # the others keep no record
     if not known and int(state.step) == at:
         figures = parts.evaluate(state)
         recorder.evaluation(at, figures)
@@ -344,9 +349,9 @@ def finish(
     after: Figures | None,
 ) -> None:
     """Write adapter, summary and plots, and say where they are."""
-    state = artifacts.on_host(state)
+    state = report.on_host(state)
     rest = neighbours(parts_in(state.adapters), paths.flatten(params))
-    rest = artifacts.on_host(rest)
+    rest = report.on_host(rest)
     if jax.process_index() != 0:
         return
     save_adapter(
@@ -355,7 +360,7 @@ def finish(
         state.directions,
         run.spec,
         launched=bool(state.launched),
-        indices=artifacts.launched_indices(run.workdir, run.spec, state),
+        indices=report.launched_indices(run.workdir, run.spec, state),
         base_model=run.base.name,
     )
     export = to_peft(
@@ -371,7 +376,7 @@ def finish(
     )
     if run.base.added is not None:
         run.base.tokenizer.save_pretrained(str(run.workdir / "adapter"))
-    old = files.read_json(run.workdir / "summary.json")
+    old = run_files.read_json(run.workdir / "summary.json")
     launches = [row for row in recorder.rows if row["kind"] == "launch"]
     launch = launches[0] if launches else {"step": run.plan.launch_step}
     timed = bool(watch.tokens)  # a finished run that is started again times nothing
@@ -382,16 +387,18 @@ def finish(
         "steps": run.plan.steps,
         "trainable_params": run.spec.trainable,
         "adapter_rank": export.rank,
-        "directions": artifacts.gains_used(state),
+        "directions": report.gains_used(state),
         "before": before,
         "after": after,
         "train_tokens_per_second": watch.tokens_per_second,
         "compile_seconds": watch.compile_seconds,
         "extract_seconds": launch.get("extract_seconds"),
-        "peak_memory_bytes": artifacts.peak_memory_bytes(),
+        "peak_memory_bytes": report.peak_memory_bytes(),
     }
-    files.write_json(run.workdir / "summary.json", summary if timed else summary | old)
-    artifacts.write_plots(run.workdir, recorder.rows, state)
+    run_files.write_json(
+        run.workdir / "summary.json", summary if timed else summary | old
+    )
+    report.write_plots(run.workdir, recorder.rows, state)
     high = export.rank > 16 and not export.dora
     cap = " (vLLM serves it with --max-lora-rank)" if high else ""
     kind = "DoRA adapter" if export.dora else "adapter"

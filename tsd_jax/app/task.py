@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tsd_jax.app.artifacts import on_host
+from tsd_jax.app.report import on_host
 from tsd_jax.core.errors import InputError
 from tsd_jax.data import encoding
 from tsd_jax.data.classification import (
@@ -61,10 +61,10 @@ class EvalSettings:
 
 
 class Rows(Protocol):
-    """Give batches as a pure function of the step."""
+    """Return batches as a pure function of the step."""
 
     def batch(self, step: int) -> Batch:
-        """Give this process's rows of batch `step`."""
+        """Return this process's rows of batch `step`."""
         ...
 
 
@@ -224,7 +224,7 @@ def _template(settings: DataSettings) -> Callable[[Record], str]:
 
 
 @dataclass(frozen=True)
-class Judge:
+class EvalContext:
     """Hold what every metric needs.
 
     Attributes:
@@ -246,7 +246,7 @@ class Judge:
         return self.data.records[: self.eval.limit or None]
 
 
-def make_evaluation(judge: Judge) -> Evaluate:
+def make_evaluation(judge: EvalContext) -> Evaluate:
     """Encode the held-out items once, and give the function that scores them.
 
     Raises:
@@ -265,7 +265,7 @@ def make_evaluation(judge: Judge) -> Evaluate:
     return METRICS[judge.eval.metric](judge)
 
 
-def _nll(judge: Judge) -> Evaluate:
+def _nll(judge: EvalContext) -> Evaluate:
     arrays, left_out = judge.data.windows, 0
     if arrays is None:
         examples = encoding.encode_examples(
@@ -287,7 +287,7 @@ def _nll(judge: Judge) -> Evaluate:
     return evaluate
 
 
-def _choices(judge: Judge) -> Evaluate:
+def _choices(judge: EvalContext) -> Evaluate:
     encoded = encoding.encode_choices(
         judge.records,
         judge.tokenizer,
@@ -310,7 +310,7 @@ def _choices(judge: Judge) -> Evaluate:
     return evaluate
 
 
-def _generate(judge: Judge) -> Evaluate:
+def _generate(judge: EvalContext) -> Evaluate:
     prompts = encoding.encode_prompts(
         judge.records, judge.tokenizer, _template(judge.settings)
     )
@@ -344,7 +344,7 @@ def _generate(judge: Judge) -> Evaluate:
     return evaluate
 
 
-def _scores(judge: Judge) -> Evaluate:
+def _scores(judge: EvalContext) -> Evaluate:
     arrays, labels = judge.data.windows, judge.settings.labels
     assert arrays is not None
     assert labels is not None
@@ -359,7 +359,7 @@ def _scores(judge: Judge) -> Evaluate:
     return evaluate
 
 
-METRICS: Mapping[str, Callable[[Judge], Evaluate]] = {
+METRICS: Mapping[str, Callable[[EvalContext], Evaluate]] = {
     "nll": _nll,
     "choices": _choices,
     "generate": _generate,

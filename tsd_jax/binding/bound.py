@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from tsd_jax.binding.contraction import low_rank, spread_outputs
-from tsd_jax.binding.linen_handlers import Call
+from tsd_jax.binding.linen.handlers import Call
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors, output_scale
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Part, kernels_in
+from tsd_jax.core.full_params import FullParam, kernels_in
 from tsd_jax.core.spec import KernelSpec
 
 SUFFIX = "_tsd"
@@ -76,7 +76,7 @@ def _unplace(leaf: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 
 
 def _dropout_keys(key: jax.Array, kernel: KernelSpec) -> jax.Array:
-    """Give every matrix of a stack a key of its own, as data (*batch, 1, words)."""
+    """Return every matrix of a stack a key of its own, as data (*batch, 1, words)."""
     own = jax.random.fold_in(key, zlib.crc32(kernel.path.encode()))
     keys = jax.random.split(own, kernel.batch_shape)
     return jax.random.key_data(keys)[..., None, :]
@@ -84,15 +84,15 @@ def _dropout_keys(key: jax.Array, kernel: KernelSpec) -> jax.Array:
 
 def bound_leaves(
     base: Mapping[str, Any],
-    adapters: Mapping[str, Adapter | Part],
+    adapters: Mapping[str, Adapter | FullParam],
     directions: Mapping[str, Directions],
     dropout_key: jax.Array | None,
 ) -> dict[str, Bound]:
-    """Give {kernel path: what lies beside that kernel}, its axes where its own are.
+    """Return {kernel path: what lies beside that kernel}, its axes where its own are.
 
     Args:
       base: {path: parameter} of all that is adapted.
-      adapters: {path: Adapter or Part}. directions: {path: Directions}.
+      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
       dropout_key: a typed key, or None.
     """
     bound = {}
@@ -135,7 +135,7 @@ def _low_rank(call: Call, bound: Bound, y_shape: tuple[int, ...]) -> jax.Array:
 
 
 def _bias(call: Call, y: jax.Array, owner: Owner) -> jax.Array | float:
-    """Give what is added to x K in y, ready to be broadcast; 0 where nothing is.
+    """Return what is added to x K in y, ready to be broadcast; 0 where nothing is.
 
     Raises:
       InputError: the module has a parameter that is neither kernel nor bias, so that

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tsd_jax.binding.linen_handlers import Handler
+from tsd_jax.binding.linen.handlers import Handler
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.full_params import Full, FullSpec, full_spec
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method, get_method
-from tsd_jax.core.parts import Whole, WholeSpec, whole_spec
 from tsd_jax.core.spec import Rule, Spec, build_spec, match_rules
 
 
 def split_rules(
-    params: Mapping[str, Any], rules: Sequence[Rule | Whole]
-) -> tuple[dict[str, Rule], tuple[WholeSpec, ...]]:
+    params: Mapping[str, Any], rules: Sequence[Rule | Full]
+) -> tuple[dict[str, Rule], tuple[FullSpec, ...]]:
     """Choose parameters by rules: ({kernel path: rule}, what trains whole).
 
     Args:
@@ -24,9 +24,9 @@ def split_rules(
     """
     chosen = match_rules(tuple(params), rules)
     whole = tuple(
-        whole_spec(path, params[path], rule)
+        full_spec(path, params[path], rule)
         for path, rule in chosen.items()
-        if isinstance(rule, Whole)
+        if isinstance(rule, Full)
     )
     return {p: rule for p, rule in chosen.items() if isinstance(rule, Rule)}, whole
 
@@ -38,7 +38,7 @@ def traced_spec(
     owners: Mapping[str, str],
     handlers: Mapping[type, Handler],
     method: str | Method,
-    whole: tuple[WholeSpec, ...],
+    whole: tuple[FullSpec, ...],
 ) -> Spec:
     """Make the spec of matched kernels from what a trace of their model told.
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from tsd_jax.core import paths
+from tsd_jax.core.dora import column_norms, rescaling
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.magnitudes import column_norms, rescaling
-from tsd_jax.core.parts import Part, place_part, start_part
-from tsd_jax.core.quantised import dequantised
+from tsd_jax.core.full_params import FullParam, place_full, start_full
+from tsd_jax.core.quantization import dequantize
 from tsd_jax.core.spec import KernelSpec, Spec
 
 Leaf = Any
@@ -57,7 +57,7 @@ class Directions(struct.PyTreeNode):
 
 
 Adapters = dict[str, Any]
-"""{path: Adapter of a kernel, or `Part` of a parameter that trains whole}."""
+"""{path: Adapter of a kernel, or `FullParam` of a parameter that trains whole}."""
 AllDirections = dict[str, Directions]
 
 
@@ -118,7 +118,7 @@ def init(
         is not needed.
 
     Returns:
-      ({path: Adapter or Part}, {path: Directions}).
+      ({path: Adapter or FullParam}, {path: Directions}).
 
     Raises:
       InputError: the spec trains parameters whole or has DoRA, and `params` is missing,
@@ -141,7 +141,7 @@ def init(
 
 def _start_parts(
     spec: Spec, params: Mapping[str, Any] | None, dtype: jnp.dtype
-) -> dict[str, Part]:
+) -> dict[str, FullParam]:
     """Start what trains whole at the base's own values."""
     if params is None:
         raise InputError(
@@ -149,7 +149,7 @@ def _start_parts(
         )
     leaves = paths.select(params, tuple(part.path for part in spec.whole))
     return {
-        part.path: start_part(leaves[part.path], part, dtype) for part in spec.whole
+        part.path: start_full(leaves[part.path], part, dtype) for part in spec.whole
     }
 
 
@@ -188,7 +188,7 @@ def low_rank_factors(
 def output_scale(
     adapter: Adapter, kernel: jax.Array, down: jax.Array, up: jax.Array
 ) -> jax.Array | None:
-    """Give DoRA's c = m / ||K + down @ up||, (*batch, out); None without DoRA.
+    """Return DoRA's c = m / ||K + down @ up||, (*batch, out); None without DoRA.
 
     The norm is a constant to the gradient (arXiv:2402.09353, section 4.3).
 
@@ -206,10 +206,10 @@ def output_scale(
 def _adapted_matrices(
     adapter: Adapter, directions: Directions, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Give K and the kernel that is used instead, (*batch, in, out)."""
+    """Return K and the kernel that is used instead, (*batch, in, out)."""
     down, up = low_rank_factors(adapter, directions)
     change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
-    floats = dequantised(kernel)
+    floats = dequantize(kernel)
     base = adapter.kernel.layout.to_matrices(floats).astype(change.dtype)
     total = base + change
     if adapter.magnitude is not None:
@@ -221,7 +221,7 @@ def _adapted_matrices(
 def delta(
     adapter: Adapter, directions: Directions, kernel: jax.Array | None = None
 ) -> jax.Array:
-    """Give dK in the kernel's stored shape, in the adapter's dtype.
+    """Return dK in the kernel's stored shape, in the adapter's dtype.
 
     With DoRA it is c o (K + dK) - K, which depends on the kernel.
 
@@ -248,7 +248,7 @@ def delta(
 
 def merge(
     params: Mapping,
-    adapters: Mapping[str, Adapter | Part],
+    adapters: Mapping[str, Adapter | FullParam],
     directions: Mapping[str, Directions],
     dtype: jnp.dtype | None = None,
 ) -> dict:
@@ -260,12 +260,12 @@ def merge(
 
     Args:
       params: the parameter tree.
-      adapters: {path: Adapter or Part}. directions: {path: Directions}.
+      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
       dtype: of the merged leaves; None keeps each one's own.
 
     Returns:
       A new tree in which only what was adapted or trained whole differs; adapted
-      kernels that were quantised are floats.
+      kernels that were quantized are floats.
 
     Raises:
       InputError: a kernel is not in the tree.
@@ -274,8 +274,8 @@ def merge(
     merged = {}
     for path, kernel in kernels.items():
         adapter = adapters[path]
-        if isinstance(adapter, Part):
-            merged[path] = place_part(kernel, adapter, dtype)
+        if isinstance(adapter, FullParam):
+            merged[path] = place_full(kernel, adapter, dtype)
             continue
         _, total = _adapted_matrices(adapter, directions[path], kernel)
         spec = adapter.kernel

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.quantised import dequantised
-from tsd_jax.core.wide import Wide
+from tsd_jax.core.quantization import dequantize
+from tsd_jax.extraction.blocked import BlockedMatrix
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -29,7 +29,7 @@ _EXACT = lax.Precision.HIGHEST
 def _with_change(
     base: jax.Array, seen: jax.Array, down: jax.Array, up: jax.Array
 ) -> jax.Array:
-    """Give ||K_j + dK_j||^2, (*batch, out), of ||K_j||^2 and down^T K (*batch, R, out).
+    """Return ||K_j + dK_j||^2, (*batch, out), of ||K_j||^2 and down^T K (*batch, R, out).
 
     In float32 the error is that of a sum of squares, about 1e-7 of the norm; where dK
     takes most of a column away, it grows as the share that is left falls, squared.
@@ -42,7 +42,7 @@ def _with_change(
 def _norms(
     matrices: jax.Array, down: jax.Array | None, up: jax.Array | None
 ) -> jax.Array:
-    """Give the norms (*batch, out) of matrices, in float32 at least."""
+    """Return the norms (*batch, out) of matrices, in float32 at least."""
     wide = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
     squares = jnp.sum(wide * wide, -2)
     if down is None or up is None:
@@ -60,7 +60,7 @@ def column_norms(
     *,
     layout: Layout,
 ) -> jax.Array:
-    """Give ||K_j + dK_j|| of every output j of a stored kernel, (*batch, out).
+    """Return ||K_j + dK_j|| of every output j of a stored kernel, (*batch, out).
 
     Costs one read of the kernel and as much arithmetic as a forward pass of R rows.
     Layers stacked by a scan are taken one after the other, as the model takes them, so
@@ -72,7 +72,7 @@ def column_norms(
     """
     inner, batch, lifted = layout.visible, layout.batch, layout.lifted
     if not lifted:
-        return _norms(inner.to_matrices(dequantised(kernel)), down, up)
+        return _norms(inner.to_matrices(dequantize(kernel)), down, up)
     sizes = tuple(kernel.shape[axis] for axis in lifted)
     places = tuple(batch.index(axis) for axis in lifted)
 
@@ -84,7 +84,7 @@ def column_norms(
         return jax.tree.map(leaf, x)
 
     def one(parts: tuple[Any, jax.Array | None, jax.Array | None]) -> jax.Array:
-        return _norms(inner.to_matrices(dequantised(parts[0])), *parts[1:])
+        return _norms(inner.to_matrices(dequantize(parts[0])), *parts[1:])
 
     norms = lax.map(one, (rows(kernel, lifted), rows(down, places), rows(up, places)))
     return jnp.moveaxis(
@@ -93,16 +93,16 @@ def column_norms(
 
 
 def matrix_norms(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
-    """Give ||K_j + dK_j||, (out,), of one matrix, in float64 some rows at a time.
+    """Return ||K_j + dK_j||, (out,), of one matrix, in float64 some rows at a time.
 
     Args:
       kernel: K, (in, out), any float type. down: (in, R). up: (R, out); float64.
     """
-    wide = Wide(kernel)
+    wide = BlockedMatrix(kernel)
     seen = wide.times(down) if wide.tall else wide.transposed_times(down)
     return jnp.sqrt(_with_change(wide.output_squares(), seen.T, down, up))
 
 
 def rescaling(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
-    """Give c = m / ||K + dK||, and 1 for columns that are zero, (*batch, out)."""
+    """Return c = m / ||K + dK||, and 1 for columns that are zero, (*batch, out)."""
     return jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1), 1)

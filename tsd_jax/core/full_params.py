@@ -21,7 +21,7 @@ from tsd_jax.core.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class Full:
     """Train every parameter whose whole path matches `pattern` as it is, without rank.
 
     Stands among the rules of adapters; the first match wins.
@@ -56,7 +56,7 @@ class Whole:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeSpec:
+class FullSpec:
     """Describe one parameter that trains whole, or some rows of it; static.
 
     Attributes:
@@ -84,7 +84,7 @@ class WholeSpec:
         return math.prod(self.value_shape)
 
 
-class Part(struct.PyTreeNode):
+class FullParam(struct.PyTreeNode):
     """Hold the trained value of one parameter, or of its rows.
 
     Attributes:
@@ -93,10 +93,10 @@ class Part(struct.PyTreeNode):
     """
 
     value: Any
-    part: WholeSpec = struct.field(pytree_node=False)
+    part: FullSpec = struct.field(pytree_node=False)
 
 
-def whole_spec(path: str, leaf: Any, rule: Whole) -> WholeSpec:
+def full_spec(path: str, leaf: Any, rule: Full) -> FullSpec:
     """Fix what of a parameter trains.
 
     Args:
@@ -105,11 +105,11 @@ def whole_spec(path: str, leaf: Any, rule: Whole) -> WholeSpec:
       rule: that matched it.
 
     Raises:
-      InputError: the parameter is quantised or of no float type, or has no such rows.
+      InputError: the parameter is quantized or of no float type, or has no such rows.
     """
     if isinstance(leaf, meta.AxisMetadata):
         raise InputError(
-            f"{path} is quantised or boxed and cannot train whole: load it in a float "
+            f"{path} is quantized or boxed and cannot train whole: load it in a float "
             "type, or leave it out of the rules"
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -124,10 +124,10 @@ def whole_spec(path: str, leaf: Any, rule: Whole) -> WholeSpec:
             f"{path} has shape {shape}, and the rule asks for {rule.rows} along axis "
             f"{rule.axis}"
         )
-    return WholeSpec(path=path, shape=shape, rows=rule.rows, axis=rule.axis)
+    return FullSpec(path=path, shape=shape, rows=rule.rows, axis=rule.axis)
 
 
-def start_part(leaf: jax.Array, part: WholeSpec, dtype: Any) -> Part:
+def start_full(leaf: jax.Array, part: FullSpec, dtype: Any) -> FullParam:
     """Copy what shall train out of the base.
 
     Raises:
@@ -137,14 +137,14 @@ def start_part(leaf: jax.Array, part: WholeSpec, dtype: Any) -> Part:
     if part.rows is not None:
         leaf = jax.lax.slice_in_dim(leaf, *part.rows, axis=part.axis)
     # A copy also where nothing is cast: a donated state must not take the base along.
-    return Part(jnp.array(leaf, dtype, copy=True), part)
+    return FullParam(jnp.array(leaf, dtype, copy=True), part)
 
 
-def place_part(leaf: jax.Array, trained: Part, dtype: Any = None) -> jax.Array:
-    """Give the parameter with its trained value, in the base's type unless asked.
+def place_full(leaf: jax.Array, trained: FullParam, dtype: Any = None) -> jax.Array:
+    """Return the parameter with its trained value, in the base's type unless asked.
 
     Args:
-      leaf: the base's parameter. trained: its `Part`.
+      leaf: the base's parameter. trained: its `FullParam`.
       dtype: of the result; None keeps the base's.
 
     Raises:
@@ -167,7 +167,7 @@ def place_part(leaf: jax.Array, trained: Part, dtype: Any = None) -> jax.Array:
     return jnp.where(chosen, jnp.pad(value, padding), leaf.astype(dtype))
 
 
-def _check_shape(leaf: jax.Array, part: WholeSpec) -> None:
+def _check_shape(leaf: jax.Array, part: FullSpec) -> None:
     if tuple(leaf.shape) != part.shape:
         raise InputError(
             f"{part.path} has shape {tuple(leaf.shape)}, and the spec was made for "
@@ -175,11 +175,15 @@ def _check_shape(leaf: jax.Array, part: WholeSpec) -> None:
         )
 
 
-def parts_in(adapters: Mapping[str, Any]) -> dict[str, Part]:
-    """Give the entries that are parameters trained whole."""
-    return {path: each for path, each in adapters.items() if isinstance(each, Part)}
+def parts_in(adapters: Mapping[str, Any]) -> dict[str, FullParam]:
+    """Return the entries that are parameters trained whole."""
+    return {
+        path: each for path, each in adapters.items() if isinstance(each, FullParam)
+    }
 
 
 def kernels_in(adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the entries that are adapters of kernels."""
-    return {path: each for path, each in adapters.items() if not isinstance(each, Part)}
+    """Return the entries that are adapters of kernels."""
+    return {
+        path: each for path, each in adapters.items() if not isinstance(each, FullParam)
+    }

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.ranking import check_ranking
-from tsd_jax.core.starts import check_start
+from tsd_jax.extraction.ranking import check_ranking
+from tsd_jax.extraction.restarts import check_restart
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Method:
       keep: with `restart`, keep what pre-launch learned as frozen factors; without,
         it is dropped and the model is the pretrained one right after launch.
       ranking: which directions come first, a name of `ranking.RANKINGS`.
-      start: with `restart`, what A and B start from, a name of `starts.STARTS`.
+      start: with `restart`, what A and B start from, a name of `starts.RESTARTS`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Method:
         return self.restart and not self.keep
 
     @property
-    def needs_change(self) -> bool:
+    def needs_delta(self) -> bool:
         """Whether the ranking looks at what training has changed."""
         return self.launches and (self.ranking == "rates" or self.start == "sigma+p")
 
@@ -106,7 +106,7 @@ def get_method(
             "nothing"
         )
     check_ranking(ranking or method.ranking)
-    check_start(start or method.start)
+    check_restart(start or method.start)
     return replace(
         method,
         keep=keep,

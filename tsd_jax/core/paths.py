@@ -21,12 +21,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a copy of `tree` with the leaves at these paths added or replaced."""
+    """Return a copy of `tree` with the leaves at these paths added or replaced."""
     return unflatten({**flatten(tree), **leaves})
 
 
 def select(tree: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
-    """Give {path: leaf} of `paths`, in their order.
+    """Return {path: leaf} of `paths`, in their order.
 
     Raises:
       InputError: a path is not in the tree.

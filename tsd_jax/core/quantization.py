@@ -2,10 +2,10 @@
 
     K = scale o values,   one scale for every tile of the input axis and every output
 
-A `Quantised` kernel lies in the parameter tree in place of its array. It is a Flax box:
+A `Quantized` kernel lies in the parameter tree in place of its array. It is a Flax box:
 `self.param` opens it, so the model need not know of it, and lifted transforms slice its
 parts as they slice arrays. Inside a scan one layer is a float at a time. The number
-formats are qwix's (nf4: QLoRA, arXiv:2305.14314, without its second quantisation).
+formats are qwix's (nf4: QLoRA, arXiv:2305.14314, without its second quantization).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMATS: Mapping[str, int] = {"int8": 128, "nf4": 64}
 """The size of a tile of each format, unless another is asked for."""
 
 
-class Quantised(struct.PyTreeNode, meta.AxisMetadata):
+class Quantized(struct.PyTreeNode, meta.AxisMetadata):
     """Hold a kernel of any number of axes, in the place of its array.
 
     Two places in nf4's table lie in one byte, neighbours along the input axis, and not
@@ -76,7 +76,7 @@ class Quantised(struct.PyTreeNode, meta.AxisMetadata):
         return next(n for n, (values, tiles) in enumerate(sizes) if values != tiles)
 
     def unbox(self) -> jax.Array:
-        """Give the kernel as floats: multiplied in float32, rounded once."""
+        """Return the kernel as floats: multiplied in float32, rounded once."""
         qwix = _qwix()
         values = self.values
         if self.format == "nf4":
@@ -86,15 +86,15 @@ class Quantised(struct.PyTreeNode, meta.AxisMetadata):
         return qwix.dequantize(parts).astype(self.dtype)
 
     def replace_boxed(self, val: Any) -> Any:
-        """Hold another value from the same place, which is no longer quantised."""
+        """Hold another value from the same place, which is no longer quantized."""
         return val
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Quantised:
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
         """Do nothing: the parts gain the axis themselves."""
         del index, params
         return self
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantised:
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
         """Do nothing: the parts lose the axis themselves."""
         del index, params
         return self
@@ -102,7 +102,7 @@ class Quantised(struct.PyTreeNode, meta.AxisMetadata):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Say how kernels are quantised; hashable.
+    """Say how kernels are quantized; hashable.
 
     Attributes:
       format: of FORMATS.
@@ -145,7 +145,7 @@ class Quantization:
                 f"{self.format} tile of {self.size}; {way}"
             )
 
-    def quantise(self, kernel: jax.Array, dtype: DTypeLike | None = None) -> Quantised:
+    def quantize(self, kernel: jax.Array, dtype: DTypeLike | None = None) -> Quantized:
         """Round a kernel (..., in, out); `dtype` is that of its use, or its own."""
         axis = self.axis % kernel.ndim
         parts = _qwix().quantize(
@@ -158,7 +158,7 @@ class Quantization:
         values = parts.qvalue
         if self.format == "nf4":
             values = _packed(values.astype(jnp.uint8), axis)
-        return Quantised(values, parts.scale, self.format, used)
+        return Quantized(values, parts.scale, self.format, used)
 
 
 def _packed(places: jax.Array, axis: int) -> jax.Array:
@@ -168,13 +168,13 @@ def _packed(places: jax.Array, axis: int) -> jax.Array:
     return even | (odd << 4)
 
 
-def quantise(
+def quantize(
     params: Mapping[str, Any],
     quantization: Quantization | str,
     pattern: str,
     dtype: DTypeLike | None = None,
 ) -> dict[str, Any]:
-    """Quantise every parameter whose whole path matches, one after the other.
+    """Quantize every parameter whose whole path matches, one after the other.
 
     Args:
       params: the tree; arrays or ShapeDtypeStructs.
@@ -183,7 +183,7 @@ def quantise(
       dtype: of the kernels where they are used; None for each kernel's own.
 
     Returns:
-      A new tree with a `Quantised` leaf for each of them; the others are passed on.
+      A new tree with a `Quantized` leaf for each of them; the others are passed on.
 
     Raises:
       InputError: nothing matches, or tiles do not divide a kernel.
@@ -196,26 +196,26 @@ def quantise(
         raise InputError(f"quantization: {pattern!r} matches no parameter")
     for path in chosen:
         quantization.check(path, tuple(flat[path].shape))
-    run = jax.jit(functools.partial(quantization.quantise, dtype=dtype))
+    run = jax.jit(functools.partial(quantization.quantize, dtype=dtype))
     for path in chosen:
         abstract = isinstance(flat[path], jax.ShapeDtypeStruct)
         flat[path] = jax.eval_shape(run, flat[path]) if abstract else run(flat[path])
     return paths.unflatten(flat)
 
 
-def dequantised(kernel: Any) -> Any:
-    """Give a kernel as an array of floats, quantised or not."""
-    return kernel.unbox() if isinstance(kernel, Quantised) else kernel
+def dequantize(kernel: Any) -> Any:
+    """Return a kernel as an array of floats, quantized or not."""
+    return kernel.unbox() if isinstance(kernel, Quantized) else kernel
 
 
 def stored(kernel: Any) -> Any:
-    """Give the array that lies where a kernel lies, quantised or not."""
-    return kernel.values if isinstance(kernel, Quantised) else kernel
+    """Return the array that lies where a kernel lies, quantized or not."""
+    return kernel.values if isinstance(kernel, Quantized) else kernel
 
 
 def cut_shape(kernel: Any) -> tuple[int, ...]:
-    """Give the sizes a mesh must divide: those of the scales of a quantised kernel."""
-    return tuple((kernel.scale if isinstance(kernel, Quantised) else kernel).shape)
+    """Return the sizes a mesh must divide: those of the scales of a quantized kernel."""
+    return tuple((kernel.scale if isinstance(kernel, Quantized) else kernel).shape)
 
 
 def _qwix() -> Any:
@@ -224,6 +224,6 @@ def _qwix() -> Any:
         import qwix
     except ImportError:
         raise InputError(
-            "quantised kernels need qwix: pip install qwix, or leave the base as it is"
+            "quantized kernels need qwix: pip install qwix, or leave the base as it is"
         ) from None
     return qwix

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.full_params import Full, FullSpec
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
-from tsd_jax.core.parts import Whole, WholeSpec
 
 SCALINGS = {
     "lora": lambda alpha, rank: alpha / rank,
@@ -74,7 +74,7 @@ class Rule:
             )
 
 
-AnyRule = TypeVar("AnyRule", bound=Rule | Whole)
+AnyRule = TypeVar("AnyRule", bound=Rule | Full)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class Spec:
 
     kernels: tuple[KernelSpec, ...]
     method: Method
-    whole: tuple[WholeSpec, ...] = ()
+    whole: tuple[FullSpec, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -156,7 +156,7 @@ class Spec:
 
 
 def match_rules(paths: Sequence[str], rules: Sequence[AnyRule]) -> dict[str, AnyRule]:
-    """Give {path: rule} for every path a rule matches in full; the first rule wins.
+    """Return {path: rule} for every path a rule matches in full; the first rule wins.
 
     Raises:
       InputError: no rule is of kernels, a rule matches nothing, or only paths that
@@ -231,7 +231,7 @@ def build_spec(
     layouts: Mapping[str, Layout],
     matched: Mapping[str, Rule],
     method: Method,
-    whole: tuple[WholeSpec, ...] = (),
+    whole: tuple[FullSpec, ...] = (),
 ) -> Spec:
     """Put the specs of all matched kernels together.
 
@@ -240,7 +240,7 @@ def build_spec(
       layouts: {path: layout}, a rule's own taken in where it has one.
       matched: {path: rule}, of `match_rules`.
       method: what happens at launch.
-      whole: what trains whole beside them, of `whole_spec`.
+      whole: what trains whole beside them, of `full_spec`.
     """
     kernels = (
         kernel_spec(path, shapes[path], layouts[path], rule, method)

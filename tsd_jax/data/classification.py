@@ -61,7 +61,7 @@ class Labels:
     names: tuple[str, ...] = ()
 
     def target(self, item: Labelled) -> int | float:
-        """Give the class or number that a label stands for.
+        """Return the class or number that a label stands for.
 
         Raises:
           InputError: it is none of these; the line names the item.

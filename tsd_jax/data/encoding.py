@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
         """The token that ends a text, if there is one."""
 
     def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """Give "input_ids" of a list of texts."""
+        """Return "input_ids" of a list of texts."""
         ...
 
 

@@ -61,7 +61,7 @@ class Batches:
         )
 
     def batch(self, step: int) -> Batch:
-        """Give this process's rows of batch `step` (from 0)."""
+        """Return this process's rows of batch `step` (from 0)."""
         positions = step * self._batch_size + self._share
         epochs, places = np.divmod(positions, self._size)
         rows = np.empty_like(positions)
@@ -71,7 +71,7 @@ class Batches:
         return {name: array[rows] for name, array in self._arrays.items()}
 
     def steps(self, epochs: float) -> int:
-        """Give the number of steps that see every row `epochs` times."""
+        """Return the number of steps that see every row `epochs` times."""
         return math.ceil(epochs * self._size / self._batch_size)
 
 
@@ -101,7 +101,7 @@ class RandomWindows:
         self._share = _share(batch_size, process_index, process_count)
 
     def batch(self, step: int) -> Batch:
-        """Give this process's windows of batch `step` (from 0)."""
+        """Return this process's windows of batch `step` (from 0)."""
         raw = np.random.Philox(key=[self._seed, step]).random_raw(self._batch_size)
         starts = (raw % (len(self._ids) - self._length)).astype(np.int64)[self._share]
         spans = self._ids[starts[:, None] + np.arange(self._length + 1)]
@@ -140,7 +140,7 @@ def _checked(seed: int) -> int:
 
 
 def _share(batch_size: int, index: int, count: int) -> np.ndarray:
-    """Give the places in a batch that belong to process `index`."""
+    """Return the places in a batch that belong to process `index`."""
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; it must be at least 1")
     if batch_size % count:

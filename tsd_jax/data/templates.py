@@ -12,13 +12,13 @@ _INDENT = " " * 16
 
 
 def plain(record: Record) -> str:
-    """Give the instruction and the input, each on lines of their own."""
+    """Return the instruction and the input, each on lines of their own."""
     parts = [part for part in (record.instruction, record.input) if part]
     return "\n".join(parts) + "\n"
 
 
 def alpaca(record: Record) -> str:
-    """Give the prompt the paper trains on for commonsense, white space included.
+    """Return the prompt the paper trains on for commonsense, white space included.
 
     Source: LLM-Adapters, `finetune.py`; its two branches differ in the spaces after
     "request.".

@@ -74,7 +74,7 @@ def predict(
     batch_size: int,
     place: Place = lambda batch: batch,
 ) -> np.ndarray:
-    """Give the logits of all rows, (N, labels) float32; no padding is among them.
+    """Return the logits of all rows, (N, labels) float32; no padding is among them.
 
     Args:
       logits_fn: of `make_logits`; jitted here, compiled once for all calls with it.
@@ -90,7 +90,7 @@ def predict(
 
 
 def classification_scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Give accuracy, F1, Matthews' correlation and the mean cross-entropy.
+    """Return accuracy, F1, Matthews' correlation and the mean cross-entropy.
 
     F1 is that of class 1 where there are two, and else the mean over classes.
 
@@ -120,7 +120,7 @@ def classification_scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, 
 
 
 def regression_scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Give Pearson's and Spearman's correlation and the mean squared error.
+    """Return Pearson's and Spearman's correlation and the mean squared error.
 
     A correlation with what does not vary is 0.
 

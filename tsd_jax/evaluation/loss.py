@@ -19,7 +19,7 @@ ScoreFn = Callable[[Any, Batch], jax.Array]
 
 
 def token_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Give log p(target) at every position, in float32.
+    """Return log p(target) at every position, in float32.
 
     log p_t = z_t[y_t] - log sum_v exp z_t[v]
 

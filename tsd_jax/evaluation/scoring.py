@@ -28,7 +28,7 @@ def nll(
     batch_size: int,
     place: Place = lambda batch: batch,
 ) -> dict[str, float]:
-    """Give the mean negative log-likelihood per counted token.
+    """Return the mean negative log-likelihood per counted token.
 
     Batch sums are float32, their total is float64.
 
@@ -67,7 +67,7 @@ def choices(
     batch_size: int,
     place: Place = lambda batch: batch,
 ) -> dict[str, float]:
-    """Give the share of records whose right option is the most likely one.
+    """Return the share of records whose right option is the most likely one.
 
     A record with a score that is not finite counts as wrong.
 
@@ -113,7 +113,7 @@ def cut_batches(
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """Give the whole array on the host, the rows of other processes included."""
+    """Return the whole array on the host, the rows of other processes included."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

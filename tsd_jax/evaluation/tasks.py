@@ -24,7 +24,7 @@ ANSWER_PATTERNS: dict[str, str] = {
 
 
 def answer_pattern(answers: Sequence[str]) -> str | None:
-    """Give the pattern that all these reference answers belong to, or None."""
+    """Return the pattern that all these reference answers belong to, or None."""
     for pattern in ANSWER_PATTERNS.values():
         if all(re.fullmatch(pattern, answer) for answer in answers):
             return pattern
@@ -47,7 +47,7 @@ def extract_answer(text: str, pattern: str | None = None) -> str:
 def exact_match(
     texts: Sequence[str], answers: Sequence[str], pattern: str | None = None
 ) -> dict[str, float]:
-    """Give the share of texts whose answer equals the reference.
+    """Return the share of texts whose answer equals the reference.
 
     Args:
       texts: generated, one per item.

@@ -19,7 +19,7 @@ _LEAST, _RESCALE = 1e-17, 8
 
 
 def eigenvalues(diagonal: jax.Array, off: jax.Array) -> jax.Array:
-    """Give all eigenvalues of T to a rounding of ||T||.
+    """Return all eigenvalues of T to a rounding of ||T||.
 
     Args:
       diagonal: of T, (n,), float64. off: beside it, (n - 1,).

@@ -13,7 +13,7 @@ _GRAM, _SKINNY = 2048, 64  # columns, or stored rows, widened at a time
 _ROWS = 512  # least rows of a block of the Gram matrix
 
 
-class Wide(NamedTuple):
+class BlockedMatrix(NamedTuple):
     """See a matrix K of any float type as (n, m), n <= m, in float64.
 
     Products widen some of it at a time, so that all of K is never held in float64.
@@ -36,15 +36,15 @@ class Wide(NamedTuple):
         return short, long
 
     def times(self, columns: jax.Array) -> jax.Array:
-        """Give K columns, (n, c), for columns (m, c)."""
+        """Return K columns, (n, c), for columns (m, c)."""
         return self._gathered(columns) if self.tall else self._mapped(columns)
 
     def transposed_times(self, columns: jax.Array) -> jax.Array:
-        """Give K^T columns, (m, c), for columns (n, c)."""
+        """Return K^T columns, (m, c), for columns (n, c)."""
         return self._mapped(columns) if self.tall else self._gathered(columns)
 
     def _mapped(self, columns: jax.Array) -> jax.Array:
-        """Give stored @ columns, some rows after the other."""
+        """Return stored @ columns, some rows after the other."""
 
         def put(whole: jax.Array, start: jax.Array, size: int) -> jax.Array:
             part = self._rows(start, size) @ columns
@@ -54,7 +54,7 @@ class Wide(NamedTuple):
         return _fold(put, zero, self.stored.shape[0], _SKINNY)
 
     def _gathered(self, columns: jax.Array) -> jax.Array:
-        """Give stored^T @ columns, the sum over some rows after the other."""
+        """Return stored^T @ columns, the sum over some rows after the other."""
 
         def add(total: jax.Array, start: jax.Array, size: int) -> jax.Array:
             part = lax.dynamic_slice_in_dim(columns, start, size)
@@ -68,7 +68,7 @@ class Wide(NamedTuple):
         return rows.astype(jnp.float64)
 
     def output_squares(self) -> jax.Array:
-        """Give the squared norms of the columns of K as stored, (out,)."""
+        """Return the squared norms of the columns of K as stored, (out,)."""
 
         def add(total: jax.Array, start: jax.Array, size: int) -> jax.Array:
             return total + jnp.sum(self._rows(start, size) ** 2, 0)
@@ -77,7 +77,7 @@ class Wide(NamedTuple):
         return _fold(add, zero, self.stored.shape[0], _SKINNY)
 
     def gram(self) -> jax.Array:
-        """Give the lower triangle of K K^T, (n, n).
+        """Return the lower triangle of K K^T, (n, n).
 
         Blocks above the diagonal are left zero, which saves almost half the product.
         """

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.quantised import dequantised, stored
+from tsd_jax.core.quantization import dequantize, stored
 
 MEMORY_BUDGET = 2**26
 """Bytes of whole matrices that a device may hold for extraction at a time."""
@@ -32,7 +32,7 @@ Program = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Chunks:
+class ChunkPlan:
     """Say how a stack is cut: hashable, static under jit.
 
     Attributes:
@@ -70,11 +70,11 @@ class Chunks:
         return NamedSharding(self.mesh, PartitionSpec(self._order))
 
     def indices(self, start: jax.Array) -> jax.Array:
-        """Give the matrices of a chunk, the last one again past the end; (width,)."""
+        """Return the matrices of a chunk, the last one again past the end; (width,)."""
         return jnp.minimum(start + jnp.arange(self.width), self.count - 1)
 
     def rows(self, stacked: jax.Array, start: jax.Array) -> jax.Array:
-        """Give a chunk (width, ...) of a small array (*batch, ...)."""
+        """Return a chunk (width, ...) of a small array (*batch, ...)."""
         rest = stacked.shape[len(self.batch) :]
         rows = stacked.reshape(self.count, *rest)[self.indices(start)]
         if self.sharding is None:
@@ -82,7 +82,7 @@ class Chunks:
         return lax.with_sharding_constraint(rows, self.sharding)
 
     def matrices(self, kernel: jax.Array, start: jax.Array) -> jax.Array:
-        """Give a chunk (width, in, out) of the stored kernel."""
+        """Return a chunk (width, in, out) of the stored kernel."""
         if self.mesh is None:
             return self._local(kernel, start)
         spread = jax.shard_map(
@@ -114,7 +114,7 @@ class Chunks:
         return self.joiner(shardings)(chunks)
 
     def joiner(self, shardings: Any = None) -> Any:
-        """Give the jitted function of `join`, the same one for the same shardings."""
+        """Return the jitted function of `join`, the same one for the same shardings."""
         leaves, tree = jax.tree.flatten(shardings)
         return _joiner(self.mesh, self.count, self.batch, tuple(leaves), tree)
 
@@ -155,7 +155,7 @@ class Chunks:
         return (*(name for name, _ in self._moves), *self._stacked, *self._free)
 
     def _local(self, block: jax.Array, start: jax.Array) -> jax.Array:
-        """Give this device's matrices of a chunk, from its block of the kernel."""
+        """Return this device's matrices of a chunk, from its block of the kernel."""
         x = self._take(block, self._share(start))
         kept = [axis for axis in range(block.ndim) if axis not in self.layout.batch]
         for name, axis in self._moves:
@@ -165,7 +165,7 @@ class Chunks:
         return Layout((0,), inputs, outputs).to_matrices(x)
 
     def _share(self, start: jax.Array) -> jax.Array:
-        """Give the matrices that the devices beside which this one stands exchange.
+        """Return the matrices that the devices beside which this one stands exchange.
 
         Devices that hold the same block take different matrices from the beginning.
         """
@@ -177,13 +177,13 @@ class Chunks:
         return shares[:, lax.axis_index(self._free)].reshape(-1)
 
     def _take(self, block: Any, indices: jax.Array) -> jax.Array:
-        """Give matrices of the stack, where the stack itself is sharded too.
+        """Return matrices of the stack, where the stack itself is sharded too.
 
-        Of a quantised stack no more than these become floats.
+        Of a quantized stack no more than these become floats.
         """
         batch = self.layout.batch
         if not batch:
-            block = dequantised(block)
+            block = dequantize(block)
             return jnp.broadcast_to(block, (len(indices), *block.shape))
         block = jax.tree.map(
             lambda part: jnp.moveaxis(part, batch, range(len(batch))), block
@@ -195,7 +195,7 @@ class Chunks:
                 place = place - lax.axis_index(names) * size
                 here &= (place >= 0) & (place < size)
             places.append(jnp.clip(place, 0, size - 1))
-        rows = dequantised(jax.tree.map(lambda part: part[tuple(places)], block))
+        rows = dequantize(jax.tree.map(lambda part: part[tuple(places)], block))
         if self.mesh is None or not self._stacked:
             return rows
         mask = here.reshape(-1, *(1,) * (rows.ndim - 1))
@@ -227,11 +227,11 @@ def _joiner(
 
 def cut(
     kernel: jax.Array, layout: Layout, *, memory_budget: int = MEMORY_BUDGET
-) -> Chunks:
+) -> ChunkPlan:
     """Cut a stored kernel's stack into chunks of whole matrices.
 
     Args:
-      kernel: sharded or not, quantised or not, or traced.
+      kernel: sharded or not, quantized or not, or traced.
       layout: of its axes.
       memory_budget: bytes a device may hold of a chunk; one matrix is the least.
     """
@@ -247,7 +247,7 @@ def cut(
     if mesh is not None and mesh.size == 1:
         mesh, spec = None, PartitionSpec()
     devices = 1 if mesh is None else mesh.size
-    chunks = Chunks(layout, shape, devices, mesh, spec)
+    chunks = ChunkPlan(layout, shape, devices, mesh, spec)
     held = fan_in * fan_out * kernel.dtype.itemsize
     if mesh is not None:  # a stack cut by layers sends one matrix for each of its parts
         held *= math.prod(mesh.shape[name] for name in chunks._stacked)
@@ -306,7 +306,7 @@ def on_hosts(run: Callable[..., Any], *chunks: Any) -> Any:
 
 
 def host_device() -> Any:
-    """Give this process's CPU as a device.
+    """Return this process's CPU as a device.
 
     Raises:
       InputError: JAX was told to use accelerators alone.
@@ -322,7 +322,7 @@ def host_device() -> Any:
 
 @functools.cache
 def has_float64(platform: str) -> bool:
-    """Tell whether a platform's devices compute and decompose in float64.
+    """Return whether a platform's devices compute and decompose in float64.
 
     Apple's and most accelerators made for neural networks do not.
     """

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsd_jax.core.magnitudes import matrix_norms, rescaling
-from tsd_jax.core.spectra import Dense
-from tsd_jax.core.tridiagonal import Tridiagonal
-from tsd_jax.core.wide import Wide
+from tsd_jax.core.dora import matrix_norms, rescaling
+from tsd_jax.extraction.blocked import BlockedMatrix
+from tsd_jax.extraction.spectra import Dense
+from tsd_jax.extraction.tridiagonal import Tridiagonal
 
 Spectrum = Dense | Tridiagonal
 _BLOCK = 64  # directions looked at together where all of them are
 
 
-class LowRank(NamedTuple):
+class LowRankDelta(NamedTuple):
     """Hold dK = scale a b, what training has changed.
 
     Attributes:
@@ -33,18 +33,18 @@ class LowRank(NamedTuple):
     scale: float
 
     @property
-    def transposed(self) -> LowRank:
-        """Give dK^T."""
-        return LowRank(self.b.T, self.a.T, self.scale)
+    def transposed(self) -> LowRankDelta:
+        """Return dK^T."""
+        return LowRankDelta(self.b.T, self.a.T, self.scale)
 
     @property
-    def wide(self) -> LowRank:
-        """Give it in float64."""
+    def wide(self) -> LowRankDelta:
+        """Return it in float64."""
         a, b = self.a.astype(jnp.float64), self.b.astype(jnp.float64)
-        return LowRank(a, b, self.scale)
+        return LowRankDelta(a, b, self.scale)
 
-    def products(self, spectrum: Spectrum, kernel: Wide) -> jax.Array:
-        """Give sigma_i p_i of every i, (n,), from two skinny products.
+    def products(self, spectrum: Spectrum, kernel: BlockedMatrix) -> jax.Array:
+        """Return sigma_i p_i of every i, (n,), from two skinny products.
 
         Args:
           spectrum: of K K^T. kernel: K, (n, m).
@@ -54,11 +54,11 @@ class LowRank(NamedTuple):
         return self.scale * jnp.sum(seen[:, :rank] * seen[:, rank:], 1)
 
     def products_of(self, short: jax.Array, long: jax.Array) -> jax.Array:
-        """Give sigma_i p_i, (c,), of vectors P_i (n, c) and K^T P_i (m, c)."""
+        """Return sigma_i p_i, (c,), of vectors P_i (n, c) and K^T P_i (m, c)."""
         return self.scale * jnp.sum((short.T @ self.a) * (self.b @ long).T, 1)
 
 
-class Full(NamedTuple):
+class DenseDelta(NamedTuple):
     """Hold dK as it is, such as a gradient; its products need all of P.
 
     Attributes:
@@ -68,17 +68,17 @@ class Full(NamedTuple):
     matrix: jax.Array
 
     @property
-    def transposed(self) -> Full:
-        """Give dK^T."""
-        return Full(self.matrix.T)
+    def transposed(self) -> DenseDelta:
+        """Return dK^T."""
+        return DenseDelta(self.matrix.T)
 
     @property
-    def wide(self) -> Full:
-        """Give it in float64."""
-        return Full(self.matrix.astype(jnp.float64))
+    def wide(self) -> DenseDelta:
+        """Return it in float64."""
+        return DenseDelta(self.matrix.astype(jnp.float64))
 
-    def products(self, spectrum: Spectrum, kernel: Wide) -> jax.Array:
-        """Give sigma_i p_i of every i, (n,): the row sum of (P^T dK K^T) o P^T.
+    def products(self, spectrum: Spectrum, kernel: BlockedMatrix) -> jax.Array:
+        """Return sigma_i p_i of every i, (n,): the row sum of (P^T dK K^T) o P^T.
 
         Raises:
           TypeError: the spectrum does not hold all of P.
@@ -89,11 +89,11 @@ class Full(NamedTuple):
         return jnp.sum(seen * spectrum.all_vectors.T.astype(jnp.float64), 1)
 
     def products_of(self, short: jax.Array, long: jax.Array) -> jax.Array:
-        """Give sigma_i p_i, (c,), of vectors P_i (n, c) and K^T P_i (m, c)."""
+        """Return sigma_i p_i, (c,), of vectors P_i (n, c) and K^T P_i (m, c)."""
         return jnp.sum(short * (self.matrix @ long), 0)
 
 
-class Rescaled(NamedTuple):
+class DoraDelta(NamedTuple):
     """Hold DoRA's dW = (K + gamma A B) C - K = K (C - I) + gamma A B C, C = diag(c).
 
         p_i = sigma_i Q_i^T (C - I) Q_i + gamma (P_i^T A)(B C Q_i)
@@ -107,28 +107,28 @@ class Rescaled(NamedTuple):
       short: whether the outputs are the short side, as once transposed.
     """
 
-    low_rank: LowRank
+    low_rank: LowRankDelta
     excess: jax.Array
     short: bool = False
 
     @classmethod
-    def of(cls, a: jax.Array, b: jax.Array, gamma: float, c: jax.Array) -> Rescaled:
+    def of(cls, a: jax.Array, b: jax.Array, gamma: float, c: jax.Array) -> DoraDelta:
         """Make it of A (in, r), B (r, out), gamma and c (out,)."""
-        return cls(LowRank(a, b * c[None], gamma), c - 1)
+        return cls(LowRankDelta(a, b * c[None], gamma), c - 1)
 
     @property
-    def transposed(self) -> Rescaled:
-        """Give dW^T."""
-        return Rescaled(self.low_rank.transposed, self.excess, not self.short)
+    def transposed(self) -> DoraDelta:
+        """Return dW^T."""
+        return DoraDelta(self.low_rank.transposed, self.excess, not self.short)
 
     @property
-    def wide(self) -> Rescaled:
-        """Give it in float64."""
+    def wide(self) -> DoraDelta:
+        """Return it in float64."""
         excess = self.excess.astype(jnp.float64)
-        return Rescaled(self.low_rank.wide, excess, self.short)
+        return DoraDelta(self.low_rank.wide, excess, self.short)
 
-    def products(self, spectrum: Spectrum, kernel: Wide) -> jax.Array:
-        """Give sigma_i p_i of every i, (n,).
+    def products(self, spectrum: Spectrum, kernel: BlockedMatrix) -> jax.Array:
+        """Return sigma_i p_i of every i, (n,).
 
         Raises:
           TypeError: the spectrum does not hold all of P.
@@ -149,24 +149,24 @@ class Rescaled(NamedTuple):
         return learned + lax.map(along, starts).reshape(-1)[: kernel.shape[0]]
 
     def products_of(self, short: jax.Array, long: jax.Array) -> jax.Array:
-        """Give sigma_i p_i, (c,), of vectors P_i (n, c) and K^T P_i (m, c)."""
+        """Return sigma_i p_i, (c,), of vectors P_i (n, c) and K^T P_i (m, c)."""
         learned = self.low_rank.products_of(short, long)
         if self.short:
             return learned + jnp.sum(long**2, 0) * (self.excess @ short**2)
         return learned + self.excess @ long**2
 
 
-Change = LowRank | Full | Rescaled
+Delta = LowRankDelta | DenseDelta | DoraDelta
 
 
-def learned_change(
+def learned_delta(
     kernel: jax.Array,
     a: jax.Array,
     b: jax.Array,
     gamma: float,
     magnitude: jax.Array | None = None,
-) -> LowRank | Rescaled:
-    """Give what training has changed before launch: gamma A B, with DoRA dW; float64.
+) -> LowRankDelta | DoraDelta:
+    """Return what training has changed before launch: gamma A B, with DoRA dW; float64.
 
     Args:
       kernel: K, (in, out). a: A, (in, r). b: B, (r, out).
@@ -174,6 +174,6 @@ def learned_change(
     """
     a, b = a.astype(jnp.float64), b.astype(jnp.float64)
     if magnitude is None:
-        return LowRank(a, b, gamma)
+        return LowRankDelta(a, b, gamma)
     norms = matrix_norms(kernel, a, gamma * b)
-    return Rescaled.of(a, b, gamma, rescaling(magnitude.astype(jnp.float64), norms))
+    return DoraDelta.of(a, b, gamma, rescaling(magnitude.astype(jnp.float64), norms))

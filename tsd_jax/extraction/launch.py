@@ -15,20 +15,21 @@ from flax import struct
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tsd_jax.core import paths, stacks
+from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
-from tsd_jax.core.changes import Full, learned_change
+from tsd_jax.core.dora import matrix_norms
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.knee import knee
-from tsd_jax.core.known_spectra import SpectraStore, spectra_of
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.magnitudes import matrix_norms
 from tsd_jax.core.methods import Method
-from tsd_jax.core.quantised import stored
-from tsd_jax.core.ranking import EPSILON, Ranked, rank_change
+from tsd_jax.core.quantization import stored
 from tsd_jax.core.spec import KernelSpec, Spec
-from tsd_jax.core.spectra import Dense
-from tsd_jax.core.starts import STARTS
+from tsd_jax.extraction import chunks
+from tsd_jax.extraction.deltas import DenseDelta, learned_delta
+from tsd_jax.extraction.knee import knee
+from tsd_jax.extraction.ranking import EPSILON, Ranked, rank_delta
+from tsd_jax.extraction.restarts import RESTARTS
+from tsd_jax.extraction.spectra import Dense
+from tsd_jax.extraction.spectra_cache import SpectraStore, spectra_of
 
 Progress = Callable[[int, int], None]
 """(matrices launched so far, of how many) -> None."""
@@ -82,14 +83,14 @@ class MatrixLaunch:
         change: jax.Array | None,
         spectrum: Dense | None = None,
     ) -> tuple[Started, Ranking]:
-        """Give A, B, m and the frozen factors right after launch, and what was seen."""
+        """Return A, B, m and the frozen factors right after launch, and what was seen."""
         dtype = a.dtype
         a, b = a.astype(jnp.float64), b.astype(jnp.float64)
-        ranked = rank_change(
+        ranked = rank_delta(
             kernel,
-            learned_change(kernel, a, b, self.scale, magnitude)
+            learned_delta(kernel, a, b, self.scale, magnitude)
             if change is None
-            else Full(change),
+            else DenseDelta(change),
             count=self.count,
             epsilon=self.epsilon,
             ranking=self.method.ranking,
@@ -113,7 +114,7 @@ class MatrixLaunch:
     def _norms(
         self, kernel: jax.Array, a: jax.Array, b: jax.Array, frozen: Directions
     ) -> jax.Array:
-        """Give m of a kernel begun again: the function is K + dK, so c = 1."""
+        """Return m of a kernel begun again: the function is K + dK, so c = 1."""
         along = frozen.offset[:, None] * frozen.right.T
         down = jnp.concatenate([a, frozen.left], -1)
         return matrix_norms(kernel, down, jnp.concatenate([self.scale * b, along]))
@@ -138,7 +139,7 @@ class MatrixLaunch:
             live = (jnp.arange(left.shape[-1]) < needed)[None]
             left, right = jnp.where(live, left, 0.0), jnp.where(live, right, 0.0)
         if self.method.restart:
-            a, b, first = STARTS[self.method.start](ranked, rank, self.scale)
+            a, b, first = RESTARTS[self.method.start](ranked, rank, self.scale)
             offset = offset.at[:rank].set(first)
         if self.method.keep:
             left = jnp.concatenate([left, kept[0]], -1)
@@ -148,7 +149,7 @@ class MatrixLaunch:
 
 
 def _parts(kernel, a, b, magnitude, noise, change, start, chunks):
-    """Give a chunk's matrices and what is beside them."""
+    """Return a chunk's matrices and what is beside them."""
     beside = (a, b, magnitude, noise)
     rows = (None if x is None else chunks.rows(x, start) for x in beside)
     full = None if change is None else chunks.matrices(change, start)
@@ -166,12 +167,12 @@ def _launch_chunk(
 
 @functools.partial(jax.jit, static_argnames="chunks")
 def _spread_chunk(kernel, a, b, magnitude, noise, change, start, *, chunks):
-    """Give a chunk's matrices, and what is beside them, to the devices in turn."""
+    """Return a chunk's matrices, and what is beside them, to the devices in turn."""
     return _parts(kernel, a, b, magnitude, noise, change, start, chunks)
 
 
 def _out_shardings(adapter: Adapter):
-    """Give the results the shardings the adapter has, where it has named ones."""
+    """Return the results the shardings the adapter has, where it has named ones."""
     a, b, spec = adapter.a, adapter.b, adapter.kernel
     at_a, at_b = getattr(a, "sharding", None), getattr(b, "sharding", None)
     if not (isinstance(at_a, NamedSharding) and isinstance(at_b, NamedSharding)):
@@ -193,7 +194,7 @@ def _out_shardings(adapter: Adapter):
 
 
 def _noise(kernel: KernelSpec, seed: int) -> np.ndarray:
-    """Give what the ranking "random" ranks by, float32 (*batch, k)."""
+    """Return what the ranking "random" ranks by, float32 (*batch, k)."""
     generator = np.random.default_rng((zlib.crc32(kernel.path.encode()), seed))
     size = min(kernel.fan_in, kernel.fan_out)
     return generator.random((*kernel.batch_shape, size), np.float32)
@@ -213,7 +214,7 @@ class Extraction:
 
     where: str = "auto"
     solver: str = "auto"
-    memory_budget: int = stacks.MEMORY_BUDGET
+    memory_budget: int = chunks.MEMORY_BUDGET
     store: SpectraStore | None = None
 
     def __post_init__(self):
@@ -228,12 +229,12 @@ class Extraction:
             )
 
     def on_hosts(self, kernel: Any) -> bool:
-        """Tell whether a kernel's matrices are decomposed on the hosts."""
+        """Return whether a kernel's matrices are decomposed on the hosts."""
         kernel = stored(kernel)
         if self.where != "auto" or isinstance(kernel, Tracer):
             return self.where == "hosts"
         devices = getattr(kernel, "devices", lambda: set(jax.devices()))()
-        return not all(stacks.has_float64(device.platform) for device in devices)
+        return not all(chunks.has_float64(device.platform) for device in devices)
 
 
 def _launch_kernel(
@@ -246,7 +247,7 @@ def _launch_kernel(
     change: jax.Array | None = None,
 ):
     """Launch a stored kernel, a chunk of its stack after the other."""
-    chunks = stacks.cut(
+    chunks = chunks.cut(
         kernel,
         adapter.kernel.layout,
         memory_budget=extraction.memory_budget if extraction.store is None else 1,
@@ -265,7 +266,7 @@ def _launch_kernel(
         return chunks.join(results, _out_shardings(adapter))
 
 
-def check_changes(method: Method) -> None:
+def check_deltas(method: Method) -> None:
     """Raise InputError unless a method's ranking alone looks at a change."""
     if method.ranking != "rates":
         raise InputError(
@@ -286,15 +287,15 @@ def _where_they_lie(arrays, start, chunks, program):
 def _on_hosts(arrays, start, chunks, program, store):
     def here(matrices, *rest):
         if store is None:
-            return stacks.map_here(program, matrices, *rest)
+            return chunks.map_here(program, matrices, *rest)
         layout = Layout((0,), (1,), (2,))
-        alone = stacks.Chunks(
+        alone = chunks.ChunkPlan(
             layout, matrices.shape, len(matrices), None, PartitionSpec()
         )
         spectra = spectra_of(matrices, np.int32(0), alone, store)
-        return stacks.map_here(program, matrices, *rest, spectra)
+        return chunks.map_here(program, matrices, *rest, spectra)
 
-    return stacks.on_hosts(here, *_spread_chunk(*arrays, start, chunks=chunks))
+    return chunks.on_hosts(here, *_spread_chunk(*arrays, start, chunks=chunks))
 
 
 def _by_store(arrays, start, chunks, program, store):
@@ -318,7 +319,7 @@ def launch(
     *,
     epsilon: float = EPSILON,
     seed: int = 0,
-    changes: Mapping[str, jax.Array] | None = None,
+    deltas: Mapping[str, jax.Array] | None = None,
     extraction: Extraction | None = None,
     progress: Progress | None = None,
 ) -> tuple[Adapters, AllDirections, dict[str, Ranking]]:
@@ -331,13 +332,13 @@ def launch(
     `tsd_jax.training.optimizer.reset_moments`.
 
     Args:
-      params: the parameter tree with the untouched kernels; quantised ones become
+      params: the parameter tree with the untouched kernels; quantized ones become
         floats a chunk at a time.
       adapters: {path: Adapter} as trained so far; parts trained whole go on.
       spec: of `make_spec`; its method says what is started.
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).
       seed: of the ranking "random".
-      changes: {path: dK, stored as the kernel is} to rank by, in place of gamma A B:
+      deltas: {path: dK, stored as the kernel is} to rank by, in place of gamma A B:
         a gradient dL/dK gives directions without pre-launch. Its scale changes
         nothing; asked for kernel by kernel, in the spec's order.
       extraction: where and how to decompose.
@@ -356,7 +357,7 @@ def launch(
     if not spec.method.launches:
         raise InputError(f"method {spec.method.name!r} has no launch")
     if changes is not None:
-        check_changes(spec.method)
+        check_deltas(spec.method)
     extraction = extraction or Extraction()
     kernels = paths.select(params, spec.paths)
     total = sum(int(np.prod(kernel.batch_shape)) for kernel in spec.kernels)
@@ -385,7 +386,7 @@ def launch(
             extraction,
             seed,
             None if progress is None else tell,
-            None if changes is None else changes[kernel.path],
+            None if changes is None else deltas[kernel.path],
         )
         before += int(np.prod(kernel.batch_shape))
         if not spec.method.restart:

@@ -1,4 +1,4 @@
-"""Change rates of core directions, and the directions ranked first, in float64."""
+"""Delta rates of core directions, and the directions ranked first, in float64."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tsd_jax.core.changes import Change, LowRank, Spectrum
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.spectra import Dense, diagonalize, null_threshold
-from tsd_jax.core.tridiagonal import Tridiagonal, tridiagonalize
-from tsd_jax.core.wide import Wide
+from tsd_jax.extraction.blocked import BlockedMatrix
+from tsd_jax.extraction.deltas import Delta, LowRankDelta, Spectrum
+from tsd_jax.extraction.spectra import Dense, diagonalize, null_threshold
+from tsd_jax.extraction.tridiagonal import Tridiagonal, tridiagonalize
 
 EPSILON = 1e-6
 _SPARE = 8  # directions looked at closely beyond those asked for
@@ -56,8 +56,8 @@ RANKINGS: dict[str, Score] = {
 }
 
 
-def refine(spectrum: Spectrum, kernel: Wide, indices: jax.Array) -> jax.Array:
-    """Give eigenvectors (n, c) to the accuracy of K itself, not of its square.
+def refine(spectrum: Spectrum, kernel: BlockedMatrix, indices: jax.Array) -> jax.Array:
+    """Return eigenvectors (n, c) to the accuracy of K itself, not of its square.
 
     Forming G = K K^T rounds by eps sigma_1^2, which turns directions of small sigma
     into their neighbours by eps sigma_1^2 / gap. The residual K (K^T v) - sigma^2 v
@@ -86,13 +86,13 @@ def refine(spectrum: Spectrum, kernel: Wide, indices: jax.Array) -> jax.Array:
 
 
 def _signs(vectors: jax.Array) -> jax.Array:
-    """Give what makes the largest entry of every column positive, (1, c)."""
+    """Return what makes the largest entry of every column positive, (1, c)."""
     negative = -jnp.min(vectors, axis=0) > jnp.max(vectors, axis=0)
     return jnp.where(negative, -1.0, 1.0)[None]
 
 
 def _complete(
-    spectrum: Dense, kernel: Wide, long: jax.Array, null: jax.Array
+    spectrum: Dense, kernel: BlockedMatrix, long: jax.Array, null: jax.Array
 ) -> jax.Array:
     """Fill the columns of `long` (m, c) marked null from the null space of K.
 
@@ -115,15 +115,15 @@ def _complete(
 def _rates(
     products: jax.Array, sigma: jax.Array, null: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Give p_i and rho_i from sigma_i p_i; 0 in the numerical null space."""
+    """Return p_i and rho_i from sigma_i p_i; 0 in the numerical null space."""
     moved = jnp.where(null, 0.0, products / jnp.where(null, 1.0, sigma))
     return moved, jnp.abs(moved) / (sigma + epsilon)
 
 
 def _rank_wide(
     spectrum: Spectrum,
-    kernel: Wide,
-    change: Change,
+    kernel: BlockedMatrix,
+    change: Delta,
     noise: jax.Array | None,
     *,
     count: int,
@@ -216,9 +216,9 @@ def rank_directions(
 
     Source: arXiv:2409.01035, definitions 3 and 4.
     """
-    return rank_change(
+    return rank_delta(
         kernel,
-        LowRank(a, b, scale),
+        LowRankDelta(a, b, scale),
         count=count,
         epsilon=epsilon,
         ranking=ranking,
@@ -233,9 +233,9 @@ def _check_float64() -> None:
         raise TypeError("rank_directions needs `with jax.enable_x64(True):` around it")
 
 
-def rank_change(
+def rank_delta(
     kernel: jax.Array,
-    change: Change,
+    change: Delta,
     *,
     count: int,
     epsilon: float = EPSILON,
@@ -248,14 +248,14 @@ def rank_change(
 
     Args:
       kernel: K, (in, out), any float type.
-      change: dK, (in, out). Only a `LowRank` one has a choice of solvers; the others
+      change: dK, (in, out). Only a `LowRankDelta` one has a choice of solvers; the others
         take the dense one.
       count, epsilon, ranking, noise, solver, spectrum: see `rank_directions`.
     """
     _check_float64()
     check_ranking(ranking)
     eps = float(jnp.finfo(kernel.dtype).eps)
-    wide, change = Wide(kernel), change.wide
+    wide, change = BlockedMatrix(kernel), change.wide
     if wide.tall:
         change = change.transposed
 
@@ -271,7 +271,7 @@ def rank_change(
             ranking=ranking,
         )
 
-    if not isinstance(change, LowRank):
+    if not isinstance(change, LowRankDelta):
         solver = "dense"
     elif solver == "auto":
         solver = "tridiagonal" if wide.shape[0] > _SMALL else "dense"
@@ -293,13 +293,13 @@ def rank_change(
 
 def top_directions(
     kernel: jax.Array,
-    change: Change,
+    change: Delta,
     spectrum: Dense,
     *,
     count: int,
     epsilon: float = EPSILON,
 ) -> jax.Array:
-    """Give the indices of the `count` largest change rates, (count,) int32, unrefined.
+    """Return the indices of the `count` largest change rates, (count,) int32, unrefined.
 
     What remains of a ranking where the spectrum is known: cheap enough to be asked
     every few steps.
@@ -309,7 +309,7 @@ def top_directions(
     """
     _check_float64()
     eps = float(jnp.finfo(kernel.dtype).eps)
-    wide, change = Wide(kernel), change.wide
+    wide, change = BlockedMatrix(kernel), change.wide
     if wide.tall:
         change = change.transposed
     sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
@@ -322,13 +322,13 @@ def top_directions(
 def decompose(kernel: jax.Array) -> Dense:
     """Decompose the short side's Gram matrix of K (in, out) in full, in float64."""
     _check_float64()
-    return diagonalize(Wide(kernel).gram())
+    return diagonalize(BlockedMatrix(kernel).gram())
 
 
 def _trusted(
     spectrum: Tridiagonal, shape: tuple[int, ...], eps: float, count: int
 ) -> jax.Array:
-    """Tell whether the directions to be looked at are not null and stand apart."""
+    """Return whether the directions to be looked at are not null and stand apart."""
     sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
     used = sigma > null_threshold(sigma, shape, eps)
     enough = jnp.sum(used) >= min(count + _SPARE, len(sigma))

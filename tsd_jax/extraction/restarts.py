@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.ranking import Ranked
+from tsd_jax.extraction.ranking import Ranked
 
 
-class Start(NamedTuple):
+class Restart(NamedTuple):
     """Hold the restarted factors of one matrix.
 
     Attributes:
@@ -24,39 +24,41 @@ class Start(NamedTuple):
     offset: jax.Array
 
 
-def _scaled(ranked: Ranked, values: jax.Array, scale: float) -> Start:
+def _scaled(ranked: Ranked, values: jax.Array, scale: float) -> Restart:
     """Put `values` (r,) along the first directions into A B, half into each factor."""
     rank = len(values)
     root = jnp.sqrt(jnp.abs(values) / scale)
     along = (jnp.sign(values) * root)[:, None] * ranked.right[:, :rank].T
-    return Start(ranked.left[:, :rank] * root[None], along, -ranked.chosen[:rank])
+    return Restart(ranked.left[:, :rank] * root[None], along, -ranked.chosen[:rank])
 
 
-def _sigma(ranked: Ranked, rank: int, scale: float) -> Start:
-    """Start at sigma: A = P sqrt(sigma / gamma), B = sqrt(sigma / gamma) Q^T."""
+def _sigma(ranked: Ranked, rank: int, scale: float) -> Restart:
+    """Restart at sigma: A = P sqrt(sigma / gamma), B = sqrt(sigma / gamma) Q^T."""
     return _scaled(ranked, ranked.chosen[:rank], scale)
 
 
-def _sigma_and_change(ranked: Ranked, rank: int, scale: float) -> Start:
-    """Start at sigma + p, its sign on B: K + sum p_i P_i Q_i^T after launch."""
+def _sigma_and_change(ranked: Ranked, rank: int, scale: float) -> Restart:
+    """Restart at sigma + p, its sign on B: K + sum p_i P_i Q_i^T after launch."""
     return _scaled(ranked, ranked.chosen[:rank] + ranked.moved[:rank], scale)
 
 
-def _zero(ranked: Ranked, rank: int, scale: float) -> Start:
-    """Start at zero: A = P, B = 0, o = 0; only the directions are taken."""
+def _zero(ranked: Ranked, rank: int, scale: float) -> Restart:
+    """Restart at zero: A = P, B = 0, o = 0; only the directions are taken."""
     a = ranked.left[:, :rank]
-    return Start(a, jnp.zeros_like(ranked.right[:, :rank].T), jnp.zeros(rank, a.dtype))
+    return Restart(
+        a, jnp.zeros_like(ranked.right[:, :rank].T), jnp.zeros(rank, a.dtype)
+    )
 
 
-STARTS: dict[str, Callable[[Ranked, int, float], Start]] = {
+RESTARTS: dict[str, Callable[[Ranked, int, float], Restart]] = {
     "sigma": _sigma,
     "sigma+p": _sigma_and_change,
     "zero": _zero,
 }
-"""Readings of the paper's Init, which gives no formula: (ranked, r, gamma) -> Start."""
+"""Readings of the paper's Init, which gives no formula: (ranked, r, gamma) -> Restart."""
 
 
-def check_start(name: str) -> None:
-    """Raise InputError unless `name` is one of STARTS."""
-    if name not in STARTS:
-        raise InputError(f"unknown start {name!r}; choose one of {', '.join(STARTS)}")
+def check_restart(name: str) -> None:
+    """Raise InputError unless `name` is one of RESTARTS."""
+    if name not in RESTARTS:
+        raise InputError(f"unknown start {name!r}; choose one of {', '.join(RESTARTS)}")

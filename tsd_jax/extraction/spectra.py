@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsd_jax.core.wide import Wide
+from tsd_jax.extraction.blocked import BlockedMatrix
 
 
 class Dense(NamedTuple):
@@ -26,16 +26,16 @@ class Dense(NamedTuple):
     all_vectors: jax.Array
 
     def project(self, columns: jax.Array) -> jax.Array:
-        """Give P^T columns, (n, c)."""
-        return Wide(self.all_vectors).transposed_times(columns)
+        """Return P^T columns, (n, c)."""
+        return BlockedMatrix(self.all_vectors).transposed_times(columns)
 
     def vectors(self, indices: jax.Array) -> jax.Array:
-        """Give eigenvectors P[:, indices], (n, c)."""
+        """Return eigenvectors P[:, indices], (n, c)."""
         return self.all_vectors[:, indices].astype(jnp.float64)
 
     def combine(self, shares: jax.Array) -> jax.Array:
-        """Give P shares, (n, c)."""
-        return Wide(self.all_vectors).times(shares)
+        """Return P shares, (n, c)."""
+        return BlockedMatrix(self.all_vectors).times(shares)
 
     def correct(self, residual: jax.Array, indices: jax.Array) -> jax.Array:
         """Solve (lambda_i - G) x_i = residual_i for x_i orthogonal to P_i, (n, c).

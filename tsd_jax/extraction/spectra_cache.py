@@ -16,10 +16,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.quantised import dequantised
-from tsd_jax.core.ranking import decompose
-from tsd_jax.core.spectra import Dense
-from tsd_jax.core.stacks import Chunks
+from tsd_jax.core.quantization import dequantize
+from tsd_jax.extraction.chunks import ChunkPlan
+from tsd_jax.extraction.ranking import decompose
+from tsd_jax.extraction.spectra import Dense
 
 _BLOCK = 2**24  # bytes that one thread hashes at a time
 
@@ -28,7 +28,7 @@ class SpectraStore(Protocol):
     """Keep spectra by the fingerprint of their matrix."""
 
     def load(self, key: str, size: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Give (eigenvalues (size,) float64, vectors (size, size) float32), if kept."""
+        """Return (eigenvalues (size,) float64, vectors (size, size) float32), if kept."""
         ...
 
     def save(self, key: str, values: np.ndarray, vectors: np.ndarray) -> None:
@@ -58,19 +58,19 @@ class _Decompose:
 
 
 @functools.partial(jax.jit, static_argnames="chunks")
-def _decompose_chunk(kernel: jax.Array, start: jax.Array, *, chunks: Chunks) -> Any:
+def _decompose_chunk(kernel: jax.Array, start: jax.Array, *, chunks: ChunkPlan) -> Any:
     return chunks.map(_Decompose(), chunks.matrices(kernel, start))
 
 
 @functools.partial(jax.jit, static_argnames="chunks")
-def _spread(kernel: jax.Array, start: jax.Array, *, chunks: Chunks) -> jax.Array:
+def _spread(kernel: jax.Array, start: jax.Array, *, chunks: ChunkPlan) -> jax.Array:
     return chunks.matrices(kernel, start)
 
 
-def _keys(kernel: jax.Array, start: Any, chunks: Chunks) -> dict[int, str]:
+def _keys(kernel: jax.Array, start: Any, chunks: ChunkPlan) -> dict[int, str]:
     """Name this process's matrices of a chunk: {row: fingerprint}."""
     if chunks.mesh is None and chunks.layout == Layout():
-        return {0: fingerprint(np.asarray(dequantised(kernel)))}  # no copy, on a CPU
+        return {0: fingerprint(np.asarray(dequantize(kernel)))}  # no copy, on a CPU
     rows = _own_rows(_spread(kernel, start, chunks=chunks))
     return {
         row: fingerprint(matrix)
@@ -80,16 +80,16 @@ def _keys(kernel: jax.Array, start: Any, chunks: Chunks) -> dict[int, str]:
 
 
 def _everywhere(flag: bool) -> bool:
-    """Tell whether a flag is set in every process."""
+    """Return whether a flag is set in every process."""
     if jax.process_count() == 1:
         return flag
     return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def spectra_of(
-    kernel: jax.Array, start: Any, chunks: Chunks, store: SpectraStore
+    kernel: jax.Array, start: Any, chunks: ChunkPlan, store: SpectraStore
 ) -> Dense:
-    """Give the spectra of a chunk's matrices, from the store or anew.
+    """Return the spectra of a chunk's matrices, from the store or anew.
 
     Every process loads and saves those of its own devices; if one of them lacks any,
     all decompose the chunk.
@@ -127,7 +127,7 @@ def _own_rows(array: jax.Array) -> list[tuple[int, Any]]:
     ]
 
 
-def _placed(rows: dict[int, np.ndarray], chunks: Chunks) -> jax.Array:
+def _placed(rows: dict[int, np.ndarray], chunks: ChunkPlan) -> jax.Array:
     """Put rows together as a chunk (width, ...), each on the device it belongs to."""
     if not isinstance(chunks.sharding, NamedSharding):
         parts = [rows[row][None] for row in range(chunks.width)]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsd_jax.core.bisection import eigenvalues
+from tsd_jax.extraction.bisection import eigenvalues
 
 _COLUMNS = 256  # eigenvectors of T formed at a time
 _UNROLL = 8  # steps of a recurrence in one turn of its loop
@@ -38,7 +38,7 @@ class Tridiagonal(NamedTuple):
     eigenvalues: jax.Array
 
     def project(self, columns: jax.Array) -> jax.Array:
-        """Give P^T columns, (n, c), without forming P."""
+        """Return P^T columns, (n, c), without forming P."""
         rotated = self._rotate(columns, transpose=True)
         width = min(_COLUMNS, len(self.diagonal))
         padding = -len(self.diagonal) % width
@@ -50,7 +50,7 @@ class Tridiagonal(NamedTuple):
         return parts.reshape(-1, columns.shape[1])[: len(self.diagonal)]
 
     def vectors(self, indices: jax.Array) -> jax.Array:
-        """Give eigenvectors P[:, indices], (n, c)."""
+        """Return eigenvectors P[:, indices], (n, c)."""
         return self._rotate(self._tridiagonal_vectors(self.eigenvalues[indices]))
 
     def correct(self, residual: jax.Array, indices: jax.Array) -> jax.Array:
@@ -76,20 +76,20 @@ class Tridiagonal(NamedTuple):
         return self._rotate(orthogonal(jnp.where(jnp.isfinite(x), x, 0.0)))
 
     def distinct(self, used: jax.Array) -> jax.Array:
-        """Tell whether the eigenvalues marked in `used` (n,) stand apart, bool ()."""
+        """Return whether the eigenvalues marked in `used` (n,) stand apart, bool ()."""
         gaps = self.eigenvalues[:-1] - self.eigenvalues[1:]
         apart = gaps > _DISTINCT * self.eigenvalues[0]
         return jnp.all(apart | ~used[1:]) & (self.eigenvalues[0] > 0)
 
     def _rotate(self, columns: jax.Array, *, transpose: bool = False) -> jax.Array:
-        """Give Q columns, or Q^T columns."""
+        """Return Q columns, or Q^T columns."""
         rest = lax.linalg.ormqr(
             self.reflectors, self.taus, columns[1:], transpose=transpose
         )
         return jnp.concatenate([columns[:1], rest])
 
     def _tridiagonal_vectors(self, shifts: jax.Array) -> jax.Array:
-        """Give unit eigenvectors of T for eigenvalues (c,), as columns (n, c).
+        """Return unit eigenvectors of T for eigenvalues (c,), as columns (n, c).
 
         Twisted factorisation: eliminate from both ends, and start the vector where
         the two meet with the smallest pivot, which is where it is largest.

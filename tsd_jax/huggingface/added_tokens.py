@@ -42,7 +42,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, int]:
 
 
 def grown_config(config: DecoderConfig, rows: tuple[int, int]) -> DecoderConfig:
-    """Give the config of a model with these rows; spare rows it has are taken first.
+    """Return the config of a model with these rows; spare rows it has are taken first.
 
     Raises:
       InputError: the model has fewer rows than the tokenizer had tokens.
@@ -59,7 +59,7 @@ def grown_config(config: DecoderConfig, rows: tuple[int, int]) -> DecoderConfig:
 def grow(
     params: Mapping[str, Any], rows: tuple[int, int], shardings: Any = None
 ) -> dict[str, Any]:
-    """Give the embedding, and an untied head, new rows at the mean of those before.
+    """Return the embedding, and an untied head, new rows at the mean of those before.
 
     Args:
       params: the tree of parameters, as loaded.

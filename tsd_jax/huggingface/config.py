@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.huggingface.families import FAMILIES
-from tsd_jax.models.huggingface.family import Family, ModelConfig
-from tsd_jax.models.huggingface.fields import Fields
-from tsd_jax.models.huggingface.tensors import read_json
+from tsd_jax.huggingface.families.decoders import FAMILIES
+from tsd_jax.huggingface.families.family import Family, ModelConfig
+from tsd_jax.huggingface.families.fields import Fields
+from tsd_jax.huggingface.tensors import read_json
 
 
 def read_config(folder: str | Path) -> Any:
@@ -22,7 +22,7 @@ def read_config(folder: str | Path) -> Any:
     Raises:
       InputError: if the file is missing or damaged, lacks a field, has one of the
         wrong type, or names an architecture, activation, rotary embedding or kind of
-        layer that is not supported, or quantised weights.
+        layer that is not supported, or quantized weights.
     """
     file = Path(folder) / "config.json"
     found = read_json(file)
@@ -38,7 +38,7 @@ def read_config(folder: str | Path) -> Any:
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Give the content of the config.json that transformers reads as this model.
+    """Return the content of the config.json that transformers reads as this model.
 
     Args:
       config: of the model.
@@ -55,7 +55,7 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _find_family(file: Path, found: Mapping[str, Any]) -> Family:
-    """Find the family by name, refusing every other, and quantised weights."""
+    """Find the family by name, refusing every other, and quantized weights."""
     kind = found.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
@@ -74,8 +74,8 @@ def _find_family(file: Path, found: Mapping[str, Any]) -> Family:
     if settings is not None:
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise InputError(
-            f"{file}: quantization_config: weights quantised by {method or settings!r} "
-            "are not supported: choose the unquantised original"
+            f"{file}: quantization_config: weights quantized by {method or settings!r} "
+            "are not supported: choose the unquantized original"
         )
     return family
 

@@ -35,7 +35,7 @@ _LOCAL = PartitionSpec("local")
 Job = TypeVar("Job")
 
 
-class Placing:
+class DeviceLoader:
     """Bring one parameter to its devices, step by step.
 
     Args:
@@ -103,7 +103,7 @@ class Placing:
         )
 
     def finish(self) -> Any:
-        """Give the parameter, once all steps are done."""
+        """Return the parameter, once all steps are done."""
         sharding = self._sharding
         if sharding is None:
             return self._placed
@@ -150,7 +150,7 @@ class Placing:
 
 
 def _spelled_out(index: Index, shape: tuple[int, ...]) -> Index:
-    """Give slices with both ends."""
+    """Return slices with both ends."""
     whole = (*index, *(slice(None),) * (len(shape) - len(index)))
     ends = (part.indices(size) for part, size in zip(whole, shape, strict=True))
     return tuple(slice(start, stop) for start, stop, _ in ends)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Part, kernels_in
+from tsd_jax.core.full_params import FullParam, kernels_in
 
 Index = int | tuple[int, ...] | None
 """Which matrix of a stack: its number along one axis, numbers along several, None."""
@@ -34,7 +34,7 @@ class Factors(NamedTuple):
         return self.down.shape[1]
 
     def applied(self, weight: np.ndarray) -> np.ndarray:
-        """Give the adapted weight, (out, in), of torch's own, in that type."""
+        """Return the adapted weight, (out, in), of torch's own, in that type."""
         total = weight + (self.down @ self.up).T
         if self.magnitude is None:
             return total
@@ -57,11 +57,11 @@ class Compressed(NamedTuple):
 
 
 def module_factors(
-    adapters: Mapping[str, Adapter | Part],
+    adapters: Mapping[str, Adapter | FullParam],
     directions: Mapping[str, Directions],
     module_name: ModuleName,
 ) -> dict[str, Factors]:
-    """Give the float32 factors of every torch module, stacked kernels layer by layer.
+    """Return the float32 factors of every torch module, stacked kernels layer by layer.
 
     Parts trained whole are left out, and so are columns of `down` that are zero, but
     for one: a rank is needed.
@@ -83,7 +83,7 @@ def module_factors(
 
 
 def compress(factors: Factors, rank: int) -> Compressed:
-    """Give the best factors of at most `rank` columns (Eckart and Young), balanced.
+    """Return the best factors of at most `rank` columns (Eckart and Young), balanced.
 
         down = Q_d R_d,  up^T = Q_u R_u,  R_d R_u^T = U S V^T,
         down' = Q_d U_k sqrt(S_k),  up' = sqrt(S_k) (Q_u V_k)^T
@@ -120,12 +120,12 @@ def require_finite(factors: Factors) -> None:
 
 
 def relative(lost: float, norm: float) -> float:
-    """Give lost / norm, and 0 where there was nothing to lose."""
+    """Return lost / norm, and 0 where there was nothing to lose."""
     return lost / norm if norm else 0.0
 
 
 def total(pairs: Mapping[str, tuple[float, float]]) -> float:
-    """Give the relative error of all matrices taken as one, from {_: (lost, norm)}."""
+    """Return the relative error of all matrices taken as one, from {_: (lost, norm)}."""
     lost, norm = np.sqrt(np.square(list(pairs.values())).sum(axis=0))
     return relative(float(lost), float(norm))
 
@@ -133,7 +133,7 @@ def total(pairs: Mapping[str, tuple[float, float]]) -> float:
 def _modules(
     path: str, adapter: Adapter, directions: Directions, module_name: ModuleName
 ) -> dict[str, Factors]:
-    """Give every torch module that a (stacked) kernel stands for its own factors."""
+    """Return every torch module that a (stacked) kernel stands for its own factors."""
     down, up = (
         np.asarray(x, np.float32) for x in low_rank_factors(adapter, directions)
     )

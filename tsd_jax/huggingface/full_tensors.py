@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Part, Whole, WholeSpec
-from tsd_jax.interchange.factors import Index, ModuleName, stack_indices
+from tsd_jax.core.full_params import Full, FullParam, FullSpec
+from tsd_jax.huggingface.factors import Index, ModuleName, stack_indices
 
 
 class Kind(NamedTuple):
@@ -40,7 +40,7 @@ KINDS = {
 }
 
 
-class WholeTensor(NamedTuple):
+class FullTensor(NamedTuple):
     """Hold a trained tensor of torch, or rows of it.
 
     Attributes:
@@ -75,13 +75,13 @@ def kind_of(path: str) -> Kind:
     return KINDS[name]
 
 
-def whole_tensors(
-    parts: Mapping[str, Part], module_name: ModuleName
-) -> dict[str, WholeTensor]:
-    """Give {tensor: trained values} of all parts, stacked ones layer by layer; float32.
+def full_tensors(
+    parts: Mapping[str, FullParam], module_name: ModuleName
+) -> dict[str, FullTensor]:
+    """Return {tensor: trained values} of all parts, stacked ones layer by layer; float32.
 
     Args:
-      parts: {path: Part}, on this host.
+      parts: {path: FullParam}, on this host.
       module_name: (path, index of a stacked leaf or None) -> name of the torch module.
 
     Raises:
@@ -96,8 +96,8 @@ def whole_tensors(
     return tensors
 
 
-def torch_rows(part: WholeSpec) -> tuple[int, ...] | None:
-    """Give the rows of torch's tensor that train; None for all.
+def torch_rows(part: FullSpec) -> tuple[int, ...] | None:
+    """Return the rows of torch's tensor that train; None for all.
 
     Raises:
       InputError: what trains is no rows there, or is rows of a stacked leaf.
@@ -115,21 +115,21 @@ def torch_rows(part: WholeSpec) -> tuple[int, ...] | None:
 
 def _tensors(
     path: str, value: np.ndarray, rows: tuple[int, ...] | None, module_name: ModuleName
-) -> list[WholeTensor]:
+) -> list[FullTensor]:
     kind = kind_of(path)
     batch = value.shape[: value.ndim - kind.axes]
     found = []
     for index in stack_indices(batch) if batch else [None]:
         one = value[() if index is None else index]
         stored = np.ascontiguousarray(one.T if kind.transposed else one)
-        found.append(WholeTensor(module_name(path, index), kind.tensor, stored, rows))
+        found.append(FullTensor(module_name(path, index), kind.tensor, stored, rows))
     return found
 
 
 def neighbours(
-    whole: Mapping[str, Part | WholeSpec], every: Mapping[str, Any]
+    whole: Mapping[str, FullParam | FullSpec], every: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Give what else the modules own that have a parameter trained in full.
+    """Return what else the modules own that have a parameter trained in full.
 
     PEFT saves modules, not parameters: a bias goes along with its weight.
 
@@ -145,7 +145,7 @@ def neighbours(
 
 
 def check_modules(
-    whole: Mapping[str, Part | WholeSpec], adapted: Collection[str]
+    whole: Mapping[str, FullParam | FullSpec], adapted: Collection[str]
 ) -> None:
     """Raise InputError where PEFT's format has no place for a part.
 
@@ -167,20 +167,20 @@ def check_modules(
             )
 
 
-def whole_rule(path: str, layers: Mapping[Index, WholeTensor]) -> Whole:
-    """Give the rule that trains what these tensors hold of a parameter.
+def full_rule(path: str, layers: Mapping[Index, FullTensor]) -> Full:
+    """Return the rule that trains what these tensors hold of a parameter.
 
     Rows are one range, from the first to the last of them.
     """
     rows = [row for each in layers.values() for row in each.rows or ()]
     if not rows:
-        return Whole(pattern=re.escape(path))
+        return Full(pattern=re.escape(path))
     axis = int(kind_of(path).transposed)
-    return Whole(pattern=re.escape(path), rows=(min(rows), max(rows) + 1), axis=axis)
+    return Full(pattern=re.escape(path), rows=(min(rows), max(rows) + 1), axis=axis)
 
 
 def filled(
-    start: np.ndarray, part: WholeSpec, layers: Mapping[Index, WholeTensor]
+    start: np.ndarray, part: FullSpec, layers: Mapping[Index, FullTensor]
 ) -> np.ndarray:
     """Put tensors of torch into what trains of one parameter.
 
@@ -211,9 +211,7 @@ def filled(
     return value
 
 
-def _fits(
-    here: np.ndarray, one: np.ndarray, part: WholeSpec, each: WholeTensor
-) -> bool:
+def _fits(here: np.ndarray, one: np.ndarray, part: FullSpec, each: FullTensor) -> bool:
     if each.rows is None:
         return part.rows is None and here.shape == one.shape
     first, stop = part.rows or (0, part.shape[part.axis])
@@ -225,5 +223,5 @@ def _owner(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def _spec(each: Part | WholeSpec) -> WholeSpec:
-    return each.part if isinstance(each, Part) else each
+def _spec(each: FullParam | FullSpec) -> FullSpec:
+    return each.part if isinstance(each, FullParam) else each

@@ -20,14 +20,14 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.quantised import Quantised, Quantization
+from tsd_jax.core.quantization import Quantization, Quantized
+from tsd_jax.huggingface import names
+from tsd_jax.huggingface.config import config_json
+from tsd_jax.huggingface.device_loader import READERS, DeviceLoader, Index, read_ahead
+from tsd_jax.huggingface.families.decoders import FAMILIES
+from tsd_jax.huggingface.families.family import ModelConfig
+from tsd_jax.huggingface.tensors import SINGLE_FILE, StoredTensor, open_tensors
 from tsd_jax.models.encoder_config import EncoderConfig
-from tsd_jax.models.huggingface import names
-from tsd_jax.models.huggingface.config import config_json
-from tsd_jax.models.huggingface.families import FAMILIES
-from tsd_jax.models.huggingface.family import ModelConfig
-from tsd_jax.models.huggingface.placing import READERS, Index, Placing, read_ahead
-from tsd_jax.models.huggingface.tensors import SINGLE_FILE, StoredTensor, open_tensors
 
 Progress = Callable[[int, int], None]
 """(bytes placed so far, of how many) -> None."""
@@ -97,7 +97,7 @@ def load_params(
     jobs = []
     for path, leaf in fresh.items():
         made = _start_head(path, leaf.shape, config, head_key, dtype)
-        placing = Placing(leaf.shape, made.dtype, 0, places[path])
+        placing = DeviceLoader(leaf.shape, made.dtype, 0, places[path])
         jobs += [_job(path, placing, step, made.__getitem__) for step in placing.steps]
     for path, leaf in read.items():
         owners = names.tensor_names(path, leaf.shape, config.model_type)
@@ -107,31 +107,31 @@ def load_params(
         encode = None
         if quantization is not None and re.fullmatch(kind.linear, path):
             quantization.check(path, leaf.shape)
-            encode = Quantise(quantization, target)
+            encode = Quantize(quantization, target)
             target = _target(tensors, None)
-        placing = Placing(leaf.shape, target, depth, places[path], encode)
+        placing = DeviceLoader(leaf.shape, target, depth, places[path], encode)
         part = _reader(path, leaf.shape, tensors, target)
         jobs += [_job(path, placing, step, part) for step in placing.steps]
     return traverse_util.unflatten_dict(_placed(jobs, progress, readers), sep="/")
 
 
 @dataclass(frozen=True)
-class Quantise:
-    """Quantise matrices for use in `dtype`; hashable, for jit."""
+class Quantize:
+    """Quantize matrices for use in `dtype`; hashable, for jit."""
 
     quantization: Quantization
     dtype: np.dtype
 
-    def __call__(self, matrices: jax.Array) -> Quantised:
-        """Quantise (..., in, out)."""
-        return self.quantization.quantise(matrices, self.dtype)
+    def __call__(self, matrices: jax.Array) -> Quantized:
+        """Quantize (..., in, out)."""
+        return self.quantization.quantize(matrices, self.dtype)
 
 
-Step = tuple[str, Placing, tuple[int, ...]]
+Step = tuple[str, DeviceLoader, tuple[int, ...]]
 
 
 def _job(
-    path: str, placing: Placing, step: tuple[int, ...], read: Callable
+    path: str, placing: DeviceLoader, step: tuple[int, ...], read: Callable
 ) -> tuple[Step, int, Callable[[], list[np.ndarray]]]:
     """Say what one step brings, in how many bytes, and how it is read."""
     parts = placing.indices(step)
@@ -173,7 +173,7 @@ def check_checkpoint(
 def absent_head(
     folder: str | Path, config: ModelConfig, *, new_head: bool = False
 ) -> tuple[str, ...]:
-    """Give the parameters of the head that a checkpoint lacks, from its headers.
+    """Return the parameters of the head that a checkpoint lacks, from its headers.
 
     Args:
       folder, config, new_head: as of `load_params`.
@@ -241,7 +241,7 @@ def _open(
 def _absent_head(
     wanted: Mapping[str, Any], stored: Mapping[str, StoredTensor], config: ModelConfig
 ) -> dict[str, Any]:
-    """Give those of the head's parameters whose tensors are not there."""
+    """Return those of the head's parameters whose tensors are not there."""
     return {
         path: wanted[path]
         for path in names.head_paths(wanted, config.model_type)
@@ -322,7 +322,7 @@ def _some(tensors: Collection[str]) -> str:
 
 
 def _target(tensors: Collection[StoredTensor], dtype: DTypeLike | None) -> np.dtype:
-    """Give the type a parameter arrives in."""
+    """Return the type a parameter arrives in."""
     stored = jnp.result_type(*(tensor.dtype for tensor in tensors))
     return np.dtype(jax.dtypes.canonicalize_dtype(stored if dtype is None else dtype))
 

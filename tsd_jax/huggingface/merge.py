@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Part, parts_in
-from tsd_jax.interchange.factors import (
+from tsd_jax.core.full_params import FullParam, parts_in
+from tsd_jax.huggingface.factors import (
     Factors,
     ModuleName,
     module_factors,
@@ -33,8 +33,8 @@ from tsd_jax.interchange.factors import (
     require_finite,
     total,
 )
-from tsd_jax.interchange.files import open_tensors, read_json, read_tensor, write_json
-from tsd_jax.interchange.vocabulary import (
+from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors
+from tsd_jax.huggingface.vocabulary import (
     EMBEDDING,
     HEAD,
     copy_tokenizer,
@@ -42,7 +42,7 @@ from tsd_jax.interchange.vocabulary import (
     replaced,
     with_copy,
 )
-from tsd_jax.interchange.whole import WholeTensor, whole_tensors
+from tsd_jax.storage.files import open_tensors, read_json, read_tensor, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,7 +78,7 @@ class MergedExport:
 
 def to_merged(
     folder: str | Path,
-    adapters: Mapping[str, Adapter | Part],
+    adapters: Mapping[str, Adapter | FullParam],
     directions: Mapping[str, Directions],
     module_name: ModuleName,
     *,
@@ -97,7 +97,7 @@ def to_merged(
 
     Args:
       folder: new, or empty.
-      adapters: {path: Adapter or Part}, on this host.
+      adapters: {path: Adapter or FullParam}, on this host.
       directions: {kernel path: Directions}.
       module_name: (path, layer of a stacked leaf or None) -> name of the torch
         module; a kernel's `weight` is (out, in).
@@ -108,7 +108,7 @@ def to_merged(
 
     Raises:
       InputError: the folder is not empty or is the base's own; the base is damaged,
-        quantised or lacks a weight; a weight is shared with another (tied), or has
+        quantized or lacks a weight; a weight is shared with another (tied), or has
         another shape.
     """
     factors = module_factors(adapters, directions, module_name)
@@ -117,7 +117,7 @@ def to_merged(
         factors,
         base_folder=base_folder,
         dtype=dtype,
-        whole=whole_tensors(parts_in(adapters), module_name),
+        whole=full_tensors(parts_in(adapters), module_name),
         tokenizer_folder=tokenizer_folder,
     )
 
@@ -128,7 +128,7 @@ def merge_factors(
     *,
     base_folder: str | Path,
     dtype: DTypeLike | None = None,
-    whole: Mapping[str, WholeTensor] = MappingProxyType({}),
+    whole: Mapping[str, FullTensor] = MappingProxyType({}),
     tokenizer_folder: str | Path | None = None,
 ) -> MergedExport:
     """Merge {torch module: factors} and {tensor: `whole`}; see `to_merged`."""
@@ -236,7 +236,7 @@ def _check_base(
 ) -> None:
     """See that every dK has its own float weight to go into."""
     if config.get("quantization_config"):
-        raise InputError(f"{base} is quantised: merge into its unquantised original")
+        raise InputError(f"{base} is quantized: merge into its unquantized original")
     for name, (module, pair) in wanted.items():
         if config.get("tie_word_embeddings") and name in (EMBEDDING, HEAD):
             raise InputError(
@@ -272,7 +272,7 @@ def _copy_beside(
 def _write_shard(
     file: Path,
     part: Path,
-    wanted: Mapping[str, tuple[str, Factors] | WholeTensor],
+    wanted: Mapping[str, tuple[str, Factors] | FullTensor],
     target: np.dtype | None,
     report: _Report,
 ) -> int:
@@ -298,12 +298,12 @@ def _write_shard(
 
 def _changed(
     stored: np.ndarray,
-    wanted: tuple[str, Factors] | WholeTensor,
+    wanted: tuple[str, Factors] | FullTensor,
     dtype: np.dtype,
     report: _Report,
 ) -> np.ndarray:
     """Add one dK to its weight, or replace it, and note what rounding does to it."""
-    if isinstance(wanted, WholeTensor):
+    if isinstance(wanted, FullTensor):
         name, exact = wanted.name.removesuffix(".weight"), replaced(stored, wanted)
         before = np.zeros_like(exact)
         before[: len(stored)] = stored

@@ -19,16 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from tsd_jax import huggingface
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
-from tsd_jax.interchange.factors import Factors, require_finite
-from tsd_jax.interchange.merged import BESIDE, check_folders
-from tsd_jax.interchange.whole import WholeTensor
-from tsd_jax.models import huggingface
+from tsd_jax.huggingface.config import config_json
+from tsd_jax.huggingface.factors import Factors, require_finite
+from tsd_jax.huggingface.full_tensors import FullTensor
+from tsd_jax.huggingface.merge import BESIDE, check_folders
+from tsd_jax.huggingface.tensors import read_json
 from tsd_jax.models.encoder_config import PROBLEM_TYPES, EncoderConfig
-from tsd_jax.models.huggingface.config import config_json
-from tsd_jax.models.huggingface.tensors import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Trained:
     """Hold what is merged: {torch module: dK} and {tensor: what trained whole}."""
 
     factors: Mapping[str, Factors]
-    whole: Mapping[str, WholeTensor]
+    whole: Mapping[str, FullTensor]
 
 
 def write_merged(
@@ -97,9 +97,9 @@ def _readout(config: EncoderConfig) -> str:
 
 
 def _with_labels(
-    config: EncoderConfig, whole: Mapping[str, WholeTensor], labels: Labels | None
+    config: EncoderConfig, whole: Mapping[str, FullTensor], labels: Labels | None
 ) -> EncoderConfig:
-    """Give the config the head that was trained."""
+    """Return the config the head that was trained."""
     head = whole.get(_readout(config))
     if head is None:
         if not config.num_labels:
@@ -131,7 +131,7 @@ def _merge(
     flat = {
         path: np.array(leaf, np.float32) for path, leaf in paths.flatten(params).items()
     }
-    places = huggingface.tensor_places(params, config.model_type)
+    places = huggingface.tensor_paths(params, config.model_type)
     for name, pair in trained.factors.items():
         require_finite(pair)
         here = _place(flat, places, f"{name}.weight", pair.down @ pair.up)
@@ -148,7 +148,7 @@ def _merge(
 def _place(
     flat: Mapping[str, np.ndarray], places: Mapping[str, Any], name: str, like: Any
 ) -> np.ndarray:
-    """Give the part of a parameter that a tensor stands for, to write to."""
+    """Return the part of a parameter that a tensor stands for, to write to."""
     if name not in places:
         raise InputError(f"the base has no tensor {name!r}: it is another base")
     path, index = places[name]

@@ -18,14 +18,14 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.models.huggingface.families import FAMILIES
-from tsd_jax.models.huggingface.family import ModelConfig
+from tsd_jax.huggingface.families.decoders import FAMILIES
+from tsd_jax.huggingface.families.family import ModelConfig
 
 
 def abstract_params(
     config: ModelConfig, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = True
 ) -> dict[str, Any]:
-    """Give the shapes and dtypes of a model's parameters, and no arrays."""
+    """Return the shapes and dtypes of a model's parameters, and no arrays."""
     network = FAMILIES[config.model_type].kind.network
     model = network(config, param_dtype=dtype, scan_layers=scan_layers)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -71,7 +71,7 @@ def module_name(
     return ".".join(names)
 
 
-def module_places(
+def module_paths(
     params: Mapping[str, Any], model_type: str = "llama"
 ) -> dict[str, tuple[str, int | tuple[int, ...] | None]]:
     """Invert `module_name` for every kernel: {torch module: (kernel path, index)}.
@@ -93,7 +93,7 @@ def module_places(
     return places
 
 
-def tensor_places(
+def tensor_paths(
     params: Mapping[str, Any], model_type: str = "llama"
 ) -> dict[str, tuple[str, int | tuple[int, ...] | None]]:
     """Invert `tensor_names` for every parameter: {torch tensor: (path, index)}.
@@ -113,7 +113,7 @@ def tensor_places(
 
 
 def is_stacked(path: str) -> bool:
-    """Tell whether the leaf at `path` has the layers as its first axis."""
+    """Return whether the leaf at `path` has the layers as its first axis."""
     return path.startswith("layers/")
 
 
@@ -123,7 +123,7 @@ def stacked_axes(path: str) -> int:
 
 
 def is_transposed(path: str) -> bool:
-    """Tell whether the leaf at `path` is stored the other way round."""
+    """Return whether the leaf at `path` is stored the other way round."""
     return path.endswith("/kernel")
 
 
@@ -141,7 +141,7 @@ def tensor_names(
 def tensor_shapes(
     params: Mapping[str, Any], model_type: str = "llama"
 ) -> dict[str, tuple[int, ...]]:
-    """Give name and shape of every tensor that makes up `params`, flat by path."""
+    """Return name and shape of every tensor that makes up `params`, flat by path."""
     shapes = {}
     for path, leaf in params.items():
         shape = leaf.shape[stacked_axes(path) :]
@@ -151,7 +151,7 @@ def tensor_shapes(
 
 
 def canonical_names(names: Iterable[str], model_type: str) -> dict[str, str]:
-    """Give {the name a tensor has here: its name in a file}.
+    """Return {the name a tensor has here: its name in a file}.
 
     Files of a class without a head lack the prefix, and old ones name norms otherwise.
     """
@@ -168,7 +168,7 @@ def canonical_names(names: Iterable[str], model_type: str) -> dict[str, str]:
 
 
 def head_paths(params: Mapping[str, Any], model_type: str) -> list[str]:
-    """Give the paths of `params`, flat, that are of the head, if there is one."""
+    """Return the paths of `params`, flat, that are of the head, if there is one."""
     pattern = FAMILIES[model_type].head
     return [path for path in params if re.fullmatch(pattern, path)]
 
@@ -176,7 +176,7 @@ def head_paths(params: Mapping[str, Any], model_type: str) -> list[str]:
 def to_huggingface(
     params: Mapping[str, Any], config: ModelConfig
 ) -> dict[str, np.ndarray]:
-    """Give the parameters their Hugging Face names and layouts.
+    """Return the parameters their Hugging Face names and layouts.
 
     Args:
       params: the tree of parameters, scanned or not, without adapters.

@@ -43,7 +43,7 @@ class StoredTensor:
     file_size: int
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Give the part `index` names as stored: a view of the mapped file, read-only.
+        """Return the part `index` names as stored: a view of the mapped file, read-only.
 
         Raises:
           InputError: if the file is not what it was when it was opened.
@@ -138,7 +138,7 @@ def _read_header(file: Path, buffers: str) -> dict[str, StoredTensor]:
     for name, kind in kinds.items():
         if kind not in _DTYPES:
             raise InputError(
-                f"{file} stores tensor {name!r} as {kind}: quantised weights are not "
+                f"{file} stores tensor {name!r} as {kind}: quantized weights are not "
                 f"supported, use one of {', '.join(_DTYPES)}"
             )
     tensors = {}
@@ -150,7 +150,7 @@ def _read_header(file: Path, buffers: str) -> dict[str, StoredTensor]:
 
 
 def _map(file: Path) -> tuple[dict[str, tuple[int, int]], np.ndarray]:
-    """Give where each tensor of a checked file lies in its bytes, and those, mapped.
+    """Return where each tensor of a checked file lies in its bytes, and those, mapped.
 
     Source: the format's specification in safetensors' README.
     """

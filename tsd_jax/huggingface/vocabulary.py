@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.interchange.whole import WholeTensor
+from tsd_jax.huggingface.full_tensors import FullTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """The tensors that have a row for each token."""
@@ -27,8 +27,8 @@ _TOKENIZER = (
 
 
 def with_copy(
-    whole: Mapping[str, WholeTensor], names: set[str], *, tied: bool
-) -> dict[str, WholeTensor]:
+    whole: Mapping[str, FullTensor], names: set[str], *, tied: bool
+) -> dict[str, FullTensor]:
     """Let the copy that some checkpoints keep of a tied embedding follow it."""
     if tied and EMBEDDING in whole and HEAD in names:
         return {**whole, HEAD: whole[EMBEDDING]._replace(module="lm_head")}
@@ -36,9 +36,9 @@ def with_copy(
 
 
 def grown_vocabulary(
-    whole: Mapping[str, WholeTensor], shapes: Mapping[str, tuple[int, ...]], base: Path
+    whole: Mapping[str, FullTensor], shapes: Mapping[str, tuple[int, ...]], base: Path
 ) -> int | None:
-    """Give the size of the vocabulary after growing; None where it stays.
+    """Return the size of the vocabulary after growing; None where it stays.
 
     Args:
       whole: {tensor: what trained whole}.
@@ -71,8 +71,8 @@ def grown_vocabulary(
     return max(sizes.values())
 
 
-def _fitting_size(each: WholeTensor, shape: tuple[int, ...]) -> int | None:
-    """Give the length of the first axis afterwards, if it fits."""
+def _fitting_size(each: FullTensor, shape: tuple[int, ...]) -> int | None:
+    """Return the length of the first axis afterwards, if it fits."""
     if each.rows is None:
         grown = each.name in (EMBEDDING, HEAD) and len(each.value) > shape[0]
         same = each.value.shape == (len(each.value) if grown else shape[0], *shape[1:])
@@ -83,14 +83,14 @@ def _fitting_size(each: WholeTensor, shape: tuple[int, ...]) -> int | None:
     return size if complete and may and each.value.shape[1:] == shape[1:] else None
 
 
-def _told(each: WholeTensor) -> str:
+def _told(each: FullTensor) -> str:
     if each.rows is None:
         return f"shape {each.value.shape}"
     return f"rows {min(each.rows)} to {max(each.rows)} of width {each.value.shape[1:]}"
 
 
-def replaced(stored: np.ndarray, each: WholeTensor) -> np.ndarray:
-    """Give a tensor with its trained values, float32 or wider, grown where they are."""
+def replaced(stored: np.ndarray, each: FullTensor) -> np.ndarray:
+    """Return a tensor with its trained values, float32 or wider, grown where they are."""
     exact = stored.astype(np.promote_types(stored.dtype, np.float32))
     if each.rows is None:
         return each.value.astype(exact.dtype)
@@ -110,5 +110,5 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def has_tokenizer(folder: Any) -> bool:
-    """Tell whether a tokenizer lies in a folder."""
+    """Return whether a tokenizer lies in a folder."""
     return any((Path(folder) / name).is_file() for name in _TOKENIZER)

@@ -107,7 +107,7 @@ class Attention(nn.Module):
         )
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
-        """Give queries (B, T, N, H), and keys and values (B, T, K, H)."""
+        """Return queries (B, T, N, H), and keys and values (B, T, K, H)."""
         config = self.config
         bias = config.attention_bias or config.qkv_bias
         heads = (config.num_attention_heads, *(config.num_key_value_heads,) * 2)
@@ -209,7 +209,7 @@ class MoE(nn.Module):
         return mixed
 
     def _route(self, x: Array) -> Array:
-        """Give every expert's weight for each token, (B, T, E), mostly zero."""
+        """Return every expert's weight for each token, (B, T, E), mostly zero."""
         experts = self.config.experts
         assert experts is not None
         scores = self._dense(experts.num_experts, "gate")(x).astype(jnp.float32)

@@ -61,7 +61,7 @@ class Deberta(nn.Module):
         mask: Array | None = None,
         token_types: Array | None = None,
     ) -> Array:
-        """Give the logits of each sequence, or its hidden states; as `Encoder`."""
+        """Return the logits of each sequence, or its hidden states; as `Encoder`."""
         check_length(self.config, tokens)
         settings = (self.config, self.dtype, self.param_dtype)
         embed = Embeddings(*settings, name="embeddings")
@@ -140,7 +140,7 @@ class _Affine(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array]:
-        """Give both, (D,)."""
+        """Return both, (D,)."""
         init, shape = nn.initializers, (self.width,)
         scale = self.param("scale", init.ones, shape, self.param_dtype)
         return scale, self.param("bias", init.zeros, shape, self.param_dtype)
@@ -195,7 +195,7 @@ class DisentangledAttention(nn.Module):
 
 
 def _products(heads: Array, table: Array) -> Array:
-    """Give heads · rows: (B, T, N, H), (P, N, H) -> (B, N, T, P) float32."""
+    """Return heads · rows: (B, T, N, H), (P, N, H) -> (B, N, T, P) float32."""
     return jnp.einsum(
         "btnh,pnh->bntp", heads, table, preferred_element_type=jnp.float32
     )
@@ -207,7 +207,7 @@ def _pick(by_row: Array, rows: Any) -> Array:
 
 
 def position_rows(length: int, numbers: Disentangled) -> np.ndarray:
-    """Give the row in the table of positions of every query and key, (T, T) int32.
+    """Return the row in the table of positions of every query and key, (T, T) int32.
 
     Distances i - j up to half the buckets have their own; the others share
 

@@ -70,7 +70,7 @@ DECODER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 LINEAR_KERNELS = r"layers[^/]*/.+_proj/kernel"
-"""Kernels that are worth quantising: not embeddings, heads, routers or norms."""
+"""Kernels that are worth quantizing: not embeddings, heads, routers or norms."""
 
 
 class Decoder(nn.Module):
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         *,
         decode: bool = False,
     ) -> Array:
-        """Give the logits of the token after each one.
+        """Return the logits of the token after each one.
 
         Args:
           tokens: (B, T) int32.
@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         return Placement(*wide, visible, index, (near, window))
 
     def _tables(self, positions: Array) -> tuple[Array, Array]:
-        """Give cos and sin for `positions` (B or 1, T)."""
+        """Return cos and sin for `positions` (B or 1, T)."""
         config = self.config
         if config.rope_layers and not any(config.rope_layers):
             ones = jnp.ones((*positions.shape, 1, config.rotary_width), jnp.float32)
@@ -216,7 +216,7 @@ class Decoder(nn.Module):
         )
 
     def _near_tables(self, positions: Array) -> tuple[Array, Array] | None:
-        """Give those of windowed layers, where they have a theta of their own."""
+        """Return those of windowed layers, where they have a theta of their own."""
         theta = self.config.rope_local_theta
         if theta is None or not any(self.config.windowed):
             return None

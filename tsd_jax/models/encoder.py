@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         mask: Array | None = None,
         token_types: Array | None = None,
     ) -> Array:
-        """Give the logits of each sequence, or without a head its hidden states.
+        """Return the logits of each sequence, or without a head its hidden states.
 
         Args:
           tokens: (B, T) int32.

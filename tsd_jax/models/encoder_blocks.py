@@ -244,7 +244,7 @@ HEADS: Mapping[str, Callable[[EncoderConfig, DTypeLike, Array], Array]] = {
 
 
 def read_out(config: EncoderConfig, param_dtype: DTypeLike, x: Array) -> Array:
-    """Give the logits of the first slot, in float32; without a head, all states.
+    """Return the logits of the first slot, in float32; without a head, all states.
 
     Transformers reads the first slot too, also where padding stands there: pad on the
     right.
@@ -282,7 +282,7 @@ def make_norm(
 
 
 def join(x: Array, joining: Joining, epsilon: float) -> Array:
-    """Give LayerNorm(x + added), zero where nothing is kept."""
+    """Return LayerNorm(x + added), zero where nothing is kept."""
     wide = (x + joining.added).astype(jnp.float32)
     unit = jax.nn.standardize(wide, axis=-1, epsilon=epsilon)
     scale, bias = joining.scale[None, None], joining.bias[None, None]

@@ -24,7 +24,7 @@ def rotary_tables(
     theta: float,
     scaling: RopeScaling | None = None,
 ) -> tuple[Array, Array]:
-    """Give cos and sin of the angles position · frequency_i, i < H/2, twice over.
+    """Return cos and sin of the angles position · frequency_i, i < H/2, twice over.
 
     Args:
       positions: (B, T) integers.

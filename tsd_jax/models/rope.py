@@ -49,7 +49,7 @@ class RopeScaling:
         return 1.0
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
-        """Give the angle per position of each pair, (H/2,) float32.
+        """Return the angle per position of each pair, (H/2,) float32.
 
         Args:
           width: H. theta: base of the wavelengths.
@@ -65,7 +65,7 @@ class LinearScaling(RopeScaling):
     factor: float
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
-        """Give theta^(-2i/H) / factor."""
+        """Return theta^(-2i/H) / factor."""
         del length
         return jnp.asarray(_plain(width, theta) / np.float32(self.factor))
 
@@ -87,7 +87,7 @@ class DynamicScaling(RopeScaling):
             raise _unfit(f"dynamic needs heads of 4 or more, not {width}")
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
-        """Give theta'^(-2i/H), theta' = theta (f n / N - f + 1)^(H / (H - 2))."""
+        """Return theta'^(-2i/H), theta' = theta (f n / N - f + 1)^(H / (H - 2))."""
         trained = self.max_position_embeddings
         reached = jnp.maximum(length, trained).astype(jnp.float32)
         stretch = self.factor * reached / trained - (self.factor - 1)
@@ -140,7 +140,7 @@ class YarnScaling(RopeScaling):
 
     @property
     def magnitude(self) -> float:
-        """Give the attention factor, by default 1 + log(factor) / 10."""
+        """Return the attention factor, by default 1 + log(factor) / 10."""
         if self.attention_factor is not None:
             return self.attention_factor
 
@@ -194,14 +194,14 @@ class LongRope(RopeScaling):
 
     @property
     def magnitude(self) -> float:
-        """Give the attention factor, by default √(1 + log factor / log length)."""
+        """Return the attention factor, by default √(1 + log factor / log length)."""
         if self.attention_factor is not None:
             return self.attention_factor
         length = self.original_max_position_embeddings
         return math.sqrt(1 + math.log(max(self.factor, 1.0)) / math.log(length))
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
-        """Give theta^(-2i/H) / factor_i, by the short or the long factors."""
+        """Return theta^(-2i/H) / factor_i, by the short or the long factors."""
         plain = _plain(width, theta)
         short, far = (
             jnp.asarray(plain / np.asarray(each, np.float32))
@@ -224,7 +224,7 @@ def _unfit(fault: str) -> InputError:
 
 
 def _plain(width: int, theta: float) -> np.ndarray:
-    """Give theta^(-2i/H), (H/2,) float32."""
+    """Return theta^(-2i/H), (H/2,) float32."""
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     return 1 / np.float32(theta) ** exponents
 

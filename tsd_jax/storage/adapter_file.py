@@ -6,7 +6,7 @@ One safetensors file. Its tensors are the leaves of the adapters and directions 
     {"method": {...}, "kernels": [{...}, ...], "whole": [{...}, ...],
      "launched": true, "base_model": "..."}
 
-with the fields of `Method`, `KernelSpec` and `WholeSpec` as they are. Version 1 had no
+with the fields of `Method`, `KernelSpec` and `FullSpec` as they are. Version 1 had no
 "whole"; it is read as before.
 """
 
@@ -30,11 +30,11 @@ from tsd_jax.core.adapter import (
     init_kernel,
 )
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
-from tsd_jax.core.parts import Part, WholeSpec
 from tsd_jax.core.spec import KernelSpec, Spec
-from tsd_jax.interchange.files import read_tensors, write_tensors
+from tsd_jax.storage.files import read_tensors, write_tensors
 
 FORMAT = "tsd_jax adapter"
 VERSION = 2
@@ -50,7 +50,7 @@ class SavedAdapter:
     """Hold what an adapter file holds.
 
     Attributes:
-      adapters: {path: Adapter or Part}. directions: {kernel path: Directions}.
+      adapters: {path: Adapter or FullParam}. directions: {kernel path: Directions}.
       spec: of the file, or the one given to `load_adapter`.
       launched: whether launch has happened.
       indices: {kernel path: launched directions, (*batch, c), int32}, or None.
@@ -67,7 +67,7 @@ class SavedAdapter:
 
 def save_adapter(
     file: str | Path,
-    adapters: Mapping[str, Adapter | Part],
+    adapters: Mapping[str, Adapter | FullParam],
     directions: Mapping[str, Directions],
     spec: Spec,
     *,
@@ -82,7 +82,7 @@ def save_adapter(
 
     Args:
       file: by convention NAME.safetensors; its folder must be there.
-      adapters: {path: Adapter or Part}, on this host.
+      adapters: {path: Adapter or FullParam}, on this host.
       directions: {kernel path: Directions}.
       spec: of `make_spec`.
       launched: whether `launch` has been called on them.
@@ -134,7 +134,7 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
     try:
         method = _build(Method, facts["method"])
         kernels = tuple(_kernel(each) for each in facts["kernels"])
-        whole = tuple(_build(WholeSpec, each) for each in facts.get("whole", ()))
+        whole = tuple(_build(FullSpec, each) for each in facts.get("whole", ()))
         saved = Spec(kernels, method, whole)
         for kernel in kernels:
             kernel.layout.validate(kernel.path, len(kernel.shape))
@@ -156,7 +156,7 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
 
 
 def _fields(kind: type) -> list[str]:
-    """Name the array leaves of Adapter, Part or Directions."""
+    """Name the array leaves of Adapter, FullParam or Directions."""
     return [
         field.name
         for field in dataclasses.fields(kind)
@@ -165,9 +165,9 @@ def _fields(kind: type) -> list[str]:
 
 
 def _leaves(
-    adapters: Mapping[str, Adapter | Part], directions: Mapping[str, Directions]
+    adapters: Mapping[str, Adapter | FullParam], directions: Mapping[str, Directions]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Give every leaf there is by its name in the file."""
+    """Return every leaf there is by its name in the file."""
     for trees in (adapters, directions):
         for path, tree in trees.items():
             for name in _fields(type(tree)):
@@ -177,7 +177,7 @@ def _leaves(
 
 
 def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Give name and shape of every leaf a spec asks for."""
+    """Return name and shape of every leaf a spec asks for."""
     wanted = {f"{part.path}/value": part.value_shape for part in spec.whole}
     for kernel in spec.kernels:
         pair = jax.eval_shape(
@@ -292,7 +292,7 @@ def _trees(
         return jnp.asarray(stored)
 
     adapters: Adapters = {
-        part.path: Part(leaf(part.path, "value"), part) for part in spec.whole
+        part.path: FullParam(leaf(part.path, "value"), part) for part in spec.whole
     }
     directions: AllDirections = {}
     for kernel in spec.kernels:

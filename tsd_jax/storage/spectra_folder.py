@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tsd_jax.core.known_spectra import fingerprint
+from tsd_jax.extraction.spectra_cache import fingerprint
 
 _FORMAT = "tsd_jax spectrum 1"
 
@@ -31,7 +31,7 @@ class SpectraFolder:
         self._folder, self._max_bytes = Path(folder), max_bytes
 
     def load(self, key: str, size: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Give (eigenvalues (size,), vectors (size, size)) of a matrix, if sound."""
+        """Return (eigenvalues (size,), vectors (size, size)) of a matrix, if sound."""
         file = self._file(key)
         try:
             with safe_open(file, framework="np") as opened:
@@ -84,5 +84,5 @@ class SpectraFolder:
 
 
 def _sum(values: np.ndarray, vectors: np.ndarray) -> str:
-    """Give the checksum of a spectrum's arrays."""
+    """Return the checksum of a spectrum's arrays."""
     return f"{fingerprint(values)} {fingerprint(vectors)}"

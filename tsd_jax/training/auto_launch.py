@@ -24,20 +24,21 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tsd_jax.core import paths, stacks
+from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapters
-from tsd_jax.core.changes import learned_change
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.quantised import stored
-from tsd_jax.core.ranking import EPSILON, decompose, top_directions
+from tsd_jax.core.quantization import stored
 from tsd_jax.core.spec import KernelSpec, Spec
+from tsd_jax.extraction import chunks
+from tsd_jax.extraction.deltas import learned_delta
+from tsd_jax.extraction.ranking import EPSILON, decompose, top_directions
 
 Sample = tuple[tuple[KernelSpec, tuple[int, ...]], ...]
 """Kernels, and which matrices of their stacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SettlingConfig:
+class AutoLaunchConfig:
     """Say when directions count as settled; in optimizer steps.
 
     Attributes:
@@ -80,16 +81,16 @@ class SettlingConfig:
             )
 
     def due(self, step: int) -> bool:
-        """Tell whether there is a check after this many steps."""
+        """Return whether there is a check after this many steps."""
         return step % self.every == 0
 
     def launches(self, step: int, streak: int) -> bool:
-        """Tell whether to launch after this many steps."""
+        """Return whether to launch after this many steps."""
         settled = streak >= self.patience or step >= self.launch_max
         return step >= self.launch_min and settled
 
 
-class Settling(struct.PyTreeNode):
+class MonitorState(struct.PyTreeNode):
     """Hold what the next check needs; part of the training state.
 
     Attributes:
@@ -124,18 +125,18 @@ def sample(spec: Spec, count: int) -> Sample:
     )
 
 
-def init_settling(spec: Spec, config: SettlingConfig) -> Settling:
+def init_monitor(spec: Spec, config: AutoLaunchConfig) -> MonitorState:
     """Start: no check yet, and no set that could overlap."""
     sets = {
         kernel.path: jnp.full((len(indices), kernel.ranked), -1, jnp.int32)
         for kernel, indices in sample(spec, config.matrices)
     }
     zero = jnp.zeros((), jnp.int32)
-    return Settling(sets, jnp.zeros((), jnp.float32), zero, zero)
+    return MonitorState(sets, jnp.zeros((), jnp.float32), zero, zero)
 
 
 def mean_overlap(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> float:
-    """Give the mean over all rows of |I n J| / s."""
+    """Return the mean over all rows of |I n J| / s."""
     shares = [
         len(np.intersect1d(before, after)) / len(after)
         for path in new
@@ -145,20 +146,20 @@ def mean_overlap(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -
 
 
 def advance(
-    settling: Settling, sets: Mapping[str, np.ndarray], threshold: float
-) -> Settling:
+    settling: MonitorState, sets: Mapping[str, np.ndarray], threshold: float
+) -> MonitorState:
     """Compare the sets of a check with those before; all on the host."""
     old = {path: np.asarray(rows) for path, rows in settling.sets.items()}
     overlap = mean_overlap(old, sets)
     checks = int(settling.checks)
     reached = checks > 0 and overlap >= threshold - 1e-9
     streak = int(settling.streak) + 1 if reached else 0
-    new = Settling(dict(sets), overlap, streak, checks + 1)
+    new = MonitorState(dict(sets), overlap, streak, checks + 1)
     return jax.tree.map(lambda x, y: np.asarray(x, y.dtype), new, settling)
 
 
 def _replicated(array: Any) -> Any:
-    """Give the sharding that puts an array whole on all of its devices."""
+    """Return the sharding that puts an array whole on all of its devices."""
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
@@ -166,19 +167,19 @@ def _replicated(array: Any) -> Any:
 
 
 def _here(array: jax.Array) -> jax.Array:
-    """Give this process's copy, on one device that computes in float64."""
+    """Return this process's copy, on one device that computes in float64."""
     local = array.addressable_data(0)
     (device,) = local.devices()
-    if stacks.has_float64(device.platform):
+    if chunks.has_float64(device.platform):
         return local
-    return jax.device_put(jax.device_get(local), stacks.host_device())
+    return jax.device_put(jax.device_get(local), chunks.host_device())
 
 
 def _matrices(
     kernel: jax.Array, spec: KernelSpec, indices: tuple[int, ...]
 ) -> jax.Array:
-    """Give some matrices (n, in, out) of a stored kernel, moving no more than a few."""
-    chunks = stacks.cut(kernel, spec.layout, memory_budget=1)
+    """Return some matrices (n, in, out) of a stored kernel, moving no more than a few."""
+    chunks = chunks.cut(kernel, spec.layout, memory_budget=1)
     take = jax.jit(
         lambda kernel, start: chunks.matrices(kernel, start)[0],
         out_shardings=_replicated(stored(kernel)),
@@ -188,7 +189,7 @@ def _matrices(
 
 @functools.partial(jax.jit, static_argnames=("chosen", "place"))
 def _pick(adapters: Adapters, *, chosen: Sample, place: NamedSharding | None):
-    """Give {path: (A, B, m or None)} of the watched matrices, whole on every device."""
+    """Return {path: (A, B, m or None)} of the watched matrices, whole on every device."""
 
     def rows(x: Any, indices: tuple[int, ...], rank: int = 2) -> Any:
         if x is None:
@@ -214,12 +215,12 @@ def _decompose(matrices: jax.Array) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("chosen", "epsilon"))
 def _top(matrices: Any, spectra: Any, factors: Any, *, chosen: Sample, epsilon: float):
-    """Give {path: (n, s)}, a matrix after the other."""
+    """Return {path: (n, s)}, a matrix after the other."""
 
     def sets(kernel: KernelSpec) -> jax.Array:
         def one(parts):
             matrix, spectrum, a, b, magnitude = parts
-            change = learned_change(matrix, a, b, kernel.scale, magnitude)
+            change = learned_delta(matrix, a, b, kernel.scale, magnitude)
             return top_directions(
                 matrix, change, spectrum, count=kernel.ranked, epsilon=epsilon
             )
@@ -230,7 +231,7 @@ def _top(matrices: Any, spectra: Any, factors: Any, *, chosen: Sample, epsilon: 
     return {kernel.path: sets(kernel) for kernel, _ in chosen}
 
 
-class Watcher:
+class DirectionMonitor:
     """Check whether the directions of a few matrices have settled.
 
     Every process watches on one device of its own, or on its CPU where devices have
@@ -245,7 +246,7 @@ class Watcher:
         self,
         params: Mapping[str, Any],
         spec: Spec,
-        config: SettlingConfig,
+        config: AutoLaunchConfig,
         *,
         epsilon: float = EPSILON,
     ):
@@ -259,7 +260,7 @@ class Watcher:
         with jax.enable_x64(True):
             self._spectra = {p: _decompose(m) for p, m in self._matrices.items()}
 
-    def __call__(self, settling: Settling, adapters: Adapters) -> Settling:
+    def __call__(self, settling: MonitorState, adapters: Adapters) -> MonitorState:
         """Check once; give what the next check needs, where the old one lies."""
         chosen = self._sample
         place = _replicated(jax.tree.leaves(adapters)[0])

@@ -120,7 +120,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, template: dict[str, Any]) -> tuple[Any, str]:
-        """Give what a step holds, or None and why it cannot be read."""
+        """Return what a step holds, or None and why it cannot be read."""
         try:
             args = ocp.args.StandardRestore(template)
             return self._manager.restore(step, args=args), ""

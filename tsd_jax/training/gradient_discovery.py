@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from tsd_jax.binding.linen import bind
 from tsd_jax.core import paths
-from tsd_jax.core.quantised import dequantised
+from tsd_jax.core.quantization import dequantize
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.state import TrainState
 from tsd_jax.training.step import LossFn
@@ -43,7 +43,7 @@ def group(kernels: Sequence[KernelSpec], budget: int) -> list[tuple[str, ...]]:
 
 
 class KernelGradients(Mapping):
-    """Give {path: dL/dK} of the adapted kernels, float32, as they are asked for.
+    """Return {path: dL/dK} of the adapted kernels, float32, as they are asked for.
 
     L is the loss summed over the counted targets of some batches, without dropout,
     at the state's adapters. Only adapted kernels are differentiated, and as many of
@@ -90,7 +90,7 @@ class KernelGradients(Mapping):
     def _differentiate(self, wanted: tuple[str, ...]) -> dict[str, jax.Array]:
         """Sum the gradients of one group over all micro-batches."""
         chosen = paths.select(self._params, wanted)
-        kernels = {path: dequantised(kernel) for path, kernel in chosen.items()}
+        kernels = {path: dequantize(kernel) for path, kernel in chosen.items()}
 
         def gradients(kernels, total, state, params, batch):
             def loss(kernels, micro):
@@ -116,7 +116,7 @@ class KernelGradients(Mapping):
 
 
 def _places(kernels: Mapping[str, jax.Array]) -> Any:
-    """Give the kernels' own shardings, or None where they have no named ones."""
+    """Return the kernels' own shardings, or None where they have no named ones."""
     places = {path: getattr(x, "sharding", None) for path, x in kernels.items()}
     named = all(isinstance(place, NamedSharding) for place in places.values())
     return places if named else None

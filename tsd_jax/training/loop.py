@@ -13,10 +13,10 @@ import numpy as np
 import optax
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.training.auto_launch import AutoLaunchConfig, MonitorState
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.processes import stop_signals
 from tsd_jax.training.recorder import Recorder
-from tsd_jax.training.settling import Settling, SettlingConfig
 from tsd_jax.training.state import TrainState
 
 
@@ -36,7 +36,7 @@ class LoopConfig:
 
     steps: int
     launch_step: int | None
-    settling: SettlingConfig | None = None
+    settling: AutoLaunchConfig | None = None
     log_every: int = 10
     eval_every: int = 0
     checkpoint_every: int = 0
@@ -63,18 +63,18 @@ class LoopConfig:
             )
 
     def settles(self, done: int) -> bool:
-        """Tell whether directions are checked after this many steps."""
+        """Return whether directions are checked after this many steps."""
         return self.settling is not None and self.settling.due(done)
 
-    def launches(self, step: int, settling: Settling | None) -> bool:
-        """Tell whether to launch after this many steps, if it is not done yet."""
+    def launches(self, step: int, settling: MonitorState | None) -> bool:
+        """Return whether to launch after this many steps, if it is not done yet."""
         if self.settling is None or settling is None:
             return step == self.launch_step
         return self.settling.launches(step, int(settling.streak))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class LoopCallbacks:
     """Name what the loop calls; it knows neither model nor data.
 
     Attributes:
@@ -120,7 +120,7 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._since
 
     def lap(self) -> float:
-        """Give tokens per second since the last lap."""
+        """Return tokens per second since the last lap."""
         tokens, seconds = self._lap_start
         self._lap_start = (self.tokens, self.seconds)
         return (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
@@ -136,7 +136,7 @@ class StopRequested(Exception):  # noqa: N818 - no error
 
 
 def _launch(
-    state: TrainState, parts: Parts, recorder: Recorder, step: int
+    state: TrainState, parts: LoopCallbacks, recorder: Recorder, step: int
 ) -> TrainState:
     """Launch between two steps, say how long it took, and write what it saw."""
     recorder.launch_begins(step)
@@ -160,7 +160,7 @@ def _check_finite(done: int, metrics: Mapping[str, jax.Array]) -> None:
 
 
 def _settle(
-    state: TrainState, parts: Parts, recorder: Recorder, done: int
+    state: TrainState, parts: LoopCallbacks, recorder: Recorder, done: int
 ) -> TrainState:
     """Check the directions once, and record what came of it."""
     assert parts.settle is not None
@@ -175,7 +175,7 @@ def _settle(
 def _log(
     done: int,
     metrics: Mapping[str, jax.Array],
-    parts: Parts,
+    parts: LoopCallbacks,
     launched: bool,
     recorder: Recorder,
     speed: float,
@@ -198,7 +198,7 @@ def run(
     state: TrainState,
     params: Mapping[str, Any],
     key: jax.Array,
-    parts: Parts,
+    parts: LoopCallbacks,
     config: LoopConfig,
     recorder: Recorder,
     checkpoints: Checkpoints,

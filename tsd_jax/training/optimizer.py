@@ -18,8 +18,8 @@ import optax
 
 from tsd_jax.core.adapter import Adapter
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.full_params import FullParam
 from tsd_jax.core.methods import Method
-from tsd_jax.core.parts import Part
 
 GROUPS = ("lora", "gain")
 """The groups that launch may start again; parts trained whole always go on."""
@@ -72,15 +72,15 @@ def make_schedule(
     )
 
 
-def _labels(adapter: Adapter | Part) -> Adapter | Part:
-    if isinstance(adapter, Part):
+def _labels(adapter: Adapter | FullParam) -> Adapter | FullParam:
+    if isinstance(adapter, FullParam):
         return adapter.replace(value="whole")
     gain = None if adapter.gain is None else "gain"
     magnitude = None if adapter.magnitude is None else "lora"
     return adapter.replace(a="lora", b="lora", gain=gain, magnitude=magnitude)
 
 
-def group_labels(adapters: Mapping[str, Adapter | Part]) -> dict[str, Any]:
+def group_labels(adapters: Mapping[str, Adapter | FullParam]) -> dict[str, Any]:
     """Label every leaf with its optimizer group, for `optax.partition`.
 
     "lora" (A, B and m), "gain", and, where parts train whole, "whole".
@@ -92,7 +92,7 @@ def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     gain_learning_rate: optax.ScalarOrSchedule,
     *,
-    whole_learning_rate: optax.ScalarOrSchedule | None = None,
+    full_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -103,7 +103,7 @@ def make_optimizer(
 
     Args:
       learning_rate: of A, B and m. gain_learning_rate: of the gains.
-      whole_learning_rate: of parts trained whole; None for that of A and B.
+      full_learning_rate: of parts trained whole; None for that of A and B.
       b1: of Adam. b2: of Adam. eps: of Adam.
       weight_decay: decoupled, on A, B, parts and, as with PEFT, m; gains have none.
       clip_norm: bound on the global norm of all gradients; None for no clipping.
@@ -120,7 +120,7 @@ def make_optimizer(
         "lora": group(learning_rate, weight_decay),
         "gain": group(gain_learning_rate, 0.0),
         "whole": group(
-            learning_rate if whole_learning_rate is None else whole_learning_rate,
+            learning_rate if full_learning_rate is None else full_learning_rate,
             weight_decay,
         ),
     }

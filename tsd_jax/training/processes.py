@@ -105,14 +105,14 @@ def _check(coordinator: str | None, processes: int | None, number: int | None) -
 
 
 def _service() -> Any:
-    """Give the client of the coordination service; None in a run of one process."""
+    """Return the client of the coordination service; None in a run of one process."""
     from jax._src import distributed  # no public name; Orbax takes it from here too
 
     return distributed.global_state.client
 
 
-def alone() -> bool:
-    """Tell whether this run has one process; uses no device where it was not joined."""
+def is_single_process() -> bool:
+    """Return whether this run has one process; uses no device where it was not joined."""
     return _service() is None or jax.process_count() == 1
 
 
@@ -137,7 +137,7 @@ def _follow(service: Any) -> None:
             _leave_now(told["code"], reason, service)
 
 
-def leave(code: int, reason: str, details: str = "") -> int:
+def exit_run(code: int, reason: str, details: str = "") -> int:
     """Print why this process ends, and end all others; give the exit code.
 
     Returns only in a run of one process. In others nothing is cleaned up: whoever
@@ -185,8 +185,8 @@ def _leave_now(code: int, reason: str, service: Any) -> None:
     os._exit(code)
 
 
-def first_says(flag: bool) -> bool:
-    """Give the first process's answer to a question, in every process."""
+def broadcast_flag(flag: bool) -> bool:
+    """Return the first process's answer to a question, in every process."""
     if alone():
         return flag
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
@@ -200,7 +200,7 @@ def wait_for_all(name: str) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Give the function (steps done) -> whether SIGINT or SIGTERM ask for an end here.
+    """Return the function (steps done) -> whether SIGINT or SIGTERM ask for an end here.
 
     In a run of several processes it is to be asked after every step, and says yes in
     all of them after the same one, whichever was sent the signal. A second signal

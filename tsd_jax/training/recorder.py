@@ -11,7 +11,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from tsd_jax.training.files import read_lines, write_lines
+from tsd_jax.storage.run_files import read_lines, write_lines
 
 LAUNCH_EVERY = 10.0
 """Seconds from line to line about a launch, where there is no progress bar."""
@@ -176,7 +176,7 @@ class Recorder:
         self.say(f"step {step:>6}  evaluation  {_figures(figures)}")
 
     def find(self, kind: str, step: int) -> dict[str, Any] | None:
-        """Give the figures recorded under a kind at a step, or None."""
+        """Return the figures recorded under a kind at a step, or None."""
         for row in self.rows:
             if (row["kind"], row["step"]) == (kind, step):
                 return {k: v for k, v in row.items() if k not in ("kind", "step")}
@@ -184,7 +184,7 @@ class Recorder:
 
 
 def _still_true(row: dict[str, Any], start: int, launched: bool) -> bool:
-    """Tell whether a row was written before the state the run goes on from."""
+    """Return whether a row was written before the state the run goes on from."""
     if row.get("kind") == "launch":
         return launched
     return row.get("step", start + 1) <= start

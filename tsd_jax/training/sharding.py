@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Adapters, Directions
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Part, WholeSpec
-from tsd_jax.core.quantised import cut_shape
+from tsd_jax.core.full_params import FullParam, FullSpec
+from tsd_jax.core.quantization import cut_shape
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.state import TrainState
 
@@ -74,9 +74,9 @@ def param_shardings(
     rules: Sequence[tuple[str, PartitionSpec]],
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """Give every parameter the spec of the first rule that matches its whole path.
+    """Return every parameter the spec of the first rule that matches its whole path.
 
-    An axis the mesh does not divide is left whole. Values and scales of a quantised
+    An axis the mesh does not divide is left whole. Values and scales of a quantized
     kernel share one spec: a mesh divides its input axis by whole tiles.
 
     Args:
@@ -136,18 +136,18 @@ def adapter_shardings(
     )
 
 
-def part_sharding(part: WholeSpec, sharding: NamedSharding) -> Part:
+def full_sharding(part: FullSpec, sharding: NamedSharding) -> FullParam:
     """Lay what trains whole as its base's parameter, rows of it whole along theirs."""
     axes = [*sharding.spec, *(None,) * (len(part.shape) - len(sharding.spec))]
     if part.rows is not None:
         axes[part.axis] = None
-    return Part(NamedSharding(sharding.mesh, PartitionSpec(*axes)), part)
+    return FullParam(NamedSharding(sharding.mesh, PartitionSpec(*axes)), part)
 
 
 def state_shardings(
     state: TrainState, spec: Spec, params: Mapping[str, Any], mesh: Mesh
 ) -> TrainState:
-    """Give the shardings of a whole state, moments beside what they are of.
+    """Return the shardings of a whole state, moments beside what they are of.
 
     Args:
       state: of `create_state`; abstract (`jax.eval_shape`) or real.
@@ -159,7 +159,7 @@ def state_shardings(
     pairs = {k.path: adapter_shardings(k, kernels[k.path]) for k in spec.kernels}
     adapters: Adapters = {path: pair[0] for path, pair in pairs.items()}
     leaves = paths.select(params, tuple(part.path for part in spec.whole))
-    adapters |= {p.path: part_sharding(p, leaves[p.path]) for p in spec.whole}
+    adapters |= {p.path: full_sharding(p, leaves[p.path]) for p in spec.whole}
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def like_adapter(keys, leaf) -> NamedSharding:

@@ -12,7 +12,7 @@ from flax import struct
 
 from tsd_jax.core.adapter import init
 from tsd_jax.core.spec import Spec
-from tsd_jax.training.settling import SettlingConfig, init_settling
+from tsd_jax.training.auto_launch import AutoLaunchConfig, init_monitor
 
 
 class TrainState(struct.PyTreeNode):
@@ -39,7 +39,7 @@ def create_state(
     key: jax.Array,
     spec: Spec,
     optimizer: optax.GradientTransformation,
-    settling: SettlingConfig | None = None,
+    settling: AutoLaunchConfig | None = None,
     *,
     params: Mapping[str, Any] | None = None,
 ) -> TrainState:
@@ -59,5 +59,5 @@ def create_state(
         adapters=adapters,
         directions=directions,
         opt_state=optimizer.init(cast(Any, adapters)),
-        settling=None if settling is None else init_settling(spec, settling),
+        settling=None if settling is None else init_monitor(spec, settling),
     )

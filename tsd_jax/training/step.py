@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from tsd_jax.binding.linen import bind
-from tsd_jax.core.launch import EPSILON, Extraction, Progress, Ranking, launch
 from tsd_jax.core.spec import Spec
+from tsd_jax.extraction.launch import EPSILON, Extraction, Progress, Ranking, launch
 from tsd_jax.training.optimizer import reset_moments
 from tsd_jax.training.state import TrainState
 
@@ -26,7 +26,7 @@ def accumulate_gradients(
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """Give the gradient of the mean loss over all counted targets of a batch.
+    """Return the gradient of the mean loss over all counted targets of a batch.
 
     The loss is the summed loss of all micro-batches over the number of targets
     counted in all of them, so that unequal micro-batches weigh as their targets do
@@ -123,7 +123,7 @@ def launch_state(
     *,
     epsilon: float = EPSILON,
     seed: int = 0,
-    changes: Mapping[str, jax.Array] | None = None,
+    deltas: Mapping[str, jax.Array] | None = None,
     extraction: Extraction | None = None,
     progress: Progress | None = None,
     state_shardings: Any = None,
@@ -146,7 +146,7 @@ def launch_state(
         spec,
         epsilon=epsilon,
         seed=seed,
-        changes=changes,
+        deltas=changes,
         extraction=extraction,
         progress=progress,
     )

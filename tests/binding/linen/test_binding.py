@@ -14,7 +14,7 @@ from tsd_jax.binding.bound import SUFFIX
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import init, merge
-from tsd_jax.core.parts import Whole
+from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Rule
 from tsd_jax.models.llama import Llama, LlamaConfig
 
@@ -229,8 +229,8 @@ def test_parts_take_the_place_of_their_parameters():
     params = filled(0, shapes, 0.4)
     rules = [
         Rule(pattern=r".*/q_proj/kernel", rank=2),
-        Whole(pattern=r".*/(scale|up_proj/kernel)"),
-        Whole(pattern="embed_tokens/embedding", rows=(8, 11)),
+        Full(pattern=r".*/(scale|up_proj/kernel)"),
+        Full(pattern="embed_tokens/embedding", rows=(8, 11)),
     ]
     spec = make_spec(model.apply, {"params": shapes}, rules, tokens, method="lora")
     assert spec.paths == ("layers/self_attn/q_proj/kernel",)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.trees import filled
-from tsd_jax.binding.linen_handlers import HANDLERS, dense, find_handler
+from tsd_jax.binding.linen.handlers import HANDLERS, dense, find_handler
 
 MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "dense": (nn.Dense(5), (2, 3, 4)),

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers.models import LIFTS, Net, inputs
-from tsd_jax.binding.linen_handlers import HANDLERS
-from tsd_jax.binding.linen_trace import trace_layouts
+from tsd_jax.binding.linen.handlers import HANDLERS
+from tsd_jax.binding.linen.trace import trace_layouts
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout

@@ -12,7 +12,7 @@ from flax import nnx
 import tsd_jax as tsd
 from tests.helpers import nnx_models as models
 from tests.helpers.trees import method_of, random_all, trained
-from tsd_jax.binding.linen_handlers import Call
+from tsd_jax.binding.linen.handlers import Call
 from tsd_jax.binding.nnx import HANDLERS, bind, einsum, make_spec, merge, params
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import init
@@ -29,7 +29,7 @@ def scan(layers, x):
 
 @pytest.fixture(scope="module")
 def net():
-    """Give a model, a spec of all its ten kernels, and an input."""
+    """Return a model, a spec of all its ten kernels, and an input."""
     model, x = models.made(models.Net), models.inputs()
     rule = Rule(pattern=r".*kernel", rank=2, alpha=3, directions=3)
     spec = make_spec(model, [rule], x, method=EVERYTHING)
@@ -452,7 +452,7 @@ def test_parameters_are_a_tree_of_strings(net):
 
 def test_parts_train_whole_beside_adapters():
     model, x = models.made(linear()), jnp.ones((2, 4))
-    rules = [KERNEL, tsd.Whole(pattern="bias")]
+    rules = [KERNEL, tsd.Full(pattern="bias")]
     spec = make_spec(model, rules, x)
     adapters, directions = init(jax.random.key(0), spec, params=params(model))
     plain = model(x)
@@ -463,7 +463,7 @@ def test_parts_train_whole_beside_adapters():
         y = way(model, adapters, directions)(x)
         np.testing.assert_allclose(y, plain + 1, rtol=1e-6, atol=1e-6)
     with pytest.raises(InputError, match=r"bias has shape \(4,\).*axis 0"):
-        make_spec(model, [KERNEL, tsd.Whole(pattern="bias", rows=(2, 6))], x)
+        make_spec(model, [KERNEL, tsd.Full(pattern="bias", rows=(2, 6))], x)
 
 
 def test_merging_can_widen():

@@ -9,8 +9,8 @@ from flax import nnx
 
 from tests.helpers import nnx_models as models
 from tsd_jax.binding.nnx import HANDLERS, make_spec
-from tsd_jax.binding.nnx_modules import variables
-from tsd_jax.binding.nnx_trace import trace_layouts
+from tsd_jax.binding.nnx.modules import variables
+from tsd_jax.binding.nnx.trace import trace_layouts
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule

@@ -12,14 +12,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers.decoders import PUBLISHED, random_tensor, write_decoder
+from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
-from tsd_jax.models import huggingface
+from tsd_jax.huggingface import names
+from tsd_jax.huggingface.config import config_json, read_config
+from tsd_jax.huggingface.families.decoders import FAMILIES
+from tsd_jax.huggingface.families.encoders import ENCODERS
 from tsd_jax.models.config import Experts
 from tsd_jax.models.decoder import DECODER_RULES
-from tsd_jax.models.huggingface import names
-from tsd_jax.models.huggingface.config import config_json, read_config
-from tsd_jax.models.huggingface.encoder_families import ENCODERS
-from tsd_jax.models.huggingface.families import FAMILIES
 from tsd_jax.models.rope import (
     DynamicScaling,
     LinearScaling,

@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers.encoders import PUBLISHED, write_encoder
+from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
-from tsd_jax.models import huggingface
+from tsd_jax.huggingface.config import config_json
+from tsd_jax.huggingface.families.decoders import FAMILIES
+from tsd_jax.huggingface.families.encoders import ENCODERS
 from tsd_jax.models.encoder_config import REGRESSION, Disentangled
-from tsd_jax.models.huggingface.config import config_json
-from tsd_jax.models.huggingface.encoder_families import ENCODERS
-from tsd_jax.models.huggingface.families import FAMILIES
 
 WEIGHTS = "model.safetensors"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tsd_jax.interchange import experts
-from tsd_jax.interchange.factors import Factors
+from tsd_jax.huggingface.factors import Factors
+from tsd_jax.huggingface.peft import experts
 
 LAYER = "model.layers.0.mlp"
 

@@ -15,8 +15,8 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule, build_spec, match_rules
-from tsd_jax.interchange.peft import to_peft
-from tsd_jax.interchange.peft_reader import from_peft
+from tsd_jax.huggingface.peft.read import from_peft
+from tsd_jax.huggingface.peft.write import to_peft
 
 LAYERS, IN, OUT = 3, 6, 7
 SHAPES: dict[str, tuple[int, ...]] = {"k": (IN, OUT), "stack": (LAYERS, IN, OUT)}

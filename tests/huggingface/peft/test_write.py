@@ -14,7 +14,7 @@ from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import KernelSpec
-from tsd_jax.interchange.peft import PeftExport, to_peft
+from tsd_jax.huggingface.peft.write import PeftExport, to_peft
 
 LAYERS, IN, OUT, GAMMA = 3, 6, 5, 1.5
 

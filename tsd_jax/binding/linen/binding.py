@@ -18,26 +18,26 @@ import jax
 import jax.numpy as jnp
 
 from tsd_jax.binding.bound import SUFFIX, Owner, bound_leaves
-from tsd_jax.binding.linen_handlers import HANDLERS, Call, Handler, find_handler
-from tsd_jax.binding.linen_trace import PROBE, trace_layouts
-from tsd_jax.binding.traced_spec import split_rules, traced_spec
+from tsd_jax.binding.linen.handlers import HANDLERS, Call, Handler, find_handler
+from tsd_jax.binding.linen.trace import PROBE, trace_layouts
+from tsd_jax.binding.spec import split_rules, traced_spec
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.methods import Method
-from tsd_jax.core.parts import (
-    Part,
-    Whole,
+from tsd_jax.core.full_params import (
+    Full,
+    FullParam,
     parts_in,
-    place_part,
+    place_full,
 )
+from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import Rule, Spec
 
 
 def make_spec(
     apply_fn: Callable,
     variables: Mapping[str, Any],
-    rules: Sequence[Rule | Whole],
+    rules: Sequence[Rule | Full],
     *args: Any,
     method: str | Method = "tsd",
     handlers: Mapping[type[nn.Module], Handler] = HANDLERS,
@@ -61,7 +61,7 @@ def make_spec(
     Raises:
       InputError: a rule matches nothing; a matched kernel is used by no known module
         in that trace, or in two ways; rank or directions exceed the kernel; what shall
-        train whole is quantised, or has no such rows.
+        train whole is quantized, or has no such rows.
     """
     params = paths.flatten(variables["params"])
     boxed = [path for path, leaf in params.items() if not hasattr(leaf, "shape")]
@@ -77,7 +77,7 @@ def make_spec(
 
 def bind(
     params: Mapping[str, Any],
-    adapters: Mapping[str, Adapter | Part],
+    adapters: Mapping[str, Adapter | FullParam],
     directions: Mapping[str, Directions],
     dropout_key: jax.Array | None = None,
 ) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def bind(
 
     Args:
       params: the parameter tree; its other leaves are passed on untouched.
-      adapters: {path: Adapter or Part}. directions: {path: Directions}.
+      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
       dropout_key: a typed key; without one there is no dropout (evaluation).
 
     Returns:
@@ -96,7 +96,7 @@ def bind(
     bound = bound_leaves(base, adapters, directions, dropout_key)
     leaves = {path + SUFFIX: leaf for path, leaf in bound.items()}
     parts = parts_in(adapters)
-    values = {path: place_part(base[path], part) for path, part in parts.items()}
+    values = {path: place_full(base[path], part) for path, part in parts.items()}
     return paths.update(params, {**leaves, **values})
 
 

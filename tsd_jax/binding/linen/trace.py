@@ -17,7 +17,7 @@ import jax
 from flax import struct
 from flax.core import meta
 
-from tsd_jax.binding.linen_handlers import Call, Handler, find_handler
+from tsd_jax.binding.linen.handlers import Call, Handler, find_handler
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
@@ -47,7 +47,7 @@ class Probe(struct.PyTreeNode, meta.AxisMetadata):
         return y
 
     def unbox(self) -> Any:
-        """Give what stands in for the kernel."""
+        """Return what stands in for the kernel."""
         return self.value
 
     def replace_boxed(self, val: Any) -> Probe:

@@ -20,16 +20,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tsd_jax.binding.bound import Owner, bound_leaves
-from tsd_jax.binding.linen_handlers import Call, Handler, find_handler
-from tsd_jax.binding.nnx_handlers import HANDLERS
-from tsd_jax.binding.nnx_modules import attach, met, variables
-from tsd_jax.binding.nnx_trace import trace_layouts
-from tsd_jax.binding.traced_spec import split_rules, traced_spec
+from tsd_jax.binding.linen.handlers import Call, Handler, find_handler
+from tsd_jax.binding.nnx.handlers import HANDLERS
+from tsd_jax.binding.nnx.modules import attach, met, variables
+from tsd_jax.binding.nnx.trace import trace_layouts
+from tsd_jax.binding.spec import split_rules, traced_spec
 from tsd_jax.core import adapter as core
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.full_params import Full, FullParam, parts_in, place_full
 from tsd_jax.core.methods import Method
-from tsd_jax.core.parts import Part, Whole, parts_in, place_part
 from tsd_jax.core.spec import Rule, Spec
 
 __all__ = ["HANDLERS", "bind", "einsum", "make_spec", "merge", "params"]
@@ -38,7 +38,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def params(model: nnx.Module) -> dict[str, Any]:
-    """Give the values of all `nnx.Param` as a nested dict, as `launch` takes it."""
+    """Return the values of all `nnx.Param` as a nested dict, as `launch` takes it."""
     return paths.unflatten(
         {path: leaf.get_value() for path, leaf in variables(model).items()}
     )
@@ -50,7 +50,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def make_spec(
     model: nnx.Module,
-    rules: Sequence[Rule | Whole],
+    rules: Sequence[Rule | Full],
     *args: Any,
     method: str | Method = "tsd",
     handlers: Mapping[type[nnx.Module], Handler] = HANDLERS,
@@ -96,7 +96,7 @@ def make_spec(
 
 def bind(
     model: Model,
-    adapters: Mapping[str, core.Adapter | Part],
+    adapters: Mapping[str, core.Adapter | FullParam],
     directions: Mapping[str, core.Directions],
     dropout_key: jax.Array | None = None,
     handlers: Mapping[type[nnx.Module], Handler] = HANDLERS,
@@ -112,7 +112,7 @@ def bind(
     Args:
       model: not changed. Its arrays are the copy's, its variables are not: what a
         call changes (batch statistics, caches, counts) is found in the copy.
-      adapters: {path: Adapter or Part}. directions: {path: Directions}.
+      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
       dropout_key: a typed key; without one there is no dropout (evaluation).
       handlers: as given to `make_spec`.
 
@@ -122,7 +122,7 @@ def bind(
     base = paths.select(params(model), tuple(adapters))
     parts = parts_in(adapters)
     if parts:
-        values = {path: place_part(base[path], part) for path, part in parts.items()}
+        values = {path: place_full(base[path], part) for path, part in parts.items()}
         model = _with_values(model, values)
     leaves = bound_leaves(base, adapters, directions, dropout_key)
     bound: Any = attach(
@@ -142,7 +142,7 @@ def _with_values(model: Model, values: Mapping[str, jax.Array]) -> Model:
 
 def merge(
     model: Model,
-    adapters: Mapping[str, core.Adapter | Part],
+    adapters: Mapping[str, core.Adapter | FullParam],
     directions: Mapping[str, core.Directions],
     dtype: jnp.dtype | None = None,
 ) -> Model:
@@ -150,7 +150,7 @@ def merge(
 
     Args:
       model: not changed.
-      adapters: {path: Adapter or Part}. directions: {path: Directions}.
+      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
       dtype: of the merged kernels; None keeps each kernel's own.
 
     Raises:

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from tsd_jax.binding.contraction import general_subscripts
-from tsd_jax.binding.linen_handlers import Call, Handler
+from tsd_jax.binding.linen.handlers import Call, Handler
 
 
 def _bias(module: nnx.Linear | nnx.LinearGeneral | nnx.Einsum) -> str | None:

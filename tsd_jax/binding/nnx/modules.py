@@ -8,12 +8,12 @@ from typing import Any
 from flax import nnx
 
 from tsd_jax.binding.bound import SUFFIX, Owner
-from tsd_jax.binding.linen_handlers import Call, Handler
+from tsd_jax.binding.linen.handlers import Call, Handler
 from tsd_jax.core.errors import InputError
 
 
 def variables(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Give {"/"-joined path: parameter}; a shared one once, at its first path."""
+    """Return {"/"-joined path: parameter}; a shared one once, at its first path."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param, graph=True))
     return {"/".join(map(str, path)): leaf for path, leaf in flat}
 

@@ -16,10 +16,10 @@ from typing import Any
 import jax
 from flax import nnx, struct
 
-from tsd_jax.binding.axes import Origin, follow, mark
-from tsd_jax.binding.linen_handlers import Call, Handler, find_handler
-from tsd_jax.binding.linen_trace import check_output, note_layout, with_arrays_apart
-from tsd_jax.binding.nnx_modules import attach, variables
+from tsd_jax.binding.jaxpr_axes import Origin, follow, mark
+from tsd_jax.binding.linen.handlers import Call, Handler, find_handler
+from tsd_jax.binding.linen.trace import check_output, note_layout, with_arrays_apart
+from tsd_jax.binding.nnx.modules import attach, variables
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tsd_jax.huggingface.families.fields import Fields, checked, rope_settings
 from tsd_jax.models.config import DecoderConfig
-from tsd_jax.models.huggingface.fields import Fields, checked, rope_settings
 
 Values = dict[str, Any]
 WINDOWED, WIDE = "sliding_attention", "full_attention"
@@ -33,7 +33,7 @@ def read_common(fields: Fields) -> Values:
 
 
 def write_common(config: DecoderConfig) -> Values:
-    """Give the entries of config.json that every family has."""
+    """Return the entries of config.json that every family has."""
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers "
         "num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta "
@@ -47,11 +47,11 @@ def write_common(config: DecoderConfig) -> Values:
 def read_rope(fields: Fields) -> Values:
     """Read the one rotary embedding of all layers, which turns whole heads."""
     settings = fields.rope()
-    read_whole(fields, settings)
+    read_full(fields, settings)
     return read_scaling(fields, settings)
 
 
-def read_whole(fields: Fields, settings: Mapping[str, Any]) -> None:
+def read_full(fields: Fields, settings: Mapping[str, Any]) -> None:
     """Refuse rotary settings that turn a part of each head."""
     part = read_part(fields, settings)
     if part != 1:
@@ -117,7 +117,7 @@ def read_chosen_windows(fields: Fields, presumed: Callable[[int], bool]) -> Valu
 
 
 def write_windows(config: DecoderConfig) -> Values:
-    """Give the entries that tell which layers are windowed."""
+    """Return the entries that tell which layers are windowed."""
     return {
         "sliding_window": config.sliding_window,
         "layer_types": [WINDOWED if each else WIDE for each in config.windowed],
@@ -125,7 +125,7 @@ def write_windows(config: DecoderConfig) -> Values:
 
 
 def write_chosen_windows(config: DecoderConfig) -> Values:
-    """Give the entries of a family that turns windows on by `use_sliding_window`."""
+    """Return the entries of a family that turns windows on by `use_sliding_window`."""
     used = config.sliding_window is not None
     return {"use_sliding_window": used, **write_windows(config)}
 

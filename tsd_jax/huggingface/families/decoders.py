@@ -9,28 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tsd_jax.models.config import DecoderConfig, Experts
-from tsd_jax.models.huggingface.common import (
+from tsd_jax.huggingface.families.common import (
     WIDE,
     WINDOWED,
     Values,
     check_layers,
     read_biases,
     read_chosen_windows,
+    read_full,
     read_part,
     read_period,
     read_rope,
     read_scaling,
-    read_whole,
     read_window,
     read_windows,
     same_names,
     write_chosen_windows,
     write_windows,
 )
-from tsd_jax.models.huggingface.encoder_families import ENCODERS
-from tsd_jax.models.huggingface.family import Family, ModelConfig
-from tsd_jax.models.huggingface.fields import Fields, checked
+from tsd_jax.huggingface.families.encoders import ENCODERS
+from tsd_jax.huggingface.families.family import Family, ModelConfig
+from tsd_jax.huggingface.families.fields import Fields, checked
+from tsd_jax.models.config import DecoderConfig, Experts
 
 
 def _read_llama(fields: Fields) -> Values:
@@ -193,14 +193,14 @@ def _read_gemma3(fields: Fields) -> Values:
         wide, near = (fields.table(settings, kind) for kind in (WIDE, WINDOWED))
         if near.get("rope_type", "default") != "default":
             raise fields.refuse("rope type of windows", near["rope_type"], "'default'")
-        read_whole(fields, near)
+        read_full(fields, near)
         local = near.get("rope_theta", local)
         checked(f"{fields.file}: 'rope_theta' of windows", local, "float")
         theta = fields.get("rope_theta", "float")
         wide = {"rope_type": "default", "rope_theta": theta, **wide}
     else:
         wide = fields.rope()
-    read_whole(fields, wide)
+    read_full(fields, wide)
     # Without the scaling, the published files say attn_logit_softcapping: null.
     return (
         read_scaling(fields, wide)
@@ -368,5 +368,5 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Give the family of a model's config."""
+    """Return the family of a model's config."""
     return FAMILIES[config.model_type]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tsd_jax.huggingface.families.common import Values, same_names
+from tsd_jax.huggingface.families.family import Family, Kind
+from tsd_jax.huggingface.families.fields import Fields
 from tsd_jax.models.deberta import Deberta
 from tsd_jax.models.encoder import ENCODER_RULES, Encoder
 from tsd_jax.models.encoder_config import (
@@ -14,9 +17,6 @@ from tsd_jax.models.encoder_config import (
     Disentangled,
     EncoderConfig,
 )
-from tsd_jax.models.huggingface.common import Values, same_names
-from tsd_jax.models.huggingface.family import Family, Kind
-from tsd_jax.models.huggingface.fields import Fields
 
 _SIZES = (
     "vocab_size",
@@ -73,7 +73,7 @@ def _read_labels(fields: Fields) -> Values:
 
 
 def _write_encoder(config: EncoderConfig) -> Values:
-    """Give the entries of config.json that every encoder has."""
+    """Return the entries of config.json that every encoder has."""
     names = (*_SIZES, "layer_norm_eps", "initializer_range", "hidden_act")
     entries = same_names(*names)(config)
     if not config.num_labels:
@@ -88,7 +88,7 @@ def default_names(number: int) -> tuple[str, ...]:
 
 
 def label_entries(config: EncoderConfig) -> Values:
-    """Give the entries of config.json that tell of the head."""
+    """Return the entries of config.json that tell of the head."""
     labels = config.label_names or default_names(config.num_labels)
     return {
         "id2label": {str(number): label for number, label in enumerate(labels)},

@@ -8,11 +8,11 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from tsd_jax.huggingface.families.common import Values, read_common, write_common
+from tsd_jax.huggingface.families.fields import Fields
 from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
 from tsd_jax.models.encoder_config import EncoderConfig
-from tsd_jax.models.huggingface.common import Values, read_common, write_common
-from tsd_jax.models.huggingface.fields import Fields
 
 ModelConfig = DecoderConfig | EncoderConfig
 
@@ -25,7 +25,7 @@ class Kind:
       config, network: the classes here. rules: of shardings of its parameters.
       read: fields -> values of the config that every family of the kind has.
       write: config -> entries of config.json that every family has.
-      linear: expression for kernels that are worth quantising.
+      linear: expression for kernels that are worth quantizing.
       peft_task: PEFT's name of what they do.
     """
 

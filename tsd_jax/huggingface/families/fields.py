@@ -35,7 +35,7 @@ class Fields:
     defaults: Mapping[str, Any]
 
     def get(self, name: str, kind: str, default: Any = _REQUIRED) -> Any:
-        """Give a field of type `kind`, or `default` where there is none or null.
+        """Return a field of type `kind`, or `default` where there is none or null.
 
         Raises:
           InputError: if it is not there and has no default, or has another type.
@@ -59,7 +59,7 @@ class Fields:
         )
 
     def table(self, settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-        """Give one of several tables of rotary settings, {} where it is null.
+        """Return one of several tables of rotary settings, {} where it is null.
 
         Its type goes by `rope_type`, whichever of its two names it has.
 
@@ -122,7 +122,7 @@ class Fields:
 
 
 def rope_settings(scaling: RopeScaling | None) -> dict[str, Any]:
-    """Give the entries of a config.json from which `scaling` is read."""
+    """Return the entries of a config.json from which `scaling` is read."""
     if scaling is None:
         return {}
     values = {
@@ -136,7 +136,7 @@ def rope_settings(scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def checked(what: str, value: Any, kind: str) -> Any:
-    """Give `value` if it is of type `kind`, a list of numbers as a tuple.
+    """Return `value` if it is of type `kind`, a list of numbers as a tuple.
 
     Raises:
       InputError: if it is not; the line says `what` it is.

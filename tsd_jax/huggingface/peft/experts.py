@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tsd_jax.interchange.factors import Factors
+from tsd_jax.huggingface.factors import Factors
 
 FUSED, DOWN, ROUTER = "gate_up_proj", "down_proj", "gate.weight"
 # The matrices of one expert, in two ways of naming them: gate, up, down.
@@ -63,7 +63,7 @@ def patterns(modules: Collection[str], rank: int) -> dict[str, int]:
 
 
 def complete(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], int]:
-    """Give experts what PEFT asks of them, and nothing that changes the function.
+    """Return experts what PEFT asks of them, and nothing that changes the function.
 
     Returns:
       The factors, with zeros for the matrices that some expert lacks, and all of
@@ -106,7 +106,7 @@ def stacked_parameter(module: str, parameters: Iterable[str]) -> str | None:
 def split(
     parameter: str, a: np.ndarray, b: np.ndarray, rank: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Give each matrix of each expert its own A (in, r) and B (r, out).
+    """Return each matrix of each expert its own A (in, r) and B (r, out).
 
     Args:
       parameter: named as by `stacked_parameter`.

@@ -15,11 +15,11 @@ import numpy as np
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.spec import SCALINGS
-from tsd_jax.interchange import experts
-from tsd_jax.interchange.factors import Factors
-from tsd_jax.interchange.files import read_json, read_tensors
-from tsd_jax.interchange.peft import CONFIG, MAGNITUDE, PREFIX, WEIGHTS
-from tsd_jax.interchange.peft_parts import is_whole
+from tsd_jax.huggingface.factors import Factors
+from tsd_jax.huggingface.peft import experts
+from tsd_jax.huggingface.peft.full_params import is_full
+from tsd_jax.huggingface.peft.write import CONFIG, MAGNITUDE, PREFIX, WEIGHTS
+from tsd_jax.storage.files import read_json, read_tensors
 
 # Fields of the config that make something else than a plain LoRA of it, and what it is.
 _OTHER = {
@@ -79,7 +79,7 @@ def read_modules(folder: str | Path) -> tuple[dict[str, Any], dict[str, PeftModu
             "load it with PEFT and save it again with safe_serialization=True"
         )
     tensors, _ = read_tensors(weights)
-    factors = [name for name in tensors if not is_whole(name, config)]
+    factors = [name for name in tensors if not is_full(name, config)]
     names = sorted({_module_of(weights, tensor) for tensor in factors})
     if not names:
         raise InputError(f"{weights} holds no LoRA tensors: fetch it again")
@@ -124,7 +124,7 @@ def _refuse_others(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _module_of(file: Path, tensor: str) -> str:
-    """Give the module a tensor belongs to, refusing what is no LoRA factor."""
+    """Return the module a tensor belongs to, refusing what is no LoRA factor."""
     found = re.fullmatch(
         rf"{re.escape(PREFIX)}(.+)\.(lora_[AB]\.weight|{MAGNITUDE})",
         tensor,
@@ -140,7 +140,7 @@ def _module_of(file: Path, tensor: str) -> str:
 
 
 def _is_target(name: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether PEFT adapts a module: a list of endings, or one expression."""
+    """Return whether PEFT adapts a module: a list of endings, or one expression."""
     targets = config.get("target_modules")
     parameters = _parameters(config)
     wrapped = experts.stacked_parameter(name, parameters) or f"{name}.weight"
@@ -173,7 +173,7 @@ def _matches(match: Any, pattern: str, name: str) -> bool:
 def _read_module(
     file: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], name: str
 ) -> PeftModule:
-    """Give one module's LoRA; the config must agree with the tensors' shapes."""
+    """Return one module's LoRA; the config must agree with the tensors' shapes."""
     key = name
     if any(f".{name}.weight".endswith(f".{end}") for end in _parameters(config)):
         key = f"{name}.weight"  # PEFT looks a parameter up by its own name
@@ -192,7 +192,7 @@ def _read_experts(
     name: str,
     parameter: str,
 ) -> dict[str, PeftModule]:
-    """Give the LoRA of each matrix of the experts that `parameter` stacks."""
+    """Return the LoRA of each matrix of the experts that `parameter` stacks."""
     low, high, rank, alpha, scale = _read_factors(
         file, config, tensors, name, parameter
     )
@@ -224,7 +224,7 @@ def _read_factors(
     name: str,
     key: str,
 ) -> tuple[np.ndarray, np.ndarray, int, float, float]:
-    """Give lora_A, lora_B, rank, alpha and scale; patterns are looked up by `key`."""
+    """Return lora_A, lora_B, rank, alpha and scale; patterns are looked up by `key`."""
     low, high = (
         tensors.get(f"{PREFIX}{name}.lora_{side}.weight") for side in ("A", "B")
     )
@@ -250,7 +250,7 @@ def _read_magnitude(
     name: str,
     size: int,
 ) -> np.ndarray | None:
-    """Give one module's DoRA magnitudes (out,), where the config says it has them."""
+    """Return one module's DoRA magnitudes (out,), where the config says it has them."""
     magnitude = tensors.get(f"{PREFIX}{name}.{MAGNITUDE}")
     wanted = (size,) if config.get("use_dora") else "none"
     found = "none" if magnitude is None else magnitude.shape

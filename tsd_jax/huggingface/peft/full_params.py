@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.interchange.files import read_json, read_tensors
-from tsd_jax.interchange.peft import CONFIG, PREFIX, ROWS, WEIGHTS
-from tsd_jax.interchange.vocabulary import EMBEDDING, HEAD
-from tsd_jax.interchange.whole import WholeTensor
+from tsd_jax.huggingface.full_tensors import FullTensor
+from tsd_jax.huggingface.peft.write import CONFIG, PREFIX, ROWS, WEIGHTS
+from tsd_jax.huggingface.vocabulary import EMBEDDING, HEAD
+from tsd_jax.storage.files import read_json, read_tensors
 
 
-def read_whole(folder: str | Path) -> dict[str, WholeTensor]:
+def read_full(folder: str | Path) -> dict[str, FullTensor]:
     """Read what an adapter trains whole: {tensor: values or rows}; mostly nothing.
 
     Raises:
@@ -29,8 +29,8 @@ def read_whole(folder: str | Path) -> dict[str, WholeTensor]:
 
 def whole_of(
     file: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> dict[str, WholeTensor]:
-    """Sort out of an adapter's tensors what is trained whole; see `read_whole`."""
+) -> dict[str, FullTensor]:
+    """Sort out of an adapter's tensors what is trained whole; see `read_full`."""
     found = {}
     for name, value in tensors.items():
         each = _whole(file, name.removeprefix(PREFIX), value, config)
@@ -50,13 +50,13 @@ def whole_of(
     return found
 
 
-def is_whole(name: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether a tensor of the file is trained whole, and no factor of a LoRA."""
+def is_full(name: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a tensor of the file is trained whole, and no factor of a LoRA."""
     return _module(name.removeprefix(PREFIX), config) is not None
 
 
 def _module(name: str, config: Mapping[str, Any]) -> str | None:
-    """Give the module of a tensor that is trained whole."""
+    """Return the module of a tensor that is trained whole."""
     module, _, ending = name.partition(f".{ROWS}")
     if module != name and not ending and config.get("trainable_token_indices"):
         return module
@@ -69,19 +69,19 @@ def _module(name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _is_inside(module: str, saved: tuple[str, ...]) -> bool:
-    """Tell whether a module, or one that holds it, ends as one of `saved`."""
+    """Return whether a module, or one that holds it, ends as one of `saved`."""
     parts = module.split(".")
     return any(".".join(parts[: n + 1]).endswith(saved) for n in range(len(parts)))
 
 
 def _whole(
     file: Path, name: str, value: np.ndarray, config: Mapping[str, Any]
-) -> WholeTensor | None:
+) -> FullTensor | None:
     module = _module(name, config)
     if module is None:
         return None
     if not name.endswith(f".{ROWS}"):
-        return WholeTensor(module, name.rpartition(".")[2], value)
+        return FullTensor(module, name.rpartition(".")[2], value)
     listed = config["trainable_token_indices"]
     if isinstance(listed, Mapping):
         fitting = [rows for key, rows in listed.items() if module.endswith(key)]
@@ -91,4 +91,4 @@ def _whole(
             f"{file}: {module} has trained rows of shape {value.shape}, and {CONFIG} "
             f"names {len(listed)} of them: fetch both again"
         )
-    return WholeTensor(module, "weight", value, tuple(int(row) for row in listed))
+    return FullTensor(module, "weight", value, tuple(int(row) for row in listed))

@@ -1,6 +1,6 @@
 """Start from a LoRA adapter in the format of Hugging Face PEFT.
 
-    found = from_peft(folder, module_places(params))
+    found = from_peft(folder, module_paths(params))
     spec = make_spec(model.apply, variables, found.rules(), tokens, method="tsd")
     adapters, directions = found.start(key, spec)
 
@@ -26,14 +26,14 @@ import numpy as np
 
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, init
+from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.magnitudes import column_norms
-from tsd_jax.core.parts import Part, Whole
+from tsd_jax.core.full_params import Full, FullParam
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
-from tsd_jax.interchange.factors import Factors, Index, compress
-from tsd_jax.interchange.peft_files import PeftModule, read_modules
-from tsd_jax.interchange.peft_parts import read_whole
-from tsd_jax.interchange.whole import WholeTensor, filled, whole_rule
+from tsd_jax.huggingface.factors import Factors, Index, compress
+from tsd_jax.huggingface.full_tensors import FullTensor, filled, full_rule
+from tsd_jax.huggingface.peft.files import PeftModule, read_modules
+from tsd_jax.huggingface.peft.full_params import read_full
 
 Place = tuple[str, int | None]
 """Where a torch module's weight is: kernel path, layer of a stacked kernel or None."""
@@ -58,14 +58,14 @@ class PeftAdapter:
     dropout: float
     base_model: str | None
     notes: tuple[str, ...]
-    parts: Mapping[str, Mapping[Index, WholeTensor]] = dataclasses.field(
+    parts: Mapping[str, Mapping[Index, FullTensor]] = dataclasses.field(
         default_factory=dict
     )
 
     def rules(
         self, *, directions: int = 8, dropout: float | None = None
-    ) -> tuple[Rule | Whole, ...]:
-        """Give one rule a kernel: the adapter's own rank, alpha and scaling.
+    ) -> tuple[Rule | Full, ...]:
+        """Return one rule a kernel: the adapter's own rank, alpha and scaling.
 
         Parts that it trains whole have a rule each; rows of an embedding one over all
         from the first to the last.
@@ -77,7 +77,7 @@ class PeftAdapter:
           directions: s, for the methods that have gains.
           dropout: instead of the adapter's own.
         """
-        rules: list[Rule | Whole] = []
+        rules: list[Rule | Full] = []
         for path, layers in self.kernels.items():
             largest = max(layers.values(), key=lambda module: module.rank)
             rule = Rule(
@@ -90,7 +90,7 @@ class PeftAdapter:
                 dora=largest.magnitude is not None,
             )
             rules.append(rule)
-        rules += [whole_rule(path, layers) for path, layers in self.parts.items()]
+        rules += [full_rule(path, layers) for path, layers in self.parts.items()]
         return tuple(rules)
 
     def start(
@@ -101,7 +101,7 @@ class PeftAdapter:
         *,
         params: Mapping[str, Any] | None = None,
     ) -> tuple[Adapters, AllDirections]:
-        """Give adapters with this adapter's function, and directions still zero.
+        """Return adapters with this adapter's function, and directions still zero.
 
         A spec may have a larger rank, another scale and more kernels than the
         adapter. Columns of A that it does not have start as `init` starts them,
@@ -131,7 +131,7 @@ class PeftAdapter:
         for part in spec.whole:
             start = np.asarray(adapters[part.path].value)
             value = filled(start, part, self.parts.get(part.path, {}))
-            adapters[part.path] = Part(jnp.asarray(value), part)
+            adapters[part.path] = FullParam(jnp.asarray(value), part)
         bases = paths.select(
             params or {}, tuple(k.path for k in spec.kernels if k.dora)
         )
@@ -158,9 +158,9 @@ def from_peft(
     Args:
       folder: holds adapter_config.json and adapter_model.safetensors.
       places: {torch module: (kernel path, layer of a stacked kernel or None)}; for the
-        models here `tsd_jax.models.huggingface.module_places` gives it.
+        models here `tsd_jax.huggingface.module_paths` gives it.
       tensors: {torch tensor: (parameter path, layer or None)}, for adapters that train
-        parts whole; `tsd_jax.models.huggingface.tensor_places` gives it.
+        parts whole; `tsd_jax.huggingface.tensor_paths` gives it.
 
     Raises:
       InputError: a file is missing or damaged, the adapter is no plain LoRA, or it
@@ -204,14 +204,14 @@ def from_peft(
 
 def _place_parts(
     folder: Path, places: Mapping[str, Place] | None
-) -> dict[str, dict[Index, WholeTensor]]:
+) -> dict[str, dict[Index, FullTensor]]:
     """Find the parameters that the adapter trains whole."""
-    parts: dict[str, dict[Index, WholeTensor]] = {}
-    for name, tensor in read_whole(folder).items():
+    parts: dict[str, dict[Index, FullTensor]] = {}
+    for name, tensor in read_full(folder).items():
         if places is None:
             raise InputError(
                 f"{folder} trains {name} whole: give the places of tensors "
-                "(huggingface.tensor_places)"
+                "(huggingface.tensor_paths)"
             )
         if name not in places:
             near = difflib.get_close_matches(name, places, n=1, cutoff=0.0)

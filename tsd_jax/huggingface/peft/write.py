@@ -28,13 +28,14 @@ import numpy as np
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.parts import Part, WholeSpec, kernels_in, parts_in
-from tsd_jax.interchange import experts, whole
-from tsd_jax.interchange import factors as low_rank
-from tsd_jax.interchange.factors import Factors, ModuleName
-from tsd_jax.interchange.files import write_json, write_tensors
-from tsd_jax.interchange.vocabulary import EMBEDDING, HEAD
-from tsd_jax.interchange.whole import WholeTensor
+from tsd_jax.core.full_params import FullParam, FullSpec, kernels_in, parts_in
+from tsd_jax.huggingface import factors as low_rank
+from tsd_jax.huggingface import full_tensors
+from tsd_jax.huggingface.factors import Factors, ModuleName
+from tsd_jax.huggingface.full_tensors import FullTensor
+from tsd_jax.huggingface.peft import experts
+from tsd_jax.huggingface.vocabulary import EMBEDDING, HEAD
+from tsd_jax.storage.files import write_json, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -68,7 +69,7 @@ class PeftExport:
 
 def to_peft(
     folder: str | Path,
-    adapters: Mapping[str, Adapter | Part],
+    adapters: Mapping[str, Adapter | FullParam],
     directions: Mapping[str, Directions],
     module_name: ModuleName,
     *,
@@ -84,7 +85,7 @@ def to_peft(
 
     Args:
       folder: made if it is not there.
-      adapters: {path: Adapter or Part}, on this host.
+      adapters: {path: Adapter or FullParam}, on this host.
       directions: {kernel path: Directions}.
       module_name: (path, layer of a stacked leaf or None) -> name of the torch module.
       base_model: name or path of the base model, for the config.
@@ -105,12 +106,12 @@ def to_peft(
     """
     factors = low_rank.module_factors(adapters, directions, module_name)
     kernels, parts = kernels_in(adapters), parts_in(adapters)
-    whole.check_modules(parts, kernels)
-    tensors = whole.whole_tensors(parts, module_name)
+    full_tensors.check_modules(parts, kernels)
+    tensors = full_tensors.full_tensors(parts, module_name)
     tied = params is None or "lm_head" not in params
     if params is not None:
-        rest = whole.neighbours(parts, paths.flatten(params))
-        tensors |= whole.whole_tensors(_as_they_are(rest), module_name)
+        rest = full_tensors.neighbours(parts, paths.flatten(params))
+        tensors |= full_tensors.full_tensors(_as_they_are(rest), module_name)
     in_full = _named_in_full(kernels, params)
     targets = set()
     for path, adapter in kernels.items():
@@ -128,7 +129,7 @@ def to_peft(
     )
 
 
-def _as_they_are(leaves: Mapping[str, Any]) -> dict[str, Part]:
+def _as_they_are(leaves: Mapping[str, Any]) -> dict[str, FullParam]:
     """Take parameters that did not train as parts."""
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -137,7 +138,7 @@ def _as_they_are(leaves: Mapping[str, Any]) -> dict[str, Part]:
                 "with its array, or train it too"
             )
     return {
-        path: Part(np.asarray(leaf), WholeSpec(path=path, shape=tuple(leaf.shape)))
+        path: FullParam(np.asarray(leaf), FullSpec(path=path, shape=tuple(leaf.shape)))
         for path, leaf in leaves.items()
     }
 
@@ -149,7 +150,7 @@ def write_adapter(
     *,
     base_model: str,
     max_rank: int | None = None,
-    tensors: Mapping[str, WholeTensor] = MappingProxyType({}),
+    tensors: Mapping[str, FullTensor] = MappingProxyType({}),
     tied: bool = False,
     task_type: str = "CAUSAL_LM",
 ) -> PeftExport:
@@ -201,7 +202,7 @@ def write_adapter(
 
 
 def _uses_dora(factors: Mapping[str, Factors]) -> bool:
-    """Tell whether modules have DoRA; PEFT has one setting for all of them."""
+    """Return whether modules have DoRA; PEFT has one setting for all of them."""
     having = {name for name, each in factors.items() if each.magnitude is not None}
     plain = factors.keys() - having
     if having and plain:
@@ -226,7 +227,7 @@ def _names(path: str, adapter: Adapter, module_name: ModuleName) -> list[str]:
 def _named_in_full(
     adapters: Mapping[str, Adapter], params: Mapping[str, Any] | None
 ) -> set[str]:
-    """Give the kernels whose module's last name some kernel without adapter shares."""
+    """Return the kernels whose module's last name some kernel without adapter shares."""
     if params is None:
         return set(adapters)
 
@@ -252,7 +253,7 @@ def _tensors(factors: Mapping[str, Factors]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _whole_tensors(tensors: Mapping[str, WholeTensor]) -> dict[str, np.ndarray]:
+def _whole_tensors(tensors: Mapping[str, FullTensor]) -> dict[str, np.ndarray]:
     """Name what trained whole as PEFT does."""
     return {
         f"{PREFIX}{each.module}.{ROWS}" if each.rows else PREFIX + name: each.value
@@ -260,13 +261,13 @@ def _whole_tensors(tensors: Mapping[str, WholeTensor]) -> dict[str, np.ndarray]:
     }
 
 
-def _saved(each: WholeTensor) -> str:
+def _saved(each: FullTensor) -> str:
     """Name the module that PEFT saves; it takes a classifier of several as one."""
     first, _, _ = each.module.partition(".")
     return first if first == CLASSIFIER else each.module
 
 
-def _whole_config(tensors: Mapping[str, WholeTensor]) -> dict[str, Any]:
+def _whole_config(tensors: Mapping[str, FullTensor]) -> dict[str, Any]:
     """Say which modules, and which rows of others, take the base's place."""
     modules = sorted({_saved(each) for each in tensors.values() if each.rows is None})
     rows = {each.module: list(each.rows) for each in tensors.values() if each.rows}
@@ -274,7 +275,7 @@ def _whole_config(tensors: Mapping[str, WholeTensor]) -> dict[str, Any]:
 
 
 def _pattern(name: str, ranks: Mapping[str, int]) -> str:
-    """Give a regular expression by which PEFT finds this module and no other rank.
+    """Return a regular expression by which PEFT finds this module and no other rank.
 
     PEFT takes the first key that matches the end of a module's name, from a dot on.
     """
