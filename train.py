@@ -42,7 +42,7 @@ from tsd_jax.app.task import (
 )
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.extraction import chunks
+from tsd_jax.extraction.chunks import host_device
 from tsd_jax.extraction.launch import check_deltas
 from tsd_jax.huggingface.full_tensors import check_modules
 from tsd_jax.training import loop, processes, sharding
@@ -245,11 +245,11 @@ def discovery_batches(config: Config, spec: tsd.Spec) -> int:
     return settings.discovery_batches
 
 
-def settling_config(config: Config, spec: tsd.Spec) -> AutoLaunchConfig | None:
+def auto_launch_config(config: Config, spec: tsd.Spec) -> AutoLaunchConfig | None:
     """Say when directions have settled, where that decides when to launch."""
     if not config.method.auto_launch:
         return None
-    method, settings = spec.method, config.settling
+    method, settings = spec.method, config.auto_launch
     if not method.launches or method.ranking != "rates":
         reason = f"ranks by {method.ranking!r}" if method.launches else "has no launch"
         raise InputError(
@@ -270,8 +270,8 @@ def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
     """Say when things happen."""
     method = spec.method
     launch_step = config.method.launch_step if method.launches else None
-    settling = settling_config(config, spec)
-    if settling is not None:
+    auto_launch = auto_launch_config(config, spec)
+    if auto_launch is not None:
         launch_step = None
     if launch_step == 0 and method.needs_delta and not discovery_batches(config, spec):
         raise InputError(
@@ -282,7 +282,7 @@ def loop_config(config: Config, spec: tsd.Spec) -> loop.LoopConfig:
     return loop.LoopConfig(
         steps=config.train.steps,
         launch_step=launch_step,
-        settling=settling,
+        auto_launch=auto_launch,
         log_every=config.train.log_every,
         eval_every=config.eval.every,
         checkpoint_every=config.train.checkpoint_every,
@@ -343,7 +343,7 @@ def prepare(config: Config, workdir: Path) -> Run:
     settings = dataclasses.replace(settings, labels=base.labels)
     spec = make_spec(config, base)
     if spec.method.launches and tsd.Extraction().on_hosts(None):
-        chunks.host_device()  # refuses here what it would at the launch
+        host_device()  # refuses here what it would at the launch
     plan = loop_config(config, spec)
     optimizer, rates = optimizer_of(config, plan)
     data = read_data(settings, base.tokenizer)
@@ -365,7 +365,9 @@ def prepare(config: Config, workdir: Path) -> Run:
         discovery_batches=discovery_batches(config, spec),
     )
     if jax.process_index() == 0:
-        print(describe(spec, base.params, plan.launch_step, plan.steps, plan.settling))
+        print(
+            describe(spec, base.params, plan.launch_step, plan.steps, plan.auto_launch)
+        )
         print("\n".join([*base.notes, *data.notes]), flush=True)
     return run
 

@@ -51,13 +51,13 @@ def get_config() -> Any:
 
     # With auto_launch: the directions have settled when the mean overlap of the sets
     # of two checks reaches the threshold `patience` times on end.
-    config.settling = ConfigDict()
-    config.settling.launch_min = 10  # steps of pre-launch at least
-    config.settling.launch_max = 0  # and at most; 0 for half of the run
-    config.settling.every = 5  # steps from check to check
-    config.settling.threshold = 0.8  # in (0, 1]; one of 8 exchanged is 0.875
-    config.settling.patience = 3
-    config.settling.matrices = 16  # to watch, spread over kernels and layers
+    config.auto_launch = ConfigDict()
+    config.auto_launch.launch_min = 10  # steps of pre-launch at least
+    config.auto_launch.launch_max = 0  # and at most; 0 for half of the run
+    config.auto_launch.every = 5  # steps from check to check
+    config.auto_launch.threshold = 0.8  # in (0, 1]; one of 8 exchanged is 0.875
+    config.auto_launch.patience = 3
+    config.auto_launch.matrices = 16  # to watch, spread over kernels and layers
 
     config.adapter = ConfigDict()
     # Of decoders all but o and gate (qkv and gate_up are Phi-3's), and not the experts

@@ -19,14 +19,16 @@ ALL = "everything"
 # Each room of tsd_jax, and the other rooms it may import.
 ROOMS: dict[str, set[str]] = {
     "core": set(),
+    "extraction": {"core"},
     "binding": {"core"},
-    "training": {"core", "binding"},
     "models": {"core"},
     "data": {"core"},
     "evaluation": {"core"},
-    "interchange": {"core"},
-    "analysis": {"core"},
-    "demo": {"core", "models", "data", "evaluation"},
+    "storage": {"core", "extraction"},
+    "huggingface": {"core", "models", "data", "storage"},
+    "training": {"core", "extraction", "storage", "binding"},
+    "analysis": {"core", "storage"},
+    "demo": set(),
     "app": {ALL},
     "__init__": {ALL},
 }

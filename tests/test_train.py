@@ -123,11 +123,11 @@ def test_a_run_that_decides_for_itself(tmp_path):
     """On eight devices: when to launch, and how many directions a matrix trains."""
     config = small_config(
         method__auto_launch=True,
-        settling__launch_min=2,
-        settling__launch_max=4,
-        settling__every=1,
-        settling__patience=1,
-        settling__threshold=0.05,
+        auto_launch__launch_min=2,
+        auto_launch__launch_max=4,
+        auto_launch__every=1,
+        auto_launch__patience=1,
+        auto_launch__threshold=0.05,
         adapter__auto_directions=True,
     )
     execute(train.prepare(config, tmp_path / "run"))
@@ -330,8 +330,8 @@ BAD_TOGETHER = {
     "two ways to decide": (
         {
             **{"method__auto_launch": True, "method__discovery": "gradient"},
-            **{"settling__launch_min": 1, "settling__every": 1},
-            "settling__patience": 1,
+            **{"auto_launch__launch_min": 1, "auto_launch__every": 1},
+            "auto_launch__patience": 1,
         },
         r"method.auto_launch=True waits .* choose one of them",
     ),
@@ -344,17 +344,17 @@ BAD_TOGETHER = {
         r"method.auto_launch=True waits .* method 'pissa' ranks by 'largest'",
     ),
     "bounds in the wrong order": (
-        {"method__auto_launch": True, "settling__launch_min": 4},
-        r"settling.launch_min 4 is larger than settling.launch_max 3",
+        {"method__auto_launch": True, "auto_launch__launch_min": 4},
+        r"auto_launch.launch_min 4 is larger than auto_launch.launch_max 3",
     ),
     "a threshold no overlap reaches": (
-        {"method__auto_launch": True, "settling__threshold": 1.5},
-        r"settling.threshold must lie in \(0, 1\], not 1.5",
+        {"method__auto_launch": True, "auto_launch__threshold": 1.5},
+        r"auto_launch.threshold must lie in \(0, 1\], not 1.5",
     ),
     "a restart at a step not known": (
         {
-            **{"method__auto_launch": True, "settling__launch_min": 1},
-            **{"settling__every": 1, "settling__patience": 1},
+            **{"method__auto_launch": True, "auto_launch__launch_min": 1},
+            **{"auto_launch__every": 1, "auto_launch__patience": 1},
             "optimizer__restart": True,
         },
         r"optimizer.restart=True needs a launch whose step is known beforehand",

@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tsd_jax.binding.calls import Call
 from tsd_jax.binding.linen import adapted, bind, einsum, make_spec
-from tsd_jax.binding.linen.handlers import HANDLERS, Call
+from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core.adapter import (
     Adapter,
     Directions,

@@ -29,7 +29,7 @@ from tsd_jax.evaluation.loss import sequence_log_likelihood
 from tsd_jax.evaluation.scoring import choices
 from tsd_jax.models.llama import Llama, LlamaConfig
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[2] / "tsd_jax/demo/assets"
 SEED = 0
 VOCABULARY = 1536
 CONTEXT = 128

@@ -10,8 +10,9 @@ import pytest
 
 from tests.helpers.models import Net, inputs, net, three_ways
 from tests.helpers.trees import random_all, trained
+from tsd_jax.binding.calls import Call
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.binding.linen.handlers import HANDLERS, Call
+from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import init, low_rank_factors
 from tsd_jax.core.errors import InputError

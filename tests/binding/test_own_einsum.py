@@ -12,8 +12,9 @@ import pytest
 
 from tests.helpers.models import three_ways
 from tests.helpers.trees import filled, method_of, random_all
+from tsd_jax.binding.calls import Call
 from tsd_jax.binding.linen import adapted, bind, einsum, make_spec
-from tsd_jax.binding.linen.handlers import HANDLERS, Call
+from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.oracle import geometric, spectrum_kernel
-from tsd_jax.core.dora import column_norms, matrix_norms, rescaling
+from tsd_jax.core.dora import column_norms, rescaling
 from tsd_jax.core.layout import Layout
+from tsd_jax.extraction.deltas import matrix_norms
 
 # Layout of a stored kernel, its shape, and the same as (*batch, in, out).
 LAYOUTS = {

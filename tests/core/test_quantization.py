@@ -17,7 +17,7 @@ from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
-from tsd_jax.extraction import chunks
+from tsd_jax.extraction.chunks import plan_chunks
 from tsd_jax.extraction.launch import Extraction, launch
 from tsd_jax.training.sharding import make_mesh
 
@@ -215,9 +215,9 @@ def test_one_matrix_alone_and_its_store():
 @pytest.mark.usefixtures("optimized")
 def test_of_a_stack_a_chunk_alone_becomes_floats():
     leaf = base("int8")[0]["k"]
-    chunks = chunks.cut(leaf, STACKED, memory_budget=1)
-    assert chunks.width == 1
-    take = jax.jit(lambda kernel, start: chunks.matrices(kernel, start))
+    plan = plan_chunks(leaf, STACKED, memory_budget=1)
+    assert plan.width == 1
+    take = jax.jit(lambda kernel, start: plan.matrices(kernel, start))
     text = take.lower(leaf, np.int32(0)).compile().as_text() or ""
     assert re.search(r"f32\[(1,)?16,24\]", text)
     assert not re.search(r"f32\[5,(16|4,4),24\]", text)

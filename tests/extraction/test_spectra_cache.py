@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.trees import small_spec, trained
 from tsd_jax.core.layout import Layout
+from tsd_jax.extraction import spectra_cache
 from tsd_jax.extraction.launch import Extraction, launch
 from tsd_jax.extraction.spectra_cache import fingerprint
 from tsd_jax.training.sharding import make_mesh
@@ -90,7 +91,7 @@ def test_fingerprints_tell_bits_shapes_and_types_apart():
 
 
 def test_fingerprints_hash_every_block_in_order(monkeypatch):
-    monkeypatch.setattr(known_spectra, "_BLOCK", 20)
+    monkeypatch.setattr(spectra_cache, "_BLOCK", 20)
     matrix = np.arange(12, dtype=np.float32).reshape(3, 4)  # 48 bytes: 20, 20, 8
     content = matrix.tobytes()
     parts = [content[:20], content[20:40], content[40:]]

@@ -39,7 +39,7 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
     from tsd_jax.core.adapter import Adapter, Directions
     from tsd_jax.core.layout import Layout
     from tsd_jax.core.spec import KernelSpec
-    from tsd_jax.extraction.chunks import cut
+    from tsd_jax.extraction.chunks import plan_chunks
     from tsd_jax.extraction.launch import Ranking, _out_shardings, _spread_chunk
 
     layers, fan_in, fan_out = STACKS[name]
@@ -50,7 +50,7 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
     short, start = min(fan_in, fan_out), jax.ShapeDtypeStruct((), jnp.int32)
     noise = jax.ShapeDtypeStruct((layers, short), jnp.float32)
     layout = Layout((0,), (1,), (2,), lifted=(0,))
-    chunks = cut(kernel, layout)
+    plan = plan_chunks(kernel, layout)
     spec = KernelSpec(
         path=name,
         shape=STACKS[name],
@@ -66,9 +66,7 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
     )
 
     def found(*shape: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct(
-            (chunks.width, *shape), dtype, sharding=chunks.sharding
-        )
+        return jax.ShapeDtypeStruct((plan.width, *shape), dtype, sharding=plan.sharding)
 
     frozen = Directions(
         found(fan_in, RANK), found(fan_out, RANK), found(RANK), found(DIRECTIONS)
@@ -87,9 +85,9 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
     with jax.enable_x64(True):
         return {
             "spread": _spread_chunk.lower(
-                kernel, a, b, None, noise, None, start, chunks=chunks
+                kernel, a, b, None, noise, None, start, plan=plan
             ),
-            "join": chunks.joiner(places).lower([results] * len(chunks.starts)),
+            "join": plan.joiner(places).lower([results] * len(plan.starts)),
         }
 
 

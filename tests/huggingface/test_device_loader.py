@@ -33,7 +33,7 @@ def bring(array: np.ndarray, depth: int, sharding: Any, encode: Any = None):
 @pytest.fixture
 def filling(monkeypatch):
     """Let every stack fill matrix by matrix, however small."""
-    monkeypatch.setattr(placing, "AT_ONCE", 0)
+    monkeypatch.setattr(device_loader, "AT_ONCE", 0)
 
 
 STACK = np.arange(4 * 2 * 4 * 6, dtype=np.float32).reshape(4, 2, 4, 6)
@@ -98,7 +98,7 @@ def test_matrices_are_encoded_on_the_way(place):
 
 @pytest.mark.usefixtures("optimized")
 def test_a_stack_is_filled_in_place(monkeypatch):
-    monkeypatch.setattr(placing, "AT_ONCE", 0)
+    monkeypatch.setattr(device_loader, "AT_ONCE", 0)
     whole = jnp.zeros((4, 8, 8))
     lowered = device_loader._fill.lower(
         whole, whole[:1], (np.int32(0),), encode=None, mesh=None

@@ -15,7 +15,7 @@ from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.spec import Spec
-from tsd_jax.huggingface.factors import Index
+from tsd_jax.huggingface.factors import StackIndex
 from tsd_jax.huggingface.full_tensors import (
     FullTensor,
     filled,
@@ -117,7 +117,7 @@ def test_tensors_fill_parts_again():
     for path, part in PARTS.items():
         indices = (0, 1) if path.startswith("layers") else (None,)
         tensors = full_tensors({path: values[path]}, module_name).values()
-        layers: dict[Index, FullTensor] = dict(zip(indices, tensors, strict=True))
+        layers: dict[StackIndex, FullTensor] = dict(zip(indices, tensors, strict=True))
         rule = full_rule(path, layers)
         assert (rule.rows, rule.axis) == (part.rows, part.axis)
         got = filled(np.zeros(part.value_shape, np.float32), part, layers)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tests.helpers.decoders import PUBLISHED, write_decoder
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
-from tsd_jax.huggingface import names, read_config
+from tsd_jax.huggingface import device_loader, names, read_config
 from tsd_jax.huggingface.load import load_params, write_checkpoint
 from tsd_jax.huggingface.tensors import StoredTensor
 from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
@@ -267,7 +267,7 @@ def test_a_tree_that_does_not_fit_leaves_the_folder_as_it_was(folder, params):
 )
 def test_kernels_are_quantized_on_the_way(tmp_path, monkeypatch, scan_layers, spread):
     """Of linear layers, experts among them, and of no other; matrix by matrix."""
-    monkeypatch.setattr(placing, "AT_ONCE", 0)
+    monkeypatch.setattr(device_loader, "AT_ONCE", 0)
     write_decoder(tmp_path, PUBLISHED["mixtral"])
     config = read_config(tmp_path)
     plain = load_params(tmp_path, config, scan_layers=scan_layers)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.errors import InputError
+from tsd_jax.huggingface import merge
 from tsd_jax.huggingface.merge import to_merged
 
 IN, OUT, LAYERS = 6, 7, 3
@@ -258,7 +259,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(merged, "save_file", fail)
+    monkeypatch.setattr(merge, "save_file", fail)
     with pytest.raises(InputError, match="No space left on device"):
         to_merged(
             tmp_path / "out", *trees(), module_name, base_folder=tmp_path / "base"
@@ -274,7 +275,7 @@ def test_one_shard_is_held_at_a_time(tmp_path, monkeypatch):
         held.append(set(tensors))
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(merged, "save_file", watch)
+    monkeypatch.setattr(merge, "save_file", watch)
     to_merged(tmp_path / "out", *trees(), module_name, base_folder=tmp_path / "base")
     assert [len(names) for names in held] == [2, 2, 2]
     assert len(set().union(*held)) == 6

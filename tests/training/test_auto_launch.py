@@ -13,6 +13,7 @@ from tests.helpers.trees import small_spec, trained
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, Spec, build_spec
+from tsd_jax.training import auto_launch
 from tsd_jax.training.auto_launch import (
     AutoLaunchConfig,
     DirectionMonitor,
@@ -146,7 +147,7 @@ def test_a_check_finds_the_sets_of_the_full_svd(shape, spread):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"launch_min": 41}, "launch_min 41 is larger than settling.launch_max 40"),
+        ({"launch_min": 41}, "launch_min 41 is larger than auto_launch.launch_max 40"),
         ({"launch_min": 0}, "launch_min must be at least 1, not 0"),
         ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], not 0.0"),
         ({"threshold": 1.1}, r"threshold must lie in \(0, 1\], not 1.1"),
@@ -180,7 +181,7 @@ def test_magnitudes_count_in_what_has_settled():
 def test_devices_without_float64_are_watched_from_the_host(monkeypatch):
     spec, params = problem((6, 9))
     adapters = trained(0, spec)[0]
-    monkeypatch.setattr(stacks, "has_float64", lambda platform: False)
+    monkeypatch.setattr(auto_launch, "has_float64", lambda platform: False)
     settling = init_monitor(spec, CONFIG)
     seen = DirectionMonitor({"k": jnp.asarray(params["k"])}, spec, CONFIG)(
         settling, adapters

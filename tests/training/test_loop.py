@@ -48,7 +48,7 @@ class Setup(NamedTuple):
     parts: Parts
 
 
-def build(settling: AutoLaunchConfig | None = None) -> Setup:
+def build(auto_launch: AutoLaunchConfig | None = None) -> Setup:
     """Build LoRA-TSD with dropout and two parts that train whole.
 
     Its step may be traced once by all tests.
@@ -60,13 +60,15 @@ def build(settling: AutoLaunchConfig | None = None) -> Setup:
     spec = make_spec(Mlp().apply, {"params": params}, rules, tokens, method="tsd")
     optimizer = make_optimizer(*RATES.values(), clip_norm=0.3)
     create = functools.partial(
-        create_state, spec=spec, optimizer=optimizer, settling=settling
+        create_state, spec=spec, optimizer=optimizer, auto_launch=auto_launch
     )
-    watcher = None if settling is None else DirectionMonitor(params, spec, settling)
+    watcher = (
+        None if auto_launch is None else DirectionMonitor(params, spec, auto_launch)
+    )
 
     def settle(state: TrainState) -> TrainState:
         assert watcher is not None
-        return state.replace(settling=watcher(state.settling, state.adapters))
+        return state.replace(monitor=watcher(state.monitor, state.adapters))
 
     chex.clear_trace_counter()  # it tells functions apart by their source
     loss_fn = chex.assert_max_traces(next_token_loss(adapted(Mlp().apply)), n=1)
@@ -314,7 +316,7 @@ def test_a_launch_before_the_first_step(setup, tmp_path):
 SETTLING = AutoLaunchConfig(
     launch_min=3, launch_max=8, every=2, threshold=0.7, patience=1, matrices=4
 )
-AUTO = dataclasses.replace(CONFIG, launch_step=None, settling=SETTLING)
+AUTO = dataclasses.replace(CONFIG, launch_step=None, auto_launch=SETTLING)
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +350,7 @@ def test_it_launches_once_directions_have_settled(settled):
     phases = [row["phase"] for row in log if row["kind"] == "train"]
     before = launch_of(log)
     assert phases == ["prelaunch"] * before + ["dash"] * (STEPS - before)
-    assert (state.launched, state.settling.checks) == (True, len(checks))
+    assert (state.launched, state.monitor.checks) == (True, len(checks))
 
 
 @pytest.mark.parametrize("step", range(2, STEPS))
@@ -378,7 +380,7 @@ def test_a_crash_forgets_checks_after_the_last_checkpoint(
 )
 def test_a_launch_is_bounded_on_both_sides(settling_setup, tmp_path, bounds, step):
     bounded = dataclasses.replace(SETTLING, **bounds)
-    go(tmp_path, settling_setup, dataclasses.replace(AUTO, settling=bounded))
+    go(tmp_path, settling_setup, dataclasses.replace(AUTO, auto_launch=bounded))
     assert launch_of(rows(tmp_path)) == step
 
 
@@ -388,9 +390,9 @@ def test_a_launch_is_bounded_on_both_sides(settling_setup, tmp_path, bounds, ste
         ({"steps": 0, "launch_step": None}, "steps must be at least 1, not 0"),
         ({"steps": 5, "launch_step": 5}, "steps are 5: launch earlier or train longer"),
         ({"steps": 5, "launch_step": -1}, r"launch_step -1 must lie in \[0, steps\)"),
-        ({"steps": 9, "launch_step": 1, "settling": SETTLING}, "fixed step leaves"),
+        ({"steps": 9, "launch_step": 1, "auto_launch": SETTLING}, "fixed step leaves"),
         (
-            {"steps": 8, "launch_step": None, "settling": SETTLING},
+            {"steps": 8, "launch_step": None, "auto_launch": SETTLING},
             "launch_max 8 must be less than the 8 steps",
         ),
         ({"steps": 5, "launch_step": 1, "log_every": 0}, "log_every .* not 0"),

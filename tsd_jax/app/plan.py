@@ -72,9 +72,9 @@ def quantized_part(params: Mapping[str, Any]) -> str:
     )
 
 
-def _when(launch_step: int | None, settling: AutoLaunchConfig | None) -> str:
-    if settling is not None:
-        between = f"between step {settling.launch_min} and {settling.launch_max}"
+def _when(launch_step: int | None, auto_launch: AutoLaunchConfig | None) -> str:
+    if auto_launch is not None:
+        between = f"between step {auto_launch.launch_min} and {auto_launch.launch_max}"
         return f"launch once directions have settled, {between}"
     return "no launch" if launch_step is None else f"launch after step {launch_step}"
 
@@ -84,7 +84,7 @@ def describe(
     params: Mapping[str, Any],
     launch_step: int | None,
     steps: int,
-    settling: AutoLaunchConfig | None = None,
+    auto_launch: AutoLaunchConfig | None = None,
 ) -> str:
     """Tell the matched kernels, their layout and rank, the parts, and what trains.
 
@@ -92,14 +92,14 @@ def describe(
       spec: of `make_spec`.
       params: the base's tree, for its size.
       launch_step: None for a method without launch. steps: of the run.
-      settling: what decides instead of `launch_step`.
+      auto_launch: what decides instead of `launch_step`.
     """
     total = count_parameters(params)
     frozen = total - sum(part.trainable for part in spec.whole)
     base = quantized_part(params)
     method = spec.method.name + (" (keep)" if spec.method.keep else "")
     method += " on DoRA" * any(kernel.dora for kernel in spec.kernels)
-    when = _when(launch_step, settling)
+    when = _when(launch_step, auto_launch)
     return (
         table([_HEAD, *map(_row, spec.kernels), *map(_part_row, spec.whole)])
         + (f"\n{base}" if base else "")

@@ -23,8 +23,8 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import parts_in
 from tsd_jax.core.quantization import Quantization
 from tsd_jax.core.spec import Spec
+from tsd_jax.core.types import LossFn
 from tsd_jax.data.classification import Labels
-from tsd_jax.evaluation.loss import LossFn
 from tsd_jax.extraction.launch import Extraction
 from tsd_jax.huggingface.families.family import Family
 from tsd_jax.huggingface.full_tensors import neighbours
@@ -247,8 +247,8 @@ def start(
     """
 
     def create(key: jax.Array, params: Any) -> TrainState:
-        settling = run.plan.settling
-        return create_state(key, run.spec, run.optimizer, settling, params=params)
+        auto_launch = run.plan.auto_launch
+        return create_state(key, run.spec, run.optimizer, auto_launch, params=params)
 
     abstract = jax.eval_shape(create, key, params)
     places = sharding.state_shardings(abstract, run.spec, base, run.mesh)
@@ -281,12 +281,12 @@ def make_parts(
 
     def settle(state: TrainState) -> TrainState:
         if not watching:
-            config = run.plan.settling
+            config = run.plan.auto_launch
             assert config is not None
             watching.append(
                 DirectionMonitor(params, run.spec, config, epsilon=run.epsilon)
             )
-        return state.replace(settling=watching[0](state.settling, state.adapters))
+        return state.replace(monitor=watching[0](state.monitor, state.adapters))
 
     def launch(state: TrainState):
         watching.clear()  # and with it the spectra it holds

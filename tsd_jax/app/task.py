@@ -10,6 +10,7 @@ import numpy as np
 
 from tsd_jax.app.report import on_host
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.types import LossFn
 from tsd_jax.data import encoding
 from tsd_jax.data.classification import (
     Labels,
@@ -17,14 +18,14 @@ from tsd_jax.data.classification import (
     find_labels,
     read_labelled,
 )
-from tsd_jax.data.encoding import Batch
+from tsd_jax.data.encoding import Arrays
 from tsd_jax.data.iteration import Batches, RandomWindows, hold_out
 from tsd_jax.data.sources import Record, read_instructions, read_text
 from tsd_jax.data.templates import TEMPLATES
 from tsd_jax.evaluation.classification import LOSSES, SCORES, make_logits, predict
 from tsd_jax.evaluation.generation import generate
-from tsd_jax.evaluation.loss import LossFn, next_token_loss, sequence_log_likelihood
-from tsd_jax.evaluation.scoring import Place, choices, nll
+from tsd_jax.evaluation.loss import next_token_loss, sequence_log_likelihood
+from tsd_jax.evaluation.scoring import PlaceFn, choices, nll
 from tsd_jax.evaluation.tasks import answer_pattern, exact_match
 
 Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]
@@ -63,7 +64,7 @@ class EvalSettings:
 class Rows(Protocol):
     """Return batches as a pure function of the step."""
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Arrays:
         """Return this process's rows of batch `step`."""
         ...
 
@@ -82,7 +83,7 @@ class Data:
     """
 
     rows: Callable[[int, int, int], Rows]
-    windows: Batch | None
+    windows: Arrays | None
     records: list[Record]
     notes: tuple[str, ...]
     metrics: tuple[str, ...] = ("nll",)
@@ -238,7 +239,7 @@ class EvalContext:
     eval: EvalSettings
     tokenizer: Any
     apply_fn: Callable
-    place: Place
+    place: PlaceFn
 
     @property
     def records(self) -> list[Record]:

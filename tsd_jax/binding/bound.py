@@ -5,33 +5,20 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from tsd_jax.binding.calls import Call, Owner
 from tsd_jax.binding.contraction import low_rank, spread_outputs
-from tsd_jax.binding.linen.handlers import Call
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors, output_scale
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, kernels_in
 from tsd_jax.core.spec import KernelSpec
 
 SUFFIX = "_tsd"
-
-
-class Owner(NamedTuple):
-    """Describe the module that a call is of.
-
-    Attributes:
-      path: in the model, where it is known. kind: name of its type.
-      parameters: {name: value} of its own, no child's.
-    """
-
-    path: str
-    kind: str
-    parameters: Mapping[str, Any]
 
 
 class Bound(struct.PyTreeNode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tsd_jax.binding.linen.handlers import Handler
+from tsd_jax.binding.calls import Handler
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullSpec, full_spec
 from tsd_jax.core.layout import Layout

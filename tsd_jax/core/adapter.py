@@ -16,9 +16,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, place_full, start_full
 from tsd_jax.core.quantization import dequantize
 from tsd_jax.core.spec import KernelSpec, Spec
-
-Leaf = Any
-"""A jax.Array; in trees derived from these, its sharding, label or moment."""
+from tsd_jax.core.types import Leaf
 
 
 class Adapter(struct.PyTreeNode):

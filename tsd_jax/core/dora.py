@@ -21,12 +21,11 @@ from jax import lax
 
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.quantization import dequantize
-from tsd_jax.extraction.blocked import BlockedMatrix
 
 _EXACT = lax.Precision.HIGHEST
 
 
-def _with_change(
+def squared_norms(
     base: jax.Array, seen: jax.Array, down: jax.Array, up: jax.Array
 ) -> jax.Array:
     """Return ||K_j + dK_j||^2, (*batch, out), of ||K_j||^2 and down^T K (*batch, R, out).
@@ -49,7 +48,7 @@ def _norms(
         return jnp.sqrt(squares)
     wide = wide.astype(jnp.promote_types(wide.dtype, down.dtype))
     seen = jnp.matmul(jnp.swapaxes(down, -1, -2), wide, precision=_EXACT)
-    return jnp.sqrt(_with_change(squares, seen, down, up))
+    return jnp.sqrt(squared_norms(squares, seen, down, up))
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -90,17 +89,6 @@ def column_norms(
     return jnp.moveaxis(
         norms.reshape(*sizes, *norms.shape[1:]), range(len(sizes)), places
     )
-
-
-def matrix_norms(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
-    """Return ||K_j + dK_j||, (out,), of one matrix, in float64 some rows at a time.
-
-    Args:
-      kernel: K, (in, out), any float type. down: (in, R). up: (R, out); float64.
-    """
-    wide = BlockedMatrix(kernel)
-    seen = wide.times(down) if wide.tall else wide.transposed_times(down)
-    return jnp.sqrt(_with_change(wide.output_squares(), seen.T, down, up))
 
 
 def rescaling(magnitude: jax.Array, norms: jax.Array) -> jax.Array:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tsd_jax.core.errors import InputError
-from tsd_jax.extraction.ranking import check_ranking
-from tsd_jax.extraction.restarts import check_restart
+from tsd_jax.core.errors import InputError, check_choice
+
+RANKINGS = ("rates", "largest", "smallest", "random")
+"""What directions may be ranked by; `extraction.ranking` has a score for each."""
+
+STARTS = ("sigma", "sigma+p", "zero")
+"""What A and B may restart from; `extraction.restarts` has a formula for each."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,8 @@ class Method:
       restart: restart A and B from the top-r directions (Init).
       keep: with `restart`, keep what pre-launch learned as frozen factors; without,
         it is dropped and the model is the pretrained one right after launch.
-      ranking: which directions come first, a name of `ranking.RANKINGS`.
-      start: with `restart`, what A and B start from, a name of `starts.RESTARTS`.
+      ranking: which directions come first, one of `RANKINGS`.
+      start: with `restart`, what A and B start from, one of `STARTS`.
     """
 
     name: str
@@ -105,8 +109,8 @@ def get_method(
             f"ranking={ranking!r} has no meaning for method {name!r}, which launches "
             "nothing"
         )
-    check_ranking(ranking or method.ranking)
-    check_restart(start or method.start)
+    check_choice("ranking", ranking or method.ranking, RANKINGS)
+    check_choice("start", start or method.start, STARTS)
     return replace(
         method,
         keep=keep,

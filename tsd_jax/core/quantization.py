@@ -25,9 +25,7 @@ from jax.typing import DTypeLike
 
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-
-Leaf = Any
-"""A jax.Array; in trees derived from these, its shape or sharding."""
+from tsd_jax.core.types import Leaf
 
 FORMATS: Mapping[str, int] = {"int8": 128, "nf4": 64}
 """The size of a tile of each format, unless another is asked for."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.data.encoding import Batch, Tokenizer
+from tsd_jax.data.encoding import Arrays, Tokenizer
 from tsd_jax.data.sources import read_rows
 
 # Fields that hold the texts, in the order they are looked for; GLUE's, and BoolQ's.
@@ -148,7 +148,7 @@ def encode_labelled(
     tokenizer: Tokenizer,
     labels: Labels,
     length: int,
-) -> tuple[Batch, int]:
+) -> tuple[Arrays, int]:
     """Encode items with the tokenizer's special tokens, padded or cut to `length`.
 
     Of two texts the longer one is cut. Padding stands where the tokenizer puts it.

@@ -19,7 +19,7 @@ import numpy as np
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.sources import Record
 
-Batch = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 Template = Callable[[Record], str]
 
 
@@ -50,7 +50,7 @@ class Examples:
       dropped: records left out, because nothing of their target fitted.
     """
 
-    arrays: Batch
+    arrays: Arrays
     rows: np.ndarray
     truncated: int
     dropped: int
@@ -67,7 +67,7 @@ class Choices:
       truncated: records whose prompt lost its beginning.
     """
 
-    arrays: Batch
+    arrays: Arrays
     groups: np.ndarray
     labels: np.ndarray
     truncated: int
@@ -213,7 +213,7 @@ def split_text(text: str, fraction: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def windows(ids: np.ndarray, length: int) -> Batch:
+def windows(ids: np.ndarray, length: int) -> Arrays:
     """Cut ids (N,) into (N - 1) // length disjoint windows of a batch.
 
     Window i reads ids[i·T : i·T + T] and predicts the ids one further on, so that its
@@ -290,7 +290,7 @@ def _keep_end(ids: list[int], room: int) -> list[int]:
 
 def _pack(
     pairs: list[tuple[list[int], list[int]]], length: int, train_on_prompt: bool
-) -> Batch:
+) -> Arrays:
     """Join (prompt, target) pairs into right-padded rows, shifted by one."""
     shape = (len(pairs), length)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.data.encoding import Batch, windows
+from tsd_jax.data.encoding import Arrays, windows
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Batches:
             functools.partial(_permutation, self._size, _checked(seed))
         )
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Arrays:
         """Return this process's rows of batch `step` (from 0)."""
         positions = step * self._batch_size + self._share
         epochs, places = np.divmod(positions, self._size)
@@ -100,7 +100,7 @@ class RandomWindows:
         self._seed = _checked(seed)
         self._share = _share(batch_size, process_index, process_count)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Arrays:
         """Return this process's windows of batch `step` (from 0)."""
         raw = np.random.Philox(key=[self._seed, step]).random_raw(self._batch_size)
         starts = (raw % (len(self._ids) - self._length)).astype(np.int64)[self._share]

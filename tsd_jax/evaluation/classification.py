@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.evaluation.loss import Batch, LossFn, token_log_likelihood
-from tsd_jax.evaluation.scoring import Place, cut_batches, fetch
+from tsd_jax.core.types import Batch, LossFn
+from tsd_jax.evaluation.loss import token_log_likelihood
+from tsd_jax.evaluation.scoring import PlaceFn, cut_batches, fetch
 
 LogitsFn = Callable[[Any, Batch], jax.Array]
 
@@ -72,7 +73,7 @@ def predict(
     variables: Any,
     arrays: Mapping[str, np.ndarray],
     batch_size: int,
-    place: Place = lambda batch: batch,
+    place: PlaceFn = lambda batch: batch,
 ) -> np.ndarray:
     """Return the logits of all rows, (N, labels) float32; no padding is among them.
 

@@ -7,14 +7,14 @@ unequal token counts, means do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Batch = Mapping[str, Any]
-LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+from tsd_jax.core.types import Batch, LossFn
+
 ScoreFn = Callable[[Any, Batch], jax.Array]
 
 

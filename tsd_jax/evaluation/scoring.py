@@ -16,9 +16,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.evaluation.loss import Batch, LossFn, ScoreFn
+from tsd_jax.core.types import Batch, LossFn
+from tsd_jax.evaluation.loss import ScoreFn
 
-Place = Callable[[Batch], Batch]
+PlaceFn = Callable[[Batch], Batch]
 
 
 def nll(
@@ -26,7 +27,7 @@ def nll(
     variables: Any,
     arrays: Mapping[str, np.ndarray],
     batch_size: int,
-    place: Place = lambda batch: batch,
+    place: PlaceFn = lambda batch: batch,
 ) -> dict[str, float]:
     """Return the mean negative log-likelihood per counted token.
 
@@ -65,7 +66,7 @@ def choices(
     groups: np.ndarray,
     labels: np.ndarray,
     batch_size: int,
-    place: Place = lambda batch: batch,
+    place: PlaceFn = lambda batch: batch,
 ) -> dict[str, float]:
     """Return the share of records whose right option is the most likely one.
 

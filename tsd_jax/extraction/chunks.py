@@ -225,7 +225,7 @@ def _joiner(
     return jax.jit(together, out_shardings=jax.tree.unflatten(tree, places))
 
 
-def cut(
+def plan_chunks(
     kernel: jax.Array, layout: Layout, *, memory_budget: int = MEMORY_BUDGET
 ) -> ChunkPlan:
     """Cut a stored kernel's stack into chunks of whole matrices.
@@ -247,12 +247,12 @@ def cut(
     if mesh is not None and mesh.size == 1:
         mesh, spec = None, PartitionSpec()
     devices = 1 if mesh is None else mesh.size
-    chunks = ChunkPlan(layout, shape, devices, mesh, spec)
+    plan = ChunkPlan(layout, shape, devices, mesh, spec)
     held = fan_in * fan_out * kernel.dtype.itemsize
     if mesh is not None:  # a stack cut by layers sends one matrix for each of its parts
-        held *= math.prod(mesh.shape[name] for name in chunks._stacked)
+        held *= math.prod(mesh.shape[name] for name in plan._stacked)
     each = max(1, min(-(-count // devices), memory_budget // held))
-    return dataclasses.replace(chunks, width=each * devices)
+    return dataclasses.replace(plan, width=each * devices)
 
 
 def _each(program: Program, *parts: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tsd_jax.core.dora import matrix_norms, rescaling
+from tsd_jax.core.dora import rescaling, squared_norms
 from tsd_jax.extraction.blocked import BlockedMatrix
 from tsd_jax.extraction.spectra import Dense
 from tsd_jax.extraction.tridiagonal import Tridiagonal
@@ -177,3 +177,14 @@ def learned_delta(
         return LowRankDelta(a, b, gamma)
     norms = matrix_norms(kernel, a, gamma * b)
     return DoraDelta.of(a, b, gamma, rescaling(magnitude.astype(jnp.float64), norms))
+
+
+def matrix_norms(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+    """Return ||K_j + dK_j||, (out,), of one matrix, in float64 some rows at a time.
+
+    Args:
+      kernel: K, (in, out), any float type. down: (in, R). up: (R, out); float64.
+    """
+    wide = BlockedMatrix(kernel)
+    seen = wide.times(down) if wide.tall else wide.transposed_times(down)
+    return jnp.sqrt(squared_norms(wide.output_squares(), seen.T, down, up))

@@ -16,23 +16,27 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions, Leaf
-from tsd_jax.core.dora import matrix_norms
+from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
 from tsd_jax.core.quantization import stored
 from tsd_jax.core.spec import KernelSpec, Spec
-from tsd_jax.extraction import chunks
-from tsd_jax.extraction.deltas import DenseDelta, learned_delta
+from tsd_jax.core.types import Leaf, Progress
+from tsd_jax.extraction.chunks import (
+    MEMORY_BUDGET,
+    ChunkPlan,
+    has_float64,
+    map_here,
+    on_hosts,
+    plan_chunks,
+)
+from tsd_jax.extraction.deltas import DenseDelta, learned_delta, matrix_norms
 from tsd_jax.extraction.knee import knee
 from tsd_jax.extraction.ranking import EPSILON, Ranked, rank_delta
 from tsd_jax.extraction.restarts import RESTARTS
 from tsd_jax.extraction.spectra import Dense
 from tsd_jax.extraction.spectra_cache import SpectraStore, spectra_of
-
-Progress = Callable[[int, int], None]
-"""(matrices launched so far, of how many) -> None."""
 
 Started = tuple[jax.Array, jax.Array, jax.Array | None, Directions]
 """A, B, m (None without DoRA) and the frozen factors of one matrix, after launch."""
@@ -148,27 +152,27 @@ class MatrixLaunch:
         return a, b, Directions(left, right, offset, gate)
 
 
-def _parts(kernel, a, b, magnitude, noise, change, start, chunks):
+def _parts(kernel, a, b, magnitude, noise, change, start, plan):
     """Return a chunk's matrices and what is beside them."""
     beside = (a, b, magnitude, noise)
-    rows = (None if x is None else chunks.rows(x, start) for x in beside)
-    full = None if change is None else chunks.matrices(change, start)
-    return chunks.matrices(kernel, start), *rows, full
+    rows = (None if x is None else plan.rows(x, start) for x in beside)
+    full = None if change is None else plan.matrices(change, start)
+    return plan.matrices(kernel, start), *rows, full
 
 
-@functools.partial(jax.jit, static_argnames=("chunks", "program"))
+@functools.partial(jax.jit, static_argnames=("plan", "program"))
 def _launch_chunk(
-    kernel, a, b, magnitude, noise, change, start, spectra=None, *, chunks, program
+    kernel, a, b, magnitude, noise, change, start, spectra=None, *, plan, program
 ):
     """Launch a chunk where its matrices lie; their spectra may be known."""
-    parts = _parts(kernel, a, b, magnitude, noise, change, start, chunks)
-    return chunks.map(program, *parts, spectra)
+    parts = _parts(kernel, a, b, magnitude, noise, change, start, plan)
+    return plan.map(program, *parts, spectra)
 
 
-@functools.partial(jax.jit, static_argnames="chunks")
-def _spread_chunk(kernel, a, b, magnitude, noise, change, start, *, chunks):
+@functools.partial(jax.jit, static_argnames="plan")
+def _spread_chunk(kernel, a, b, magnitude, noise, change, start, *, plan):
     """Return a chunk's matrices, and what is beside them, to the devices in turn."""
-    return _parts(kernel, a, b, magnitude, noise, change, start, chunks)
+    return _parts(kernel, a, b, magnitude, noise, change, start, plan)
 
 
 def _out_shardings(adapter: Adapter):
@@ -214,7 +218,7 @@ class Extraction:
 
     where: str = "auto"
     solver: str = "auto"
-    memory_budget: int = chunks.MEMORY_BUDGET
+    memory_budget: int = MEMORY_BUDGET
     store: SpectraStore | None = None
 
     def __post_init__(self):
@@ -234,7 +238,7 @@ class Extraction:
         if self.where != "auto" or isinstance(kernel, Tracer):
             return self.where == "hosts"
         devices = getattr(kernel, "devices", lambda: set(jax.devices()))()
-        return not all(chunks.has_float64(device.platform) for device in devices)
+        return not all(has_float64(device.platform) for device in devices)
 
 
 def _launch_kernel(
@@ -247,7 +251,7 @@ def _launch_kernel(
     change: jax.Array | None = None,
 ):
     """Launch a stored kernel, a chunk of its stack after the other."""
-    chunks = chunks.cut(
+    plan = plan_chunks(
         kernel,
         adapter.kernel.layout,
         memory_budget=extraction.memory_budget if extraction.store is None else 1,
@@ -257,13 +261,13 @@ def _launch_kernel(
     results = []
     with jax.enable_x64(True):
         run = _chunk_runner(extraction, kernel)
-        for start in chunks.starts:
-            results.append(run(arrays, np.int32(start), chunks, program))
+        for start in plan.starts:
+            results.append(run(arrays, np.int32(start), plan, program))
             if progress is not None:
                 if not isinstance(kernel, Tracer):
                     jax.block_until_ready(results[-1])  # or it tells what is only begun
-                progress(min(start + chunks.width, chunks.count))
-        return chunks.join(results, _out_shardings(adapter))
+                progress(min(start + plan.width, plan.count))
+        return plan.join(results, _out_shardings(adapter))
 
 
 def check_deltas(method: Method) -> None:
@@ -280,31 +284,29 @@ def check_deltas(method: Method) -> None:
         )
 
 
-def _where_they_lie(arrays, start, chunks, program):
-    return _launch_chunk(*arrays, start, chunks=chunks, program=program)
+def _where_they_lie(arrays, start, plan, program):
+    return _launch_chunk(*arrays, start, plan=plan, program=program)
 
 
-def _on_hosts(arrays, start, chunks, program, store):
+def _on_hosts(arrays, start, plan, program, store):
     def here(matrices, *rest):
         if store is None:
-            return chunks.map_here(program, matrices, *rest)
+            return map_here(program, matrices, *rest)
         layout = Layout((0,), (1,), (2,))
-        alone = chunks.ChunkPlan(
-            layout, matrices.shape, len(matrices), None, PartitionSpec()
-        )
+        alone = ChunkPlan(layout, matrices.shape, len(matrices), None, PartitionSpec())
         spectra = spectra_of(matrices, np.int32(0), alone, store)
-        return chunks.map_here(program, matrices, *rest, spectra)
+        return map_here(program, matrices, *rest, spectra)
 
-    return chunks.on_hosts(here, *_spread_chunk(*arrays, start, chunks=chunks))
+    return on_hosts(here, *_spread_chunk(*arrays, start, plan=plan))
 
 
-def _by_store(arrays, start, chunks, program, store):
-    spectra = spectra_of(arrays[0], start, chunks, store)
-    return _launch_chunk(*arrays, start, spectra, chunks=chunks, program=program)
+def _by_store(arrays, start, plan, program, store):
+    spectra = spectra_of(arrays[0], start, plan, store)
+    return _launch_chunk(*arrays, start, spectra, plan=plan, program=program)
 
 
 def _chunk_runner(extraction: Extraction, kernel: Any) -> Callable:
-    """Choose how a chunk is launched: (arrays, start, chunks, program) -> results."""
+    """Choose how a chunk is launched: (arrays, start, plan, program) -> results."""
     if extraction.on_hosts(kernel):
         return functools.partial(_on_hosts, store=extraction.store)
     if extraction.store is not None:
@@ -339,7 +341,7 @@ def launch(
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).
       seed: of the ranking "random".
       deltas: {path: dK, stored as the kernel is} to rank by, in place of gamma A B:
-        a gradient dL/dK gives directions without pre-launch. Its scale changes
+        a gradient dL/dK gives directions without pre-launch. Its scale deltas
         nothing; asked for kernel by kernel, in the spec's order.
       extraction: where and how to decompose.
       progress: called after every chunk with the matrices done and their number.
@@ -350,13 +352,13 @@ def launch(
 
     Raises:
       InputError: a kernel is not in the tree, the method has no launch, or it makes
-        nothing of `changes`.
+        nothing of `deltas`.
 
     Source: arXiv:2409.01035, sections 3 to 5.
     """
     if not spec.method.launches:
         raise InputError(f"method {spec.method.name!r} has no launch")
-    if changes is not None:
+    if deltas is not None:
         check_deltas(spec.method)
     extraction = extraction or Extraction()
     kernels = paths.select(params, spec.paths)
@@ -386,7 +388,7 @@ def launch(
             extraction,
             seed,
             None if progress is None else tell,
-            None if changes is None else deltas[kernel.path],
+            None if deltas is None else deltas[kernel.path],
         )
         before += int(np.prod(kernel.batch_shape))
         if not spec.method.restart:

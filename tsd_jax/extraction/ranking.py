@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tsd_jax.core.errors import InputError
+from tsd_jax.core.errors import check_choice
 from tsd_jax.extraction.blocked import BlockedMatrix
 from tsd_jax.extraction.deltas import Delta, LowRankDelta, Spectrum
 from tsd_jax.extraction.spectra import Dense, diagonalize, null_threshold
@@ -44,7 +44,7 @@ class Ranked(NamedTuple):
 Score = Callable[[jax.Array, jax.Array, Any], Any]
 """(sigma, rates, noise) -> what directions are ranked by, highest first; all (k,)."""
 
-RANKINGS: dict[str, Score] = {
+SCORES: dict[str, Score] = {
     # Task-specific directions: arXiv:2409.01035, definition 4.
     "rates": lambda sigma, rates, noise: rates,
     # PiSSA, arXiv:2404.02948: the principal directions.
@@ -140,7 +140,7 @@ def _rank_wide(
     null = sigma <= null_threshold(sigma, kernel.shape, eps)
 
     def score(sigma: jax.Array, rates: jax.Array) -> jax.Array:
-        scores = RANKINGS[ranking](sigma, rates, noise)
+        scores = SCORES[ranking](sigma, rates, noise)
         return jnp.where(null, -jnp.inf, scores)
 
     _, rates = _rates(change.products(spectrum, kernel), sigma, null, epsilon)
@@ -167,13 +167,6 @@ def _rank_wide(
     return Ranked(
         sigma, rates, indices.astype(jnp.int32), short, long, chosen, moved[order]
     )
-
-
-def check_ranking(name: str) -> None:
-    """Raise InputError unless `name` is one of RANKINGS."""
-    if name not in RANKINGS:
-        choices = ", ".join(RANKINGS)
-        raise InputError(f"unknown ranking {name!r}; choose one of {choices}")
 
 
 def rank_directions(
@@ -204,7 +197,7 @@ def rank_directions(
       a: A, (in, r). b: B, (r, out). scale: gamma.
       count: how many directions to give.
       epsilon: keeps the rate finite (paper, section 3).
-      ranking: a name of RANKINGS. noise: (k,), what "random" ranks by.
+      ranking: a name of SCORES. noise: (k,), what "random" ranks by.
       solver: "dense", a full eigendecomposition; "tridiagonal", which forms only the
         eigenvectors asked for, and falls back to "dense" where eigenvalues cannot be
         told apart; "auto", the faster of them at this size on a CPU.
@@ -253,7 +246,7 @@ def rank_delta(
       count, epsilon, ranking, noise, solver, spectrum: see `rank_directions`.
     """
     _check_float64()
-    check_ranking(ranking)
+    check_choice("ranking", ranking, SCORES)
     eps = float(jnp.finfo(kernel.dtype).eps)
     wide, change = BlockedMatrix(kernel), change.wide
     if wide.tall:

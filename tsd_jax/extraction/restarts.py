@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tsd_jax.core.errors import InputError
 from tsd_jax.extraction.ranking import Ranked
 
 
@@ -56,9 +55,3 @@ RESTARTS: dict[str, Callable[[Ranked, int, float], Restart]] = {
     "zero": _zero,
 }
 """Readings of the paper's Init, which gives no formula: (ranked, r, gamma) -> Restart."""
-
-
-def check_restart(name: str) -> None:
-    """Raise InputError unless `name` is one of RESTARTS."""
-    if name not in RESTARTS:
-        raise InputError(f"unknown start {name!r}; choose one of {', '.join(RESTARTS)}")

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Index = tuple[slice, ...]
+Slices = tuple[slice, ...]
 Encode = Callable[[jax.Array], Any]
 """Matrices (..., in, out) -> a tree of arrays of as many axes; hashable."""
 
@@ -59,7 +59,7 @@ class DeviceLoader:
         if sharding is not None:
             indices = sharding.addressable_devices_indices_map(shape)
         # Devices that hold the same part share one read; slices themselves do not hash.
-        self._parts: dict[str, tuple[Index, list[Any]]] = {}
+        self._parts: dict[str, tuple[Slices, list[Any]]] = {}
         for device, index in indices.items():
             whole = _spelled_out(index or (), shape)
             self._parts.setdefault(str(whole), (whole, []))[1].append(device)
@@ -77,7 +77,7 @@ class DeviceLoader:
         self._dtype = dtype
         self._placed: Any = None
 
-    def indices(self, step: tuple[int, ...]) -> list[Index]:
+    def indices(self, step: tuple[int, ...]) -> list[Slices]:
         """Name the distinct parts of the parameter that a step brings."""
         return [
             (
@@ -149,7 +149,7 @@ class DeviceLoader:
         )
 
 
-def _spelled_out(index: Index, shape: tuple[int, ...]) -> Index:
+def _spelled_out(index: Slices, shape: tuple[int, ...]) -> Slices:
     """Return slices with both ends."""
     whole = (*index, *(slice(None),) * (len(shape) - len(index)))
     ends = (part.indices(size) for part, size in zip(whole, shape, strict=True))

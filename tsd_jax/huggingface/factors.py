@@ -11,11 +11,11 @@ from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, kernels_in
 
-Index = int | tuple[int, ...] | None
+StackIndex = int | tuple[int, ...] | None
 """Which matrix of a stack: its number along one axis, numbers along several, None."""
 
 ModuleName = Callable[[str, Any], str]
-"""(kernel path, `Index` of one of its matrices) -> name of the torch module."""
+"""(kernel path, `StackIndex` of one of its matrices) -> name of the torch module."""
 
 
 class Factors(NamedTuple):
@@ -149,7 +149,7 @@ def _modules(
     return found
 
 
-def stack_indices(batch: tuple[int, ...]) -> list[Index]:
+def stack_indices(batch: tuple[int, ...]) -> list[StackIndex]:
     """List the matrices of a stack, as module names and places have them."""
     if len(batch) == 1:
         return list(range(batch[0]))

@@ -15,10 +15,10 @@ import numpy as np
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam, FullSpec
-from tsd_jax.huggingface.factors import Index, ModuleName, stack_indices
+from tsd_jax.huggingface.factors import ModuleName, StackIndex, stack_indices
 
 
-class Kind(NamedTuple):
+class TorchTensor(NamedTuple):
     """Say what torch has for a leaf of this name.
 
     Attributes:
@@ -32,11 +32,11 @@ class Kind(NamedTuple):
 
 
 # Linen's names of leaves, and what torch's modules call the same.
-KINDS = {
-    "kernel": Kind("weight", 2, transposed=True),
-    "embedding": Kind("weight", 2),
-    "scale": Kind("weight", 1),
-    "bias": Kind("bias", 1),
+TORCH_TENSORS = {
+    "kernel": TorchTensor("weight", 2, transposed=True),
+    "embedding": TorchTensor("weight", 2),
+    "scale": TorchTensor("weight", 1),
+    "bias": TorchTensor("bias", 1),
 }
 
 
@@ -60,19 +60,19 @@ class FullTensor(NamedTuple):
         return f"{self.module}.{self.tensor}"
 
 
-def kind_of(path: str) -> Kind:
+def torch_tensor_of(path: str) -> TorchTensor:
     """Look up what torch has for a parameter.
 
     Raises:
       InputError: the leaf has no name of Linen's own layers.
     """
     name = path.rpartition("/")[2]
-    if name not in KINDS:
+    if name not in TORCH_TENSORS:
         raise InputError(
-            f"{path}: only leaves named {', '.join(KINDS)} have a place in torch's "
+            f"{path}: only leaves named {', '.join(TORCH_TENSORS)} have a place in torch's "
             "files; keep it by save_adapter"
         )
-    return KINDS[name]
+    return TORCH_TENSORS[name]
 
 
 def full_tensors(
@@ -102,7 +102,7 @@ def torch_rows(part: FullSpec) -> tuple[int, ...] | None:
     Raises:
       InputError: what trains is no rows there, or is rows of a stacked leaf.
     """
-    kind = kind_of(part.path)
+    kind = torch_tensor_of(part.path)
     if part.rows is None:
         return None
     if len(part.shape) != kind.axes or part.axis != int(kind.transposed):
@@ -116,7 +116,7 @@ def torch_rows(part: FullSpec) -> tuple[int, ...] | None:
 def _tensors(
     path: str, value: np.ndarray, rows: tuple[int, ...] | None, module_name: ModuleName
 ) -> list[FullTensor]:
-    kind = kind_of(path)
+    kind = torch_tensor_of(path)
     batch = value.shape[: value.ndim - kind.axes]
     found = []
     for index in stack_indices(batch) if batch else [None]:
@@ -167,7 +167,7 @@ def check_modules(
             )
 
 
-def full_rule(path: str, layers: Mapping[Index, FullTensor]) -> Full:
+def full_rule(path: str, layers: Mapping[StackIndex, FullTensor]) -> Full:
     """Return the rule that trains what these tensors hold of a parameter.
 
     Rows are one range, from the first to the last of them.
@@ -175,12 +175,12 @@ def full_rule(path: str, layers: Mapping[Index, FullTensor]) -> Full:
     rows = [row for each in layers.values() for row in each.rows or ()]
     if not rows:
         return Full(pattern=re.escape(path))
-    axis = int(kind_of(path).transposed)
+    axis = int(torch_tensor_of(path).transposed)
     return Full(pattern=re.escape(path), rows=(min(rows), max(rows) + 1), axis=axis)
 
 
 def filled(
-    start: np.ndarray, part: FullSpec, layers: Mapping[Index, FullTensor]
+    start: np.ndarray, part: FullSpec, layers: Mapping[StackIndex, FullTensor]
 ) -> np.ndarray:
     """Put tensors of torch into what trains of one parameter.
 
@@ -193,7 +193,7 @@ def filled(
     """
     value = np.array(start)
     for index, each in layers.items():
-        one = each.value.T if kind_of(part.path).transposed else each.value
+        one = each.value.T if torch_tensor_of(part.path).transposed else each.value
         here, one = value[() if index is None else index], np.asarray(one)
         if each.rows is not None:
             here, one = (np.moveaxis(x, part.axis, 0) for x in (here, one))

@@ -21,16 +21,14 @@ from safetensors.numpy import save_file
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import Quantization, Quantized
+from tsd_jax.core.types import Progress
 from tsd_jax.huggingface import names
 from tsd_jax.huggingface.config import config_json
-from tsd_jax.huggingface.device_loader import READERS, DeviceLoader, Index, read_ahead
+from tsd_jax.huggingface.device_loader import READERS, DeviceLoader, Slices, read_ahead
 from tsd_jax.huggingface.families.decoders import FAMILIES
 from tsd_jax.huggingface.families.family import ModelConfig
 from tsd_jax.huggingface.tensors import SINGLE_FILE, StoredTensor, open_tensors
 from tsd_jax.models.encoder_config import EncoderConfig
-
-Progress = Callable[[int, int], None]
-"""(bytes placed so far, of how many) -> None."""
 
 _ROWS = 64
 _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -310,7 +308,7 @@ def _check_tied(head: StoredTensor, table: StoredTensor) -> None:
         )
 
 
-def _blocks(rows: int, size: int = 4096) -> list[Index]:
+def _blocks(rows: int, size: int = 4096) -> list[Slices]:
     """Cut so many rows into slices of at most `size`."""
     return [(slice(n, min(n + size, rows)),) for n in range(0, rows, size)]
 
@@ -329,12 +327,12 @@ def _target(tensors: Collection[StoredTensor], dtype: DTypeLike | None) -> np.dt
 
 def _reader(
     path: str, shape: tuple[int, ...], tensors: list[StoredTensor], target: np.dtype
-) -> Callable[[Index], np.ndarray]:
+) -> Callable[[Slices], np.ndarray]:
     """Make the function that reads any part of a parameter from its tensors."""
     depth = names.stacked_axes(path)
     numbers = np.arange(len(tensors)).reshape(shape[:depth])
 
-    def read(index: Index) -> np.ndarray:
+    def read(index: Slices) -> np.ndarray:
         extents = [len(range(n)[part]) for n, part in zip(shape, index, strict=True)]
         block = np.empty(extents, target)
         matrices, inner = block.reshape(-1, *extents[depth:]), index[depth:]

@@ -36,7 +36,7 @@ class Placement:
     index: Array | None
     near: tuple[tuple[Array, Array] | None, Array | None] = (None, None)
 
-    def of(self, kind: Kind) -> Placement:
+    def of(self, kind: LayerKind) -> Placement:
         """Choose what holds for a layer."""
         (cos, sin), visible = (self.cos, self.sin), self.visible
         tables, window = self.near
@@ -53,7 +53,7 @@ class Placement:
 
 
 @struct.dataclass
-class Kind:
+class LayerKind:
     """What differs from layer to layer; None where nothing does.
 
     windowed: whether its attention has a window. turned: whether its heads turn. Each
@@ -240,7 +240,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, placement: Placement, kind: Kind
+        self, x: Array, placement: Placement, kind: LayerKind
     ) -> tuple[Array, None]:
         """Map (B, T, D) to (B, T, D), in the form a scan wants."""
         config = self.config

@@ -39,7 +39,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from tsd_jax.models.blocks import Block, Kind, Placement, make_norm
+from tsd_jax.models.blocks import Block, LayerKind, Placement, make_norm
 from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.layers import cap, rotary_tables
 
@@ -168,13 +168,13 @@ class Decoder(nn.Module):
         x, _ = scanned(*settings, name="layers")(x, placement, kinds)
         return x
 
-    def _kinds(self) -> Kind:
+    def _kinds(self) -> LayerKind:
         """Gather over the layers what is not the same in all of them."""
 
         def gathered(each: tuple[bool, ...]) -> Array | None:
             return jnp.asarray(each) if len({*each}) > 1 else None
 
-        return Kind(
+        return LayerKind(
             windowed=gathered(self.config.windowed),
             turned=gathered(self.config.rope_layers),
         )

@@ -29,7 +29,7 @@ from tsd_jax.core.adapter import Adapters
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import stored
 from tsd_jax.core.spec import KernelSpec, Spec
-from tsd_jax.extraction import chunks
+from tsd_jax.extraction.chunks import has_float64, host_device, plan_chunks
 from tsd_jax.extraction.deltas import learned_delta
 from tsd_jax.extraction.ranking import EPSILON, decompose, top_directions
 
@@ -62,21 +62,21 @@ class AutoLaunchConfig:
         for name in ("launch_min", "every", "patience", "matrices"):
             if getattr(self, name) < 1:
                 raise InputError(
-                    f"settling.{name} must be at least 1, not {getattr(self, name)}"
+                    f"auto_launch.{name} must be at least 1, not {getattr(self, name)}"
                 )
         if not 0 < self.threshold <= 1:
             raise InputError(
-                f"settling.threshold must lie in (0, 1], not {self.threshold}"
+                f"auto_launch.threshold must lie in (0, 1], not {self.threshold}"
             )
         if self.launch_min > self.launch_max:
             raise InputError(
-                f"settling.launch_min {self.launch_min} is larger than "
-                f"settling.launch_max {self.launch_max}"
+                f"auto_launch.launch_min {self.launch_min} is larger than "
+                f"auto_launch.launch_max {self.launch_max}"
             )
         needed = (self.patience + 1) * self.every
         if needed > self.launch_max:
             raise InputError(
-                f"settling.launch_max {self.launch_max} leaves no room to settle: "
+                f"auto_launch.launch_max {self.launch_max} leaves no room to settle: "
                 f"patience {self.patience} and every {self.every} need {needed} steps"
             )
 
@@ -170,18 +170,18 @@ def _here(array: jax.Array) -> jax.Array:
     """Return this process's copy, on one device that computes in float64."""
     local = array.addressable_data(0)
     (device,) = local.devices()
-    if chunks.has_float64(device.platform):
+    if has_float64(device.platform):
         return local
-    return jax.device_put(jax.device_get(local), chunks.host_device())
+    return jax.device_put(jax.device_get(local), host_device())
 
 
 def _matrices(
     kernel: jax.Array, spec: KernelSpec, indices: tuple[int, ...]
 ) -> jax.Array:
     """Return some matrices (n, in, out) of a stored kernel, moving no more than a few."""
-    chunks = chunks.cut(kernel, spec.layout, memory_budget=1)
+    plan = plan_chunks(kernel, spec.layout, memory_budget=1)
     take = jax.jit(
-        lambda kernel, start: chunks.matrices(kernel, start)[0],
+        lambda kernel, start: plan.matrices(kernel, start)[0],
         out_shardings=_replicated(stored(kernel)),
     )
     return jnp.stack([_here(take(kernel, np.int32(index))) for index in indices])

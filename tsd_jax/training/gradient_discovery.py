@@ -21,8 +21,8 @@ from tsd_jax.binding.linen import bind
 from tsd_jax.core import paths
 from tsd_jax.core.quantization import dequantize
 from tsd_jax.core.spec import KernelSpec, Spec
+from tsd_jax.core.types import LossFn
 from tsd_jax.training.state import TrainState
-from tsd_jax.training.step import LossFn
 
 MEMORY_BUDGET = 2**32
 """Bytes of float32 gradients that exist at a time, over all devices."""

@@ -27,8 +27,8 @@ class LoopConfig:
     Attributes:
       steps: of the whole run.
       launch_step: steps before launch, 0 for a launch before the first; None for a
-        method without one, or where `settling` decides.
-      settling: when to launch by what the directions do; None for `launch_step`.
+        method without one, or where `auto_launch` decides.
+      auto_launch: when to launch by what the directions do; None for `launch_step`.
       log_every: a figure, a sync of host and device.
       eval_every: 0 for evaluation before and after only.
       checkpoint_every: 0 for the end only.
@@ -36,7 +36,7 @@ class LoopConfig:
 
     steps: int
     launch_step: int | None
-    settling: AutoLaunchConfig | None = None
+    auto_launch: AutoLaunchConfig | None = None
     log_every: int = 10
     eval_every: int = 0
     checkpoint_every: int = 0
@@ -52,25 +52,25 @@ class LoopConfig:
                 f"launch_step {self.launch_step} must lie in [0, steps), and steps are "
                 f"{self.steps}: launch earlier or train longer"
             )
-        if self.settling is None:
+        if self.auto_launch is None:
             return
         if self.launch_step is not None:
             raise InputError("a launch at a fixed step leaves nothing to settle")
-        if self.settling.launch_max >= self.steps:
+        if self.auto_launch.launch_max >= self.steps:
             raise InputError(
-                f"settling.launch_max {self.settling.launch_max} must be less than the "
+                f"auto_launch.launch_max {self.auto_launch.launch_max} must be less than the "
                 f"{self.steps} steps: launch earlier or train longer"
             )
 
     def settles(self, done: int) -> bool:
         """Return whether directions are checked after this many steps."""
-        return self.settling is not None and self.settling.due(done)
+        return self.auto_launch is not None and self.auto_launch.due(done)
 
-    def launches(self, step: int, settling: MonitorState | None) -> bool:
+    def launches(self, step: int, monitor: MonitorState | None) -> bool:
         """Return whether to launch after this many steps, if it is not done yet."""
-        if self.settling is None or settling is None:
+        if self.auto_launch is None or monitor is None:
             return step == self.launch_step
-        return self.settling.launches(step, int(settling.streak))
+        return self.auto_launch.launches(step, int(monitor.streak))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ def _settle(
     """Check the directions once, and record what came of it."""
     assert parts.settle is not None
     state = parts.settle(state)
-    seen = state.settling
+    seen = state.monitor
     # The first check has nothing to compare with.
     figures = {"overlap": float(seen.overlap)} if int(seen.checks) > 1 else {}
     recorder.log("settling", done, **figures, streak=int(seen.streak))
@@ -233,7 +233,7 @@ def run(
     watch.go()
     with stop_signals() as stop_asked:
         for step in range(start, config.steps):
-            if not launched and config.launches(step, state.settling):
+            if not launched and config.launches(step, state.monitor):
                 watch.stop(state)
                 if metrics:  # Init would start afresh from whatever was ranked.
                     _check_finite(step, metrics)
@@ -246,14 +246,14 @@ def run(
             logging = last or stopping or _due(done, config.log_every)
             evaluating = not last and _due(done, config.eval_every)
             saving = last or stopping or _due(done, config.checkpoint_every)
-            settling = not (last or launched) and config.settles(done)
-            if not (logging or evaluating or saving or settling):
+            checking = not (last or launched) and config.settles(done)
+            if not (logging or evaluating or saving or checking):
                 continue
             watch.stop(metrics)
             _check_finite(done, metrics)
             if logging:
                 _log(done, metrics, parts, launched, recorder, watch.lap())
-            if settling:
+            if checking:
                 state = _settle(state, parts, recorder, done)
             if evaluating:
                 recorder.evaluation(done, parts.evaluate(state))

@@ -74,7 +74,7 @@ def connect(
         ) from None
     finally:
         late.cancel()
-    if not alone():
+    if not is_single_process():
         _listen()
 
 
@@ -148,7 +148,7 @@ def exit_run(code: int, reason: str, details: str = "") -> int:
       details: printed before it, unless this process only follows another one.
     """
     service = _service()
-    if service is None or alone():
+    if service is None or is_single_process():
         print(_line(code, reason), file=sys.stderr)
         return code
     told = {"process": jax.process_index(), "code": code, "reason": reason}
@@ -187,14 +187,14 @@ def _leave_now(code: int, reason: str, service: Any) -> None:
 
 def broadcast_flag(flag: bool) -> bool:
     """Return the first process's answer to a question, in every process."""
-    if alone():
+    if is_single_process():
         return flag
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
 def wait_for_all(name: str) -> None:
     """Wait until every process has come here."""
-    if not alone():
+    if not is_single_process():
         multihost_utils.sync_global_devices(name)
 
 
@@ -207,7 +207,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     raises KeyboardInterrupt.
     """
     seen: list[int] = []
-    several = not alone()
+    several = not is_single_process()
     # JAX listens to SIGTERM itself where there are several processes.
     names = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
 

@@ -176,7 +176,7 @@ def state_shardings(
         adapters=adapters,
         directions={path: pair[1] for path, pair in pairs.items()},
         opt_state=jax.tree_util.tree_map_with_path(like_adapter, state.opt_state),
-        settling=jax.tree.map(lambda _: replicated, state.settling),
+        monitor=jax.tree.map(lambda _: replicated, state.monitor),
     )
 
 

@@ -23,7 +23,7 @@ class TrainState(struct.PyTreeNode):
       launched: whether launch has happened, bool ().
       adapters: what trains. directions: what is frozen beside it.
       opt_state: of the optimizer, over `adapters` alone.
-      settling: what was seen of the directions so far, where that decides when to
+      monitor: what was seen of the directions so far, where that decides when to
         launch; None otherwise.
     """
 
@@ -32,14 +32,14 @@ class TrainState(struct.PyTreeNode):
     adapters: Any
     directions: Any
     opt_state: Any
-    settling: Any = None
+    monitor: Any = None
 
 
 def create_state(
     key: jax.Array,
     spec: Spec,
     optimizer: optax.GradientTransformation,
-    settling: AutoLaunchConfig | None = None,
+    auto_launch: AutoLaunchConfig | None = None,
     *,
     params: Mapping[str, Any] | None = None,
 ) -> TrainState:
@@ -48,7 +48,7 @@ def create_state(
     Args:
       key: a JAX random key.
       spec: of `make_spec`. optimizer: over the adapters.
-      settling: when directions have settled, where that decides when to launch.
+      auto_launch: when directions have settled, where that decides when to launch.
       params: the base's tree, needed where the spec trains parameters whole or has
         DoRA.
     """
@@ -59,5 +59,5 @@ def create_state(
         adapters=adapters,
         directions=directions,
         opt_state=optimizer.init(cast(Any, adapters)),
-        settling=None if settling is None else init_monitor(spec, settling),
+        monitor=None if auto_launch is None else init_monitor(spec, auto_launch),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,12 +11,10 @@ import optax
 
 from tsd_jax.binding.linen import bind
 from tsd_jax.core.spec import Spec
-from tsd_jax.extraction.launch import EPSILON, Extraction, Progress, Ranking, launch
+from tsd_jax.core.types import LossFn, Progress
+from tsd_jax.extraction.launch import EPSILON, Extraction, Ranking, launch
 from tsd_jax.training.optimizer import reset_moments
 from tsd_jax.training.state import TrainState
-
-LossFn = Callable[[Mapping[str, Any], Mapping[str, jax.Array]], tuple]
-"""(variables, micro-batch) -> (summed loss, number of counted targets)."""
 
 
 def accumulate_gradients(
@@ -146,7 +144,7 @@ def launch_state(
         spec,
         epsilon=epsilon,
         seed=seed,
-        deltas=changes,
+        deltas=deltas,
         extraction=extraction,
         progress=progress,
     )

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.trees import filled
-from tsd_jax.binding.linen.handlers import HANDLERS, dense, find_handler
+from tsd_jax.binding.calls import find_handler
+from tsd_jax.binding.linen.handlers import HANDLERS, dense
 
 MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "dense": (nn.Dense(5), (2, 3, 4)),

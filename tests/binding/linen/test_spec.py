@@ -8,8 +8,9 @@ import pytest
 
 from tests.helpers.models import inputs, net, three_ways
 from tests.helpers.trees import method_of, random_all
+from tsd_jax.binding.calls import Call
 from tsd_jax.binding.linen import make_spec
-from tsd_jax.binding.linen.handlers import HANDLERS, Call
+from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule

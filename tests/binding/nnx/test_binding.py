@@ -12,7 +12,7 @@ from flax import nnx
 import tsd_jax as tsd
 from tests.helpers import nnx_models as models
 from tests.helpers.trees import method_of, random_all, trained
-from tsd_jax.binding.linen.handlers import Call
+from tsd_jax.binding.calls import Call
 from tsd_jax.binding.nnx import HANDLERS, bind, einsum, make_spec, merge, params
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import init

@@ -17,8 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tsd_jax.binding.bound import SUFFIX, Owner, bound_leaves
-from tsd_jax.binding.linen.handlers import HANDLERS, Call, Handler, find_handler
+from tsd_jax.binding.bound import SUFFIX, bound_leaves
+from tsd_jax.binding.calls import Call, Handler, Owner, find_handler
+from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.binding.linen.trace import PROBE, trace_layouts
 from tsd_jax.binding.spec import split_rules, traced_spec
 from tsd_jax.core import paths

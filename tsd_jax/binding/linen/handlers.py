@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
 
-from tsd_jax.binding.contraction import Contraction, general_subscripts
-
-
-class Call(NamedTuple):
-    """Describe one call of a linear module.
-
-    Attributes:
-      kernel: name of the parameter.
-      x: the input it is contracted with.
-      subscripts: the contraction "x,kernel->y" as for `jnp.einsum`.
-      bias: name of the parameter that is added to the contraction, with the axes of y
-        that the kernel has; DoRA needs to know it. None where there is none.
-    """
-
-    kernel: str
-    x: jax.Array
-    subscripts: str
-    bias: str | None = None
-
-    @property
-    def contraction(self) -> Contraction:
-        """The labels of the three arrays."""
-        return Contraction.parse(self.subscripts, self.x.ndim)
-
-
-Handler = Callable[..., Call]
+from tsd_jax.binding.calls import Call, Handler
+from tsd_jax.binding.contraction import general_subscripts
 
 
 def _bias(module: nn.Dense | nn.DenseGeneral | nn.Einsum) -> str | None:
@@ -68,11 +43,3 @@ HANDLERS: Mapping[type[nn.Module], Handler] = {
     nn.DenseGeneral: dense_general,
     nn.Einsum: einsum,
 }
-
-
-def find_handler(module: object, handlers: Mapping[Any, Handler]) -> Handler | None:
-    """Look up the handler of a module's class or its nearest base class."""
-    for base in type(module).__mro__:
-        if base in handlers:
-            return handlers[base]
-    return None

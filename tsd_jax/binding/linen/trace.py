@@ -17,7 +17,7 @@ import jax
 from flax import struct
 from flax.core import meta
 
-from tsd_jax.binding.linen.handlers import Call, Handler, find_handler
+from tsd_jax.binding.calls import Call, Handler, find_handler
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout

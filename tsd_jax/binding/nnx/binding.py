@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsd_jax.binding.bound import Owner, bound_leaves
-from tsd_jax.binding.linen.handlers import Call, Handler, find_handler
+from tsd_jax.binding.bound import bound_leaves
+from tsd_jax.binding.calls import Call, Handler, Owner, find_handler
 from tsd_jax.binding.nnx.handlers import HANDLERS
 from tsd_jax.binding.nnx.modules import attach, met, variables
 from tsd_jax.binding.nnx.trace import trace_layouts
@@ -31,8 +31,6 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam, parts_in, place_full
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import Rule, Spec
-
-__all__ = ["HANDLERS", "bind", "einsum", "make_spec", "merge", "params"]
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from tsd_jax.binding.calls import Call, Handler
 from tsd_jax.binding.contraction import general_subscripts
-from tsd_jax.binding.linen.handlers import Call, Handler
 
 
 def _bias(module: nnx.Linear | nnx.LinearGeneral | nnx.Einsum) -> str | None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from flax import nnx
 
-from tsd_jax.binding.bound import SUFFIX, Owner
-from tsd_jax.binding.linen.handlers import Call, Handler
+from tsd_jax.binding.bound import SUFFIX
+from tsd_jax.binding.calls import Call, Handler, Owner
 from tsd_jax.core.errors import InputError
 
 

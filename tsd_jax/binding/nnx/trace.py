@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from flax import nnx, struct
 
+from tsd_jax.binding.calls import Call, Handler, find_handler
 from tsd_jax.binding.jaxpr_axes import Origin, follow, mark
-from tsd_jax.binding.linen.handlers import Call, Handler, find_handler
 from tsd_jax.binding.linen.trace import check_output, note_layout, with_arrays_apart
 from tsd_jax.binding.nnx.modules import attach, variables
 from tsd_jax.core.errors import InputError

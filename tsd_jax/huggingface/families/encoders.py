@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsd_jax.huggingface.families.common import Values, same_names
-from tsd_jax.huggingface.families.family import Family, Kind
+from tsd_jax.huggingface.families.family import Family, ModelKind
 from tsd_jax.huggingface.families.fields import Fields
 from tsd_jax.models.deberta import Deberta
 from tsd_jax.models.encoder import ENCODER_RULES, Encoder
@@ -196,8 +196,8 @@ def _defaults(**more: Any) -> dict[str, Any]:
     }
 
 
-def _kind(network: type[Any]) -> Kind:
-    return Kind(
+def _kind(network: type[Any]) -> ModelKind:
+    return ModelKind(
         config=EncoderConfig,
         network=network,
         rules=ENCODER_RULES,

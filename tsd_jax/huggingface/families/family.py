@@ -18,7 +18,7 @@ ModelConfig = DecoderConfig | EncoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class ModelKind:
     """Describe what several families share.
 
     Attributes:
@@ -38,7 +38,7 @@ class Kind:
     peft_task: str = "CAUSAL_LM"
 
 
-DECODER = Kind(
+DECODER = ModelKind(
     DecoderConfig, Decoder, DECODER_RULES, read_common, write_common, LINEAR_KERNELS
 )
 
@@ -68,7 +68,7 @@ class Family:
     read: Callable[[Fields], Values]
     write: Callable[[Any], Values]
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    kind: Kind = DECODER
+    kind: ModelKind = DECODER
     headless: str = ""
     also: tuple[str, ...] = ()
     prefix: str = "model"

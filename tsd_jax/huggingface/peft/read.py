@@ -30,12 +30,12 @@ from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
-from tsd_jax.huggingface.factors import Factors, Index, compress
+from tsd_jax.huggingface.factors import Factors, StackIndex, compress
 from tsd_jax.huggingface.full_tensors import FullTensor, filled, full_rule
 from tsd_jax.huggingface.peft.files import PeftModule, read_modules
 from tsd_jax.huggingface.peft.full_params import read_full
 
-Place = tuple[str, int | None]
+ParamSlot = tuple[str, int | None]
 """Where a torch module's weight is: kernel path, layer of a stacked kernel or None."""
 
 _log = logging.getLogger(__name__)
@@ -53,12 +53,12 @@ class PeftAdapter:
       parts: {path: {layer, or None: what it trains whole of it}}.
     """
 
-    kernels: Mapping[str, Mapping[Index, PeftModule]]
+    kernels: Mapping[str, Mapping[StackIndex, PeftModule]]
     scaling: str
     dropout: float
     base_model: str | None
     notes: tuple[str, ...]
-    parts: Mapping[str, Mapping[Index, FullTensor]] = dataclasses.field(
+    parts: Mapping[str, Mapping[StackIndex, FullTensor]] = dataclasses.field(
         default_factory=dict
     )
 
@@ -150,8 +150,8 @@ class PeftAdapter:
 
 def from_peft(
     folder: str | Path,
-    places: Mapping[str, Place],
-    tensors: Mapping[str, Place] | None = None,
+    places: Mapping[str, ParamSlot],
+    tensors: Mapping[str, ParamSlot] | None = None,
 ) -> PeftAdapter:
     """Read a LoRA adapter that PEFT saved.
 
@@ -169,7 +169,7 @@ def from_peft(
     """
     config, modules = read_modules(folder)
     scaling = "rslora" if config.get("use_rslora") else "lora"
-    kernels: dict[str, dict[Index, PeftModule]] = {}
+    kernels: dict[str, dict[StackIndex, PeftModule]] = {}
     notes: list[str] = []
     for name, module in modules.items():
         if name not in places:
@@ -203,10 +203,10 @@ def from_peft(
 
 
 def _place_parts(
-    folder: Path, places: Mapping[str, Place] | None
-) -> dict[str, dict[Index, FullTensor]]:
+    folder: Path, places: Mapping[str, ParamSlot] | None
+) -> dict[str, dict[StackIndex, FullTensor]]:
     """Find the parameters that the adapter trains whole."""
-    parts: dict[str, dict[Index, FullTensor]] = {}
+    parts: dict[str, dict[StackIndex, FullTensor]] = {}
     for name, tensor in read_full(folder).items():
         if places is None:
             raise InputError(
@@ -232,7 +232,9 @@ def _cut(module: PeftModule, rank: int, scaling: str) -> PeftModule:
     return PeftModule(down, up, alpha, scale, module.magnitude)
 
 
-def _notes(path: str, layers: Mapping[Index, PeftModule], stacked: int) -> list[str]:
+def _notes(
+    path: str, layers: Mapping[StackIndex, PeftModule], stacked: int
+) -> list[str]:
     """Say how the layers of a stacked kernel were made one shape."""
     notes = []
     ranks = {module.rank for module in layers.values()}
@@ -257,7 +259,7 @@ def _fill(
     a: np.ndarray,
     b: np.ndarray,
     kernel: KernelSpec,
-    layer: Index,
+    layer: StackIndex,
     module: PeftModule,
 ) -> None:
     """Put one module's LoRA into a kernel's A and B."""
@@ -291,7 +293,7 @@ def _fill(
 
 
 def _with_magnitudes(
-    adapter: Adapter, layers: Mapping[Index, PeftModule], base: jax.Array
+    adapter: Adapter, layers: Mapping[StackIndex, PeftModule], base: jax.Array
 ) -> Adapter:
     """Start m where the adapter has it; elsewhere at ||K + dK||, changing nothing."""
     kernel = adapter.kernel

@@ -1,0 +1,6 @@
+"""The Linen binding: adapters beside the kernels of a Flax Linen model."""
+
+from tsd_jax.binding.linen.binding import adapted as adapted
+from tsd_jax.binding.linen.binding import bind as bind
+from tsd_jax.binding.linen.binding import einsum as einsum
+from tsd_jax.binding.linen.binding import make_spec as make_spec

@@ -1,1 +1,0 @@
-"""Interchange: adapters for other libraries."""
