@@ -173,9 +173,9 @@ def test_a_run_with_added_tokens_and_parts(tmp_path):
     config = small_config(
         method__name="lora",
         model__added_tokens=("<fair>", "<street>"),
-        adapter__train_whole=r"(.*/)?norm/scale",
+        adapter__full_params=r"(.*/)?norm/scale",
         adapter__dropout=0.0,
-        optimizer__whole_learning_rate=0.02,
+        optimizer__full_learning_rate=0.02,
         train__steps=3,
     )
     run = train.prepare(config, tmp_path / "run")
@@ -281,7 +281,7 @@ BAD = {
     "model__path": ("no/such/folder", r"model folder no/such/folder does not exist"),
     "model__dtype": ("float16", r"model.dtype 'float16'"),
     "adapter__pattern": ("nothing.*", r"rule 'nothing\.\*' matches no parameter"),
-    "adapter__train_whole": ("norm", r"rule 'norm' matches no parameter; the nearest"),
+    "adapter__full_params": ("norm", r"rule 'norm' matches no parameter; the nearest"),
     "model__added_tokens": (("<a>", "<a>"), r"has token '<a>' already"),
     "adapter__rank": (97, r"rank 97 is larger .* at most 96"),
     "adapter__directions": (100, r"directions 100 is larger"),
@@ -395,11 +395,11 @@ BAD_TOGETHER = {
         r"warmup 4 must be in \[0, steps\), steps are 4",
     ),
     "an expression of nothing": (
-        {"adapter__train_whole": "("},
+        {"adapter__full_params": "("},
         r"rule '\(': not a regular expression",
     ),
     "whole and adapted": (
-        {"adapter__train_whole": "layers/self_attn/q_proj/kernel"},
+        {"adapter__full_params": "layers/self_attn/q_proj/kernel"},
         r"matches only what earlier rules took",
     ),
     "start of nothing": (

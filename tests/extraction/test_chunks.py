@@ -15,7 +15,13 @@ from jax.sharding import PartitionSpec as P
 from tests.helpers.trees import small_spec, trained
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
-from tsd_jax.extraction.chunks import cut, has_float64, host_device, map_here, on_hosts
+from tsd_jax.extraction.chunks import (
+    has_float64,
+    host_device,
+    map_here,
+    on_hosts,
+    plan_chunks,
+)
 from tsd_jax.extraction.launch import (
     Extraction,
     _launch_chunk,
@@ -61,7 +67,7 @@ def matrices_of(layout, values):
 def test_every_matrix_comes_whole_to_one_device(case):
     layout, values, kernel = place(case)
     want = matrices_of(layout, values)
-    chunks = cut(kernel, layout, memory_budget=1)
+    chunks = plan_chunks(kernel, layout, memory_budget=1)
     assert chunks.width == 8  # one matrix a device
     for start in chunks.starts:
         got = jax.jit(chunks.matrices)(kernel, np.int32(start))
@@ -79,7 +85,7 @@ def test_no_device_gathers_the_kernel(case):
     """
     layout, shape, spec = case
     layout, _, kernel = place(case)
-    chunks = cut(kernel, layout, memory_budget=1)
+    chunks = plan_chunks(kernel, layout, memory_budget=1)
     text = jax.jit(chunks.matrices).lower(kernel, np.int32(0)).compile().as_text() or ""
     assert "all-gather" not in text
     sharded = [names for names in spec if names is not None]
@@ -95,7 +101,7 @@ def test_no_device_gathers_the_kernel(case):
 
 def test_rows_beside_a_chunk():
     layout, _, kernel = place(CASES["experts"])
-    chunks = cut(kernel, layout, memory_budget=1)
+    chunks = plan_chunks(kernel, layout, memory_budget=1)
     small = np.arange(12 * 5).reshape(3, 4, 5)
     got = jax.jit(chunks.rows)(small, np.int32(8))
     want = small.reshape(12, 5)[[8, 9, 10, 11, 11, 11, 11, 11]]
@@ -107,12 +113,12 @@ def test_rows_beside_a_chunk():
 )
 def test_chunks_respect_a_budget(budget, width):
     layout, _, kernel = place((STACK, (9, 8, 12), P()))
-    assert cut(kernel, layout, memory_budget=budget).width == width
+    assert plan_chunks(kernel, layout, memory_budget=budget).width == width
 
 
 def test_one_device_takes_one_after_the_other():
     kernel = jnp.zeros((5, 4, 6))
-    chunks = cut(kernel, STACK, memory_budget=2 * 4 * 6 * 4)
+    chunks = plan_chunks(kernel, STACK, memory_budget=2 * 4 * 6 * 4)
     assert (chunks.width, chunks.mesh) == (2, None)
     assert list(chunks.starts) == [0, 2, 4]
 
@@ -123,7 +129,7 @@ def test_a_mesh_of_one_device_is_none():
     sharding = NamedSharding(mesh, P("data", "fsdp", "tensor"))
     values = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
     kernel = jax.device_put(values, sharding)
-    chunks = cut(kernel, STACK)
+    chunks = plan_chunks(kernel, STACK)
     assert chunks.mesh is None
     got = jax.jit(chunks.matrices)(kernel, np.int32(0))
     np.testing.assert_array_equal(got, values)
@@ -138,7 +144,7 @@ class Twice:
 @cases
 def test_a_program_runs_where_the_matrix_lies(case):
     layout, values, kernel = place(case)
-    chunks = cut(kernel, layout, memory_budget=1)
+    chunks = plan_chunks(kernel, layout, memory_budget=1)
     row = np.arange(chunks.count, dtype=np.float32).reshape(chunks.batch)
 
     @jax.jit
@@ -194,7 +200,7 @@ def test_hosts_leave_nothing_to_decompose_to_the_devices():
     spec, kernel, adapters = problem()
     sharding = NamedSharding(make_mesh(MESH), P(None, "fsdp", "tensor"))
     kernel = jax.device_put(kernel, sharding)
-    chunks = cut(kernel, spec.kernels[0].layout, memory_budget=1)
+    chunks = plan_chunks(kernel, spec.kernels[0].layout, memory_budget=1)
     adapter = adapters["k"]
     noise = np.zeros((5, 16), np.float32)
     arrays = (kernel, adapter.a, adapter.b, None, noise, None, np.int32(0))
@@ -228,13 +234,15 @@ def test_one_program_serves_all_kernels_of_a_shape():
 
 def test_joining_again_compiles_nothing():
     layout, values, kernel = place(CASES["fsdp"])
-    chunks = cut(kernel, layout, memory_budget=1)
+    chunks = plan_chunks(kernel, layout, memory_budget=1)
     parts = [np.ones((8, 3), np.float32)] * len(chunks.starts)
     whole = NamedSharding(make_mesh(MESH), P())
     for places in (None, whole):
         chunks.join(parts, places)
         programs = chunks.joiner(places)._cache_size()
-        again = cut(kernel, layout, memory_budget=1)  # as the next launch cuts it
+        again = plan_chunks(
+            kernel, layout, memory_budget=1
+        )  # as the next launch cuts it
         assert again.joiner(places) is chunks.joiner(places)
         assert again.join(parts, places).shape == (len(values), 3)
         assert again.joiner(places)._cache_size() == programs

@@ -3,8 +3,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.core.test_launch import oracle, problem
 
+from tests.extraction.test_launch import oracle, problem
 from tsd_jax.core.adapter import merge
 from tsd_jax.core.methods import get_method
 from tsd_jax.extraction.launch import launch

@@ -24,7 +24,7 @@ from tsd_jax.core.full_params import Full, kernels_in, parts_in
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.training.auto_launch import AutoLaunchConfig, DirectionMonitor
 from tsd_jax.training.checkpoint import Checkpoints
-from tsd_jax.training.loop import LoopConfig, Parts, StopRequested, run
+from tsd_jax.training.loop import LoopCallbacks, LoopConfig, StopRequested, run
 from tsd_jax.training.optimizer import make_optimizer, make_schedule
 from tsd_jax.training.recorder import Recorder
 from tsd_jax.training.state import TrainState, create_state
@@ -45,7 +45,7 @@ class Setup(NamedTuple):
 
     params: Any
     start: TrainState
-    parts: Parts
+    parts: LoopCallbacks
 
 
 def build(auto_launch: AutoLaunchConfig | None = None) -> Setup:
@@ -72,7 +72,7 @@ def build(auto_launch: AutoLaunchConfig | None = None) -> Setup:
 
     chex.clear_trace_counter()  # it tells functions apart by their source
     loss_fn = chex.assert_max_traces(next_token_loss(adapted(Mlp().apply)), n=1)
-    parts = Parts(
+    parts = LoopCallbacks(
         step=make_train_step(cast(LossFn, loss_fn), optimizer, dropout=True),
         launch=lambda state: launch_state(state, params, spec),
         batch=mlp_batch,
