@@ -11,8 +11,9 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.extraction.blocked import BlockedMatrix
 from tsd_jax.extraction.deltas import DenseDelta, DoraDelta, LowRankDelta, learned_delta
-from tsd_jax.extraction.launch import Extraction, launch
-from tsd_jax.extraction.ranking import rank_delta, rank_directions
+from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.ranking import RankSettings, rank_delta, rank_directions
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.extraction.tridiagonal import tridiagonalize
 
 SHAPES = {"square": (20, 20), "wide": (20, 33), "tall": (33, 20)}
@@ -33,7 +34,9 @@ def test_a_full_change_is_ranked_as_defined(shape, solver):
     kernel, change = problem(shape)
     with jax.enable_x64(True):
         got = rank_delta(
-            jnp.asarray(kernel), DenseDelta(jnp.asarray(change)), count=6, solver=solver
+            jnp.asarray(kernel),
+            DenseDelta(jnp.asarray(change)),
+            RankSettings(count=6, solver=solver),
         )
     want = core_directions(kernel, change)
     top = want.order[:6]
@@ -51,9 +54,9 @@ def test_both_kinds_of_a_change_say_the_same(shape):
     b = jnp.asarray(rng.normal(size=(3, shape[1])), jnp.float32)
     with jax.enable_x64(True):
         full = DenseDelta(2.0 * a.astype(jnp.float64) @ b.astype(jnp.float64))
-        one = rank_delta(jnp.asarray(kernel), full, count=5)
+        one = rank_delta(jnp.asarray(kernel), full, RankSettings(count=5))
         other = rank_directions(jnp.asarray(kernel), a, b, scale=2.0, count=5)
-        third = rank_delta(jnp.asarray(kernel), LowRankDelta(a, b, 2.0), count=5)
+        third = rank_delta(jnp.asarray(kernel), LowRankDelta(a, b, 2.0), RankSettings(count=5))
     np.testing.assert_array_equal(one.indices, other.indices)
     np.testing.assert_allclose(one.rates, other.rates, rtol=1e-7)
     np.testing.assert_allclose(one.moved, other.moved, rtol=1e-7)
@@ -65,7 +68,7 @@ def test_a_full_change_cannot_be_seen_without_all_vectors():
     with jax.enable_x64(True):
         few = tridiagonalize(BlockedMatrix(jnp.asarray(kernel)).gram())
         with pytest.raises(TypeError, match="dense spectrum"):
-            DenseDelta(jnp.asarray(change)).wide.products(
+            DenseDelta(jnp.asarray(change)).as_float64.products(
                 few, BlockedMatrix(jnp.asarray(kernel))
             )
 
@@ -121,7 +124,7 @@ def test_the_change_of_dora_is_ranked_as_defined(shape):
     kernel, a, b, c, change = rescaled(shape)
     with jax.enable_x64(True):
         parts = DoraDelta.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
-        got = rank_delta(jnp.asarray(kernel), parts, count=6, solver="tridiagonal")
+        got = rank_delta(jnp.asarray(kernel), parts, RankSettings(count=6, solver="tridiagonal"))
     want = core_directions(kernel, change)
     np.testing.assert_array_equal(got.indices, want.order[:6])
     np.testing.assert_allclose(got.rates, want.rates, rtol=1e-6)
@@ -136,7 +139,7 @@ def test_more_directions_than_are_looked_at_together(shape):
     change = (kernel + 2 * a @ b) * c - kernel
     with jax.enable_x64(True):
         parts = DoraDelta.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
-        got = rank_delta(jnp.asarray(kernel), parts, count=6)
+        got = rank_delta(jnp.asarray(kernel), parts, RankSettings(count=6))
     want = core_directions(kernel, change)
     np.testing.assert_allclose(got.rates, want.rates, rtol=1e-6, atol=1e-9)
 

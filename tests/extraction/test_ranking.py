@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
-from tsd_jax.extraction.ranking import Ranked, decompose, rank_directions
-from tsd_jax.extraction.spectra import Dense, null_threshold
+from tsd_jax.extraction.ranking import Ranked, rank_directions
+from tsd_jax.extraction.spectra import DenseSpectrum, decompose, null_threshold
 
 SCALE, EPSILON = 2.0, 1e-6
 SHAPES = {"square": (40, 40), "wide": (40, 72), "tall": (72, 40)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "solver"))
+@functools.partial(jax.jit, static_argnames=("count", "epsilon", "solver"))
 def _rank(kernel, a, b, *, count, epsilon, solver="auto"):
     return rank_directions(
         kernel, a, b, scale=SCALE, count=count, epsilon=epsilon, solver=solver
@@ -35,7 +35,7 @@ def rank(kernel, a, b, count=8, epsilon=EPSILON, solver="auto") -> Ranked:
 def _rank_stored(kernel, a, b):
     """Rank by eigenvectors rounded to float32, as a store gives them."""
     values, vectors = decompose(kernel)
-    stored = Dense(values, vectors.astype(jnp.float32))
+    stored = DenseSpectrum(values, vectors.astype(jnp.float32))
     return rank_directions(kernel, a, b, scale=SCALE, count=8, spectrum=stored)
 
 

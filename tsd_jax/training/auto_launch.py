@@ -29,9 +29,11 @@ from tsd_jax.core.adapter import Adapters
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import stored
 from tsd_jax.core.spec import KernelSpec, Spec
-from tsd_jax.extraction.chunks import has_float64, host_device, plan_chunks
+from tsd_jax.extraction.chunks import plan_chunks
 from tsd_jax.extraction.deltas import learned_delta
-from tsd_jax.extraction.ranking import EPSILON, decompose, top_directions
+from tsd_jax.extraction.devices import has_float64, host_device
+from tsd_jax.extraction.ranking import EPSILON, RankSettings, top_directions
+from tsd_jax.extraction.spectra import decompose
 
 Sample = tuple[tuple[KernelSpec, tuple[int, ...]], ...]
 """Kernels, and which matrices of their stacks."""
@@ -179,7 +181,7 @@ def _matrices(
     kernel: jax.Array, spec: KernelSpec, indices: tuple[int, ...]
 ) -> jax.Array:
     """Return some matrices (n, in, out) of a stored kernel, moving no more than a few."""
-    plan = plan_chunks(kernel, spec.layout, memory_budget=1)
+    plan = plan_chunks(kernel, spec.layout, matrices_per_device=1)
     take = jax.jit(
         lambda kernel, start: plan.matrices(kernel, start)[0],
         out_shardings=_replicated(stored(kernel)),
@@ -221,9 +223,8 @@ def _top(matrices: Any, spectra: Any, factors: Any, *, chosen: Sample, epsilon: 
         def one(parts):
             matrix, spectrum, a, b, magnitude = parts
             change = learned_delta(matrix, a, b, kernel.scale, magnitude)
-            return top_directions(
-                matrix, change, spectrum, count=kernel.ranked, epsilon=epsilon
-            )
+            settings = RankSettings(count=kernel.ranked, epsilon=epsilon)
+            return top_directions(matrix, change, spectrum, settings)
 
         path = kernel.path
         return lax.map(one, (matrices[path], spectra[path], *factors[path]))
