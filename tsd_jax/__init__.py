@@ -8,6 +8,7 @@ from tsd_jax.binding.linen.handlers import HANDLERS, Call
 from tsd_jax.core.adapter import (
     Adapter,
     Directions,
+    Trainable,
     delta,
     init,
     low_rank_factors,
@@ -60,6 +61,7 @@ __all__ = [
     "SavedAdapter",
     "Spec",
     "SpectraFolder",
+    "Trainable",
     "adapted",
     "bind",
     "delta",
