@@ -19,6 +19,7 @@ SHORT = (
     "--config.train.steps=4",
     "--config.method.launch_step=2",
     "--config.eval.limit=8",
+    "--config.adapter.pattern=layers/self_attn/q_proj/kernel",
 )
 
 
@@ -29,6 +30,8 @@ def commands(page: str) -> list[list[str]]:
     return [words for words in map(shlex.split, lines) if words[:1] == ["python"]]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*resized during finetuning")
 def test_the_serving_page(tmp_path, monkeypatch):
     for name in ("train.py", "configs", "tsd_jax"):
         (tmp_path / name).symlink_to(ROOT / name)
