@@ -13,6 +13,7 @@ import pytest
 import tsd_jax as tsd
 from configs import default
 from tests.helpers.pages import PAGES, ROOT, fences, prose, read, run_python
+from tests.test_imports import ALL, ROOMS
 from tsd_jax import huggingface
 
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
@@ -39,8 +40,12 @@ def holds_python(text: str) -> bool:
         tree = ast.parse(text)
     except SyntaxError:
         return False
-    program = ast.Import | ast.ImportFrom | ast.Assign | ast.FunctionDef | ast.Call
-    return any(isinstance(node, program) for node in ast.walk(tree))
+    program = ast.Import | ast.ImportFrom | ast.Assign | ast.FunctionDef | ast.For
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return any(isinstance(node, program) for node in ast.walk(tree)) or any(
+        isinstance(func, ast.Attribute) or ast.unparse(func) == "print"
+        for func in calls  # "scale (96,)" is a call too, but printed
+    )
 
 
 def public_names(module: Any) -> set[str]:
@@ -119,6 +124,8 @@ def test_fences_are_closed_and_name_their_language(page):
         ("import jax\n", True),
         ("x = 1\n", True),
         ("print(3)\n", True),
+        ("tsd.launch(params)\n", True),
+        ("norm/scale (96,)\n", False),
         ("True True\n", False),
         ("6\n", False),
         ("y = x K + γ (x A) B\n", False),
@@ -146,7 +153,8 @@ def test_links_lead_somewhere(page):
 def test_files_named_exist(page):
     commands = " ".join(f.body for f in fences(read(page)) if f.language == "bash")
     words = [*CODE.findall(prose(read(page))), *commands.split()]
-    named = [w for w in words if re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w./]*", w)]
+    path = rf"({'|'.join(FOLDERS)})/[a-z0-9_./]*"
+    named = [word for word in words if re.fullmatch(path, word)]
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -154,14 +162,15 @@ def test_files_named_exist(page):
 def test_config_keys_named_exist(page):
     config = default.get_config()
     sections = [key for key in config if hasattr(config[key], "keys")]
-    known = {*config} | {f"{section}.{key}" for section in sections for key in config[section]}
+    known = {f"{section}.{key}" for section in sections for key in config[section]}
+    known |= {*config, "KEY"}
     commands = "\n".join(f.body for f in fences(read(page)) if f.language == "bash")
     named = re.findall(r"--config\.([\w.]+)", commands + prose(read(page)))
     section = "|".join(sections)
     for code in CODE.findall(prose(read(page))):
         named += re.findall(rf"^((?:{section})\.\w+)(?:=.*)?$", code)
-    files = ("adapter.safetensors", "model.safetensors")
-    assert [k for k in named if k not in known and k not in (*files, "KEY")] == []
+    keys = [key for key in named if not key.endswith((".py", ".safetensors"))]
+    assert [key for key in keys if key not in known] == []
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p != "CHANGELOG.md"])
@@ -204,3 +213,46 @@ def test_every_public_name_has_its_line_in_api():
         named = [name for cell in cells for name in re.findall(pattern, cell)]
         assert len(named) == len(set(named)), f"{prefix}: a name has two lines"
         assert set(named) == public_names(module)
+
+
+def test_the_rooms_are_those_that_imports_are_held_to():
+    rows = [
+        row.strip("| ").split(" | ") for row in table("docs/architecture.md", "| room")
+    ]
+    everything = {"everything": {ALL}, "nothing": set()}
+    rooms = {
+        room.strip("`"): everything.get(may, {*may.split(", ")})
+        for room, _, may in rows
+    }
+    assert rooms == {room: may for room, may in ROOMS.items() if room != "__init__"}
+
+
+def test_modules_named_in_the_architecture_exist():
+    rooms = "|".join(room for room in ROOMS if room != "__init__")
+    named = {
+        code
+        for code in CODE.findall(prose(read("docs/architecture.md")))
+        if re.fullmatch(rf"({rooms})/[\w./]+", code)
+    }
+    assert len(named) > 30
+    assert (
+        sorted(name for name in named if not (ROOT / "tsd_jax" / name).exists()) == []
+    )
+
+
+def test_what_the_architecture_finds_is_there():
+    rows = table("docs/architecture.md", "| what | file")
+    for row in rows:
+        _, files, names = (cell.strip() for cell in row.strip("|").split(" | "))
+        places = [ROOT / "tsd_jax" / name for name in CODE.findall(files)]
+        texts = [place.read_text() for place in places if place.is_file()]
+        name = CODE.search(names)
+        if texts and name and "/" not in name[1]:
+            assert all(re.search(rf"\b{name[1]}\b", text) for text in texts), row
+
+
+def test_the_changelog_names_the_config_keys_there_are():
+    config = default.get_config()
+    named = re.findall(r"\| `\w+\.\w+` \| `(\w+)\.(\w+)` \|", read("CHANGELOG.md"))
+    assert len(named) == 8
+    assert all(key in config[section] for section, key in named)
