@@ -253,6 +253,11 @@ def test_what_the_architecture_finds_is_there():
 
 def test_the_changelog_names_the_config_keys_there_are():
     config = default.get_config()
-    named = re.findall(r"\| `\w+\.\w+` \| `(\w+)\.(\w+)` \|", read("CHANGELOG.md"))
+    pair = r"\| `(\w+)\.\w+` \| `(\w+)\.(\w+)` \|"
+    named = [
+        (section, key)
+        for before, section, key in re.findall(pair, read("CHANGELOG.md"))
+        if before not in ("tsd", "huggingface")
+    ]
     assert len(named) == 8
     assert all(key in config[section] for section, key in named)
