@@ -188,7 +188,7 @@ def test_readme_is_short():
 
 def test_methods_named_are_those_there_are():
     rows = table("README.md", "| method | at launch")
-    assert [re.match(r"\| `(\w+)` \|", row)[1] for row in rows] == list(tsd.METHODS)
+    assert [row.split("`")[1] for row in rows] == list(tsd.METHODS)
 
 
 def test_the_method_page_shows_what_readme_shows():
