@@ -65,7 +65,7 @@ bench: $(VENV)/installed-interop
 	@$(BIN)/python bench/extraction.py
 	@$(BIN)/python bench/launch.py
 	@$(BIN)/python bench/loading.py
-	@$(BIN)/python bench/quantized.py
+	@$(BIN)/python bench/quantization.py
 
 $(VENV)/installed-docs: $(VENV)/installed
 	@$(PIP) $$($(BIN)/python -c "import tomllib; print(' '.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']))")
