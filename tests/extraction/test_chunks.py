@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers.trees import small_spec, trained
-from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.extraction.chunks import plan_chunks, run_each
 from tsd_jax.extraction.devices import run_on_hosts
-from tsd_jax.extraction.launch import launch
-from tsd_jax.extraction.settings import Extraction
 from tsd_jax.training.sharding import make_mesh
 
 MESH = (2, 2, 2)
@@ -144,9 +139,7 @@ def test_a_program_runs_where_the_matrix_lies(case):
         return plan.map(Twice(), *found)
 
     def hosted(start):
-        spread = jax.jit(
-            lambda k, r: (plan.matrices(k, start), plan.rows(r, start))
-        )
+        spread = jax.jit(lambda k, r: (plan.matrices(k, start), plan.rows(r, start)))
         run = functools.partial(run_each, Twice())
         return run_on_hosts(run, *spread(kernel, row))
 

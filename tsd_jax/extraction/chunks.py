@@ -220,8 +220,8 @@ class ChunkPlan:
         """
         batch = self.layout.batch
         if not batch:
-            block = dequantize(block)
-            return jnp.broadcast_to(block, (len(indices), *block.shape))
+            matrix = dequantize(block)
+            return jnp.broadcast_to(matrix, (len(indices), *matrix.shape))
         block = jax.tree.map(
             lambda part: jnp.moveaxis(part, batch, range(len(batch))), block
         )

@@ -1,4 +1,4 @@
-"""Devices that compute in float64, and the hosts' CPUs in place of those that do not."""
+"""Devices that compute in float64, and the hosts' CPUs in place of the others."""
 
 from __future__ import annotations
 
