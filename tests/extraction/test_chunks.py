@@ -197,7 +197,8 @@ def test_hosts_leave_nothing_to_decompose_to_the_devices():
     chunks = cut(kernel, spec.kernels[0].layout, memory_budget=1)
     adapter = trainable.adapters["k"]
     noise = np.zeros((5, 16), np.float32)
-    arrays = (kernel, adapter.a, adapter.b, None, noise, None, np.int32(0))
+    trained = {"a": adapter.a, "b": adapter.b, "magnitude": None}
+    arrays = (kernel, trained, noise, None, np.int32(0))
     text = _spread_chunk.lower(*arrays, chunks=chunks).compile().as_text() or ""
     assert "custom-call" not in text
     assert "f64" not in text

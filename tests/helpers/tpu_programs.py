@@ -80,14 +80,22 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
         found(1, dtype=jnp.int32),
     )
     results = (
-        (found(fan_in, RANK), found(RANK, fan_out), None, frozen),
+        (
+            {"a": found(fan_in, RANK), "b": found(RANK, fan_out), "magnitude": None},
+            frozen,
+        ),
         ranking,
     )
     places = _out_shardings(Adapter(a, b, None, spec))
     with jax.enable_x64(True):
         return {
             "spread": _spread_chunk.lower(
-                kernel, a, b, None, noise, None, start, chunks=chunks
+                kernel,
+                {"a": a, "b": b, "magnitude": None},
+                noise,
+                None,
+                start,
+                chunks=chunks,
             ),
             "join": chunks.joiner(places).lower([results] * len(chunks.starts)),
         }

@@ -341,6 +341,6 @@ def test_a_partition_of_two_groups_serves_where_no_parts_are():
     made = optax.partition(groups, group_labels)
     state = reset_moments(made.init(tree(0)), get_method("tsd"))
     updates, _ = made.update(tree(1), state, tree(0))
-    assert set(jax.tree.structure(updates).node_data()[1]) == {"k"}
+    assert jax.tree.structure(updates) == jax.tree.structure(tree(0))
     with pytest.raises(ValueError, match="whole"):
         made.init(both(0))

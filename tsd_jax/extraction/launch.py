@@ -16,10 +16,17 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, AllDirections, Directions, Leaf, Trainable
+from tsd_jax.core.adapter import (
+    Adapter,
+    AllDirections,
+    Directions,
+    Trainable,
+    leaves_beside,
+)
 from tsd_jax.core.dora import matrix_norms
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.leaves import KernelAxes, Leaf, leaf, leaf_specs, map_leaves
 from tsd_jax.core.methods import Method
 from tsd_jax.core.quantization import stored
 from tsd_jax.core.spec import KernelSpec, Spec
@@ -34,8 +41,11 @@ from tsd_jax.extraction.spectra_cache import SpectraStore, spectra_of
 Progress = Callable[[int, int], None]
 """(matrices launched so far, of how many) -> None."""
 
-Started = tuple[jax.Array, jax.Array, jax.Array | None, Directions]
-"""A, B, m (None without DoRA) and the frozen factors of one matrix, after launch."""
+Trained = Mapping[str, Any]
+"""{field of Adapter: array of one matrix or of a chunk}, the gains left out."""
+
+Started = tuple[Trained, Directions]
+"""What trains and the frozen factors of one matrix, right after launch."""
 
 
 class Ranking(struct.PyTreeNode):
@@ -49,10 +59,12 @@ class Ranking(struct.PyTreeNode):
         None otherwise.
     """
 
-    sigma: Leaf
-    rates: Leaf
-    indices: Leaf
-    used: Leaf = None
+    sigma: Leaf = struct.field(metadata=leaf("spectrum"))
+    rates: Leaf = struct.field(metadata=leaf("spectrum"))
+    indices: Leaf = struct.field(metadata=leaf("ranked"))
+    used: Leaf = struct.field(
+        default=None, metadata=leaf("one", exists=lambda kernel: kernel.gated)
+    )
 
 
 @dataclass(frozen=True)
@@ -76,16 +88,14 @@ class MatrixLaunch:
     def __call__(
         self,
         kernel: jax.Array,
-        a: jax.Array,
-        b: jax.Array,
-        magnitude: jax.Array | None,
+        trained: Trained,
         noise: jax.Array,
         change: jax.Array | None,
         spectrum: Dense | None = None,
     ) -> tuple[Started, Ranking]:
-        """Return A, B, m and the frozen factors right after launch, and what was seen."""
-        dtype = a.dtype
-        a, b = a.astype(jnp.float64), b.astype(jnp.float64)
+        """Return the leaves right after launch, and what was seen."""
+        dtype, magnitude = trained["a"].dtype, trained["magnitude"]
+        a, b = (trained[name].astype(jnp.float64) for name in ("a", "b"))
         ranked = rank_delta(
             kernel,
             learned_delta(kernel, a, b, self.scale, magnitude)
@@ -108,7 +118,7 @@ class MatrixLaunch:
             ranked.indices,
             used,
         )
-        started = (a, b, magnitude, frozen)
+        started = ({"a": a, "b": b, "magnitude": magnitude}, frozen)
         return jax.tree.map(lambda x: x.astype(dtype), started), report
 
     def _norms(
@@ -148,27 +158,31 @@ class MatrixLaunch:
         return a, b, Directions(left, right, offset, gate)
 
 
-def _parts(kernel, a, b, magnitude, noise, change, start, chunks):
+def _trained(adapter: Adapter) -> Trained:
+    """Return what launch reads of an adapter: all but the gains, zero until then."""
+    return {f: getattr(adapter, f) for f in leaf_specs(Adapter) if f != "gain"}
+
+
+def _parts(kernel, trained, noise, change, start, chunks):
     """Return a chunk's matrices and what is beside them."""
-    beside = (a, b, magnitude, noise)
-    rows = (None if x is None else chunks.rows(x, start) for x in beside)
+    rows = jax.tree.map(lambda x: chunks.rows(x, start), (trained, noise))
     full = None if change is None else chunks.matrices(change, start)
     return chunks.matrices(kernel, start), *rows, full
 
 
 @functools.partial(jax.jit, static_argnames=("chunks", "program"))
 def _launch_chunk(
-    kernel, a, b, magnitude, noise, change, start, spectra=None, *, chunks, program
+    kernel, trained, noise, change, start, spectra=None, *, chunks, program
 ):
     """Launch a chunk where its matrices lie; their spectra may be known."""
-    parts = _parts(kernel, a, b, magnitude, noise, change, start, chunks)
+    parts = _parts(kernel, trained, noise, change, start, chunks)
     return chunks.map(program, *parts, spectra)
 
 
 @functools.partial(jax.jit, static_argnames="chunks")
-def _spread_chunk(kernel, a, b, magnitude, noise, change, start, *, chunks):
+def _spread_chunk(kernel, trained, noise, change, start, *, chunks):
     """Return a chunk's matrices, and what is beside them, to the devices in turn."""
-    return _parts(kernel, a, b, magnitude, noise, change, start, chunks)
+    return _parts(kernel, trained, noise, change, start, chunks)
 
 
 def _out_shardings(adapter: Adapter):
@@ -179,18 +193,13 @@ def _out_shardings(adapter: Adapter):
         return None
     if not isinstance(at_a.mesh, Mesh):  # traced: the caller's jit decides
         return None
-    mesh, nothing = at_a.mesh, (None,) * a.ndim
+    nothing = (None,) * a.ndim
     *batch, rows, _ = (*at_a.spec, *nothing)[: a.ndim]
     *_, columns = (*at_b.spec, *nothing)[: b.ndim]
-
-    def named(*axes):
-        return NamedSharding(mesh, PartitionSpec(*batch, *axes))
-
-    extra = named(None) if spec.gated else None
-    magnitude = named(columns) if spec.dora else None
-    frozen = Directions(named(rows, None), named(columns, None), named(None), extra)
-    started = (named(rows, None), named(None, columns), magnitude, frozen)
-    return started, Ranking(named(None), named(None), named(None), extra)
+    axes = KernelAxes(at_a.mesh, tuple(batch), rows, columns)
+    new, frozen = leaves_beside(spec, axes.sharding)
+    ranking = Ranking(**map_leaves(Ranking, spec, axes.sharding))
+    return (_trained(new), frozen), ranking
 
 
 def _noise(kernel: KernelSpec, seed: int) -> np.ndarray:
@@ -252,8 +261,7 @@ def _launch_kernel(
         adapter.kernel.layout,
         memory_budget=extraction.memory_budget if extraction.store is None else 1,
     )
-    trained = (adapter.a, adapter.b, adapter.magnitude)
-    arrays = (kernel, *trained, _noise(adapter.kernel, seed), change)
+    arrays = (kernel, _trained(adapter), _noise(adapter.kernel, seed), change)
     results = []
     with jax.enable_x64(True):
         run = _chunk_runner(extraction, kernel)
@@ -264,6 +272,14 @@ def _launch_kernel(
                     jax.block_until_ready(results[-1])  # or it tells what is only begun
                 progress(min(start + chunks.width, chunks.count))
         return chunks.join(results, _out_shardings(adapter))
+
+
+def _renewed(adapter: Adapter, started: Trained, method: Method) -> Adapter:
+    """Return an adapter after launch: what the method renews, and the rest as is."""
+    gain = None if adapter.gain is None else jnp.zeros_like(adapter.gain)
+    new = {**started, "gain": gain}
+    specs = leaf_specs(Adapter).items()
+    return adapter.replace(**{f: new[f] for f, s in specs if s.renewed(method)})
 
 
 def check_deltas(method: Method) -> None:
@@ -379,7 +395,7 @@ def launch(
             assert progress is not None
             progress(before + done, total)
 
-        (a, b, magnitude, frozen), ranking = _launch_kernel(
+        (started, frozen), ranking = _launch_kernel(
             kernels[kernel.path],
             adapter,
             program,
@@ -389,13 +405,7 @@ def launch(
             None if changes is None else deltas[kernel.path],
         )
         before += int(np.prod(kernel.batch_shape))
-        if not spec.method.restart:
-            a, b = adapter.a, adapter.b
-        if not spec.method.begins_again:
-            magnitude = adapter.magnitude
-        gain = None if adapter.gain is None else jnp.zeros_like(adapter.gain)
-        new = adapter.replace(a=a, b=b, gain=gain, magnitude=magnitude)
-        adapters[kernel.path] = new
+        adapters[kernel.path] = _renewed(adapter, started, spec.method)
         directions[kernel.path] = frozen
         report[kernel.path] = ranking
     return trainable.replace(adapters=adapters), directions, report
