@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tsd_jax.binding.linen import adapted, bind, einsum, make_spec
+from tsd_jax.binding.linen import adapted, bind, bind_variables, einsum, make_spec
 from tsd_jax.binding.linen.handlers import HANDLERS, Call
 from tsd_jax.core.adapter import (
     Adapter,
@@ -64,6 +64,7 @@ __all__ = [
     "Trainable",
     "adapted",
     "bind",
+    "bind_variables",
     "delta",
     "einsum",
     "from_peft",
