@@ -94,7 +94,9 @@ def measure(name: str) -> dict[str, Any]:
     state = jax.jit(functools.partial(create_state, spec=spec, optimizer=optimizer))(
         key
     )
-    step = make_train_step(next_token_loss(tsd.adapted(model.apply)), optimizer)
+    step = make_train_step(
+        next_token_loss(tsd.adapted(model.apply)), tsd.bind_variables, optimizer
+    )
     program, compile_step = timed_compile(step, state, params, batch, key)
     seconds = []
     for _ in range(WARM + STEPS):

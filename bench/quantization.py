@@ -90,7 +90,9 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     model, params, spec = problem(*FORMATS[name])
     optimizer = tsd.make_optimizer(1e-3, 1e-3)
     state = create_state(jax.random.key(1), spec, optimizer)
-    step = make_train_step(next_token_loss(tsd.adapted(model.apply)), optimizer)
+    step = make_train_step(
+        next_token_loss(tsd.adapted(model.apply)), tsd.bind_variables, optimizer
+    )
     tokens = np.random.default_rng(1).integers(0, 4096, (1, 4, 128), np.int32)
     batch = {
         "tokens": tokens,

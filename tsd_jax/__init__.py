@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tsd_jax.binding.calls import Call
-from tsd_jax.binding.linen import adapted, bind, einsum, make_spec
+from tsd_jax.binding.linen import adapted, bind, bind_variables, einsum, make_spec
 from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core.adapter import (
     Adapter,
@@ -67,6 +67,7 @@ __all__ = [
     "Trainable",
     "adapted",
     "bind",
+    "bind_variables",
     "delta",
     "einsum",
     "from_peft",

@@ -107,7 +107,7 @@ def step_programs(mesh: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from tsd_jax.binding.linen import adapted, make_spec
+    from tsd_jax.binding.linen import adapted, bind_variables, make_spec
     from tsd_jax.core.spec import Rule
     from tsd_jax.evaluation.loss import next_token_loss
     from tsd_jax.models.decoder import DECODER_RULES, Decoder
@@ -142,6 +142,7 @@ def step_programs(mesh: Any) -> dict[str, Any]:
         )
     step = make_train_step(
         next_token_loss(adapted(model.apply)),
+        bind_variables,
         optimizer,
         state_shardings=where,
         param_shardings=at,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from tests.helpers.compiled import optimized
 from tests.helpers.trees import filled
-from tsd_jax.binding.linen import adapted, make_spec
+from tsd_jax.binding.linen import adapted, bind_variables, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Rule, Spec
@@ -90,6 +90,7 @@ def place(shape: tuple[int, int, int], devices: int = 8) -> Placed:
     state = jax.jit(create, out_shardings=where)(params)
     step = make_train_step(
         next_token_loss(adapted(model.apply)),
+        bind_variables,
         optimizer,
         state_shardings=where,
         param_shardings=at,

@@ -17,7 +17,7 @@ from tsd_jax import huggingface
 from tsd_jax.app import report
 from tsd_jax.app.export import ADAPTER
 from tsd_jax.app.task import Evaluate
-from tsd_jax.binding.linen import bind
+from tsd_jax.binding.linen import bind_variables
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import Quantization
@@ -269,6 +269,7 @@ def make_parts(
     loss_fn = run.loss_fn
     step = make_train_step(
         loss_fn,
+        bind_variables,
         run.optimizer,
         dropout=any(kernel.dropout > 0 for kernel in run.spec.kernels),
         state_shardings=places.state,
@@ -293,7 +294,9 @@ def make_parts(
         if run.discovery_batches:
             steps = range(int(state.step), int(state.step) + run.discovery_batches)
             batches = [run.batch(step) for step in steps]
-            changes = KernelGradients(loss_fn, state, params, run.spec, batches)
+            changes = KernelGradients(
+                loss_fn, bind_variables, state, params, run.spec, batches
+            )
         return launch_state(
             state,
             params,
@@ -312,8 +315,7 @@ def make_parts(
             run_files.write_rankings(run.workdir / "directions.npz", report)
 
     def evaluate(state: TrainState) -> Figures:
-        bound = bind(params, state.trainable, state.directions)
-        return run.evaluate({"params": bound})
+        return run.evaluate(bind_variables(params, state.trainable, state.directions))
 
     return loop.LoopCallbacks(
         step=step,

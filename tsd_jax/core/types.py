@@ -14,7 +14,7 @@ Batch = Mapping[str, Any]
 """{name: array (examples, positions)}, of one kind of data."""
 
 LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
-"""(model variables, batch) -> (summed loss (), counted targets ())."""
+"""(what binds the model, batch) -> (summed loss (), counted targets ())."""
 
 Progress = Callable[[int, int], None]
 """(done so far, of how many) -> None."""

@@ -59,9 +59,7 @@ class Operands(NamedTuple):
 def _chunk(operands: Operands, start: Array, plan: ChunkPlan) -> Operands:
     """Return a chunk's matrices and what lies beside them, each (width, ...)."""
     kernel, trained, noise, delta = operands
-    trained, noise = jax.tree.map(
-        lambda leaf: plan.rows(leaf, start), (trained, noise)
-    )
+    trained, noise = jax.tree.map(lambda leaf: plan.rows(leaf, start), (trained, noise))
     dense = None if delta is None else plan.matrices(delta, start)
     return Operands(plan.matrices(kernel, start), trained, noise, dense)
 
