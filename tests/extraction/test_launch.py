@@ -54,7 +54,8 @@ def test_hosts_leave_nothing_to_decompose_to_the_devices():
     plan = plan_chunks(kernel, spec.kernels[0].layout, matrices_per_device=1)
     adapter = trainable.adapters["k"]
     noise = np.zeros((5, 16), np.float32)
-    operands = Operands(kernel, adapter.a, adapter.b, None, noise, None)
+    trained = {"a": adapter.a, "b": adapter.b, "magnitude": None}
+    operands = Operands(kernel, trained, noise, None)
     lowered = _spread_chunk.lower(operands, np.int32(0), plan=plan)
     text = lowered.compile().as_text() or ""
     assert "custom-call" not in text

@@ -15,15 +15,26 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, AllDirections, Directions, Trainable
+from tsd_jax.core.adapter import (
+    Adapter,
+    AllDirections,
+    Trainable,
+    leaves_beside,
+)
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.leaves import KernelAxes, leaf_specs, map_leaves
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.types import Leaf, Progress
 from tsd_jax.extraction.chunks import ChunkPlan, plan_chunks, run_each
 from tsd_jax.extraction.devices import run_on_hosts
-from tsd_jax.extraction.matrix_launch import MatrixLaunch, Ranking, Started
+from tsd_jax.extraction.matrix_launch import (
+    MatrixLaunch,
+    Ranking,
+    Started,
+    Trained,
+)
 from tsd_jax.extraction.ranking import EPSILON, RankSettings
 from tsd_jax.extraction.settings import Extraction
 from tsd_jax.extraction.spectra_cache import spectra_of
@@ -34,36 +45,23 @@ class Operands(NamedTuple):
 
     Attributes:
       kernel: as stored; of a chunk, its matrices (width, in, out).
-      a: A, (*batch, in, r).
-      b: B, (*batch, r, out).
-      magnitude: m, (*batch, out); None without DoRA.
+      trained: leaves of its adapter that launch reads, (*batch, ...) each.
       noise: what the ranking "random" ranks by, (*batch, k).
       delta: dK to rank by, stored as the kernel is; None for the learned one.
     """
 
     kernel: Any
-    a: Leaf
-    b: Leaf
-    magnitude: Leaf
+    trained: Trained
     noise: Leaf
     delta: Leaf
 
 
 def _chunk(operands: Operands, start: Array, plan: ChunkPlan) -> Operands:
     """Return a chunk's matrices and what lies beside them, each (width, ...)."""
-
-    def rows(x: Array | None) -> Array | None:
-        return None if x is None else plan.rows(x, start)
-
-    kernel, a, b, magnitude, noise, delta = operands
-    return Operands(
-        plan.matrices(kernel, start),
-        rows(a),
-        rows(b),
-        rows(magnitude),
-        rows(noise),
-        None if delta is None else plan.matrices(delta, start),
-    )
+    kernel, trained, noise, delta = operands
+    rows = jax.tree.map(lambda leaf: plan.rows(leaf, start), (trained, noise))
+    dense = None if delta is None else plan.matrices(delta, start)
+    return Operands(plan.matrices(kernel, start), *rows, dense)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "program"))
@@ -78,26 +76,27 @@ def _spread_chunk(operands, start, *, plan):
     return _chunk(operands, start, plan)
 
 
-def _out_shardings(adapter: Adapter):
-    """Return the results the shardings the adapter has, where it has named ones."""
+def _trained(adapter: Adapter) -> Trained:
+    """Return what launch reads of an adapter: all but the gains, zero until then."""
+    fields = (name for name in leaf_specs(Adapter) if name != "gain")
+    return {name: getattr(adapter, name) for name in fields}
+
+
+def _out_shardings(adapter: Adapter) -> Any:
+    """Return the shardings of the results, where the adapter has named ones."""
     a, b, spec = adapter.a, adapter.b, adapter.kernel
     at_a, at_b = getattr(a, "sharding", None), getattr(b, "sharding", None)
     if not (isinstance(at_a, NamedSharding) and isinstance(at_b, NamedSharding)):
         return None
     if not isinstance(at_a.mesh, Mesh):  # traced: the caller's jit decides
         return None
-    mesh, nothing = at_a.mesh, (None,) * a.ndim
+    nothing = (None,) * a.ndim
     *batch, rows, _ = (*at_a.spec, *nothing)[: a.ndim]
     *_, columns = (*at_b.spec, *nothing)[: b.ndim]
-
-    def named(*axes):
-        return NamedSharding(mesh, PartitionSpec(*batch, *axes))
-
-    extra = named(None) if spec.gated else None
-    magnitude = named(columns) if spec.dora else None
-    frozen = Directions(named(rows, None), named(columns, None), named(None), extra)
-    started = (named(rows, None), named(None, columns), magnitude, frozen)
-    return started, Ranking(named(None), named(None), named(None), extra)
+    axes = KernelAxes(at_a.mesh, tuple(batch), rows, columns)
+    new, frozen = leaves_beside(spec, axes.sharding)
+    ranking = Ranking(**map_leaves(Ranking, spec, axes.sharding))
+    return (_trained(new), frozen), ranking
 
 
 def _noise(kernel: KernelSpec, seed: int) -> np.ndarray:
@@ -132,6 +131,14 @@ def _launch_kernel(
                     jax.block_until_ready(results[-1])
                 progress(min(start + plan.width, plan.count))
         return plan.join(results, _out_shardings(adapter))
+
+
+def _renewed(adapter: Adapter, started: Trained, method: Method) -> Adapter:
+    """Return an adapter after launch: what the method renews, and the rest as it was."""
+    gain = None if adapter.gain is None else jnp.zeros_like(adapter.gain)
+    new = {**started, "gain": gain}
+    specs = leaf_specs(Adapter).items()
+    return adapter.replace(**{f: new[f] for f, s in specs if s.renewed(method)})
 
 
 def check_deltas(method: Method) -> None:
@@ -209,7 +216,7 @@ def launch(
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).
       seed: of the ranking "random".
       deltas: {path: dK, stored as the kernel is} to rank by, in place of gamma A B:
-        a gradient dL/dK gives directions without pre-launch. Its scale deltas
+        a gradient dL/dK gives directions without pre-launch. Its scale changes
         nothing; asked for kernel by kernel, in the spec's order.
       extraction: where and how to decompose.
       progress: called after every chunk with the matrices done and their number.
@@ -252,12 +259,10 @@ def launch(
             assert progress is not None
             progress(before + done, total)
 
-        (a, b, magnitude, frozen), ranking = _launch_kernel(
+        (started, frozen), ranking = _launch_kernel(
             Operands(
                 kernels[kernel.path],
-                adapter.a,
-                adapter.b,
-                adapter.magnitude,
+                _trained(adapter),
                 _noise(kernel, seed),
                 None if deltas is None else deltas[kernel.path],
             ),
@@ -267,13 +272,7 @@ def launch(
             None if progress is None else tell,
         )
         before += int(np.prod(kernel.batch_shape))
-        if not spec.method.restart:
-            a, b = adapter.a, adapter.b
-        if not spec.method.begins_again:
-            magnitude = adapter.magnitude
-        gain = None if adapter.gain is None else jnp.zeros_like(adapter.gain)
-        new = adapter.replace(a=a, b=b, gain=gain, magnitude=magnitude)
-        adapters[kernel.path] = new
+        adapters[kernel.path] = _renewed(adapter, started, spec.method)
         directions[kernel.path] = frozen
         report[kernel.path] = ranking
     return trainable.replace(adapters=adapters), directions, report
