@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from tsd_jax.core.errors import InputError, check_choice
 
 RANKINGS = ("rates", "largest", "smallest", "random")
-"""What directions can be ranked by; `extraction.ranking.SCORES` has a score for each."""
+"""What directions can be ranked by; `extraction.ranking.SCORES` has a score each."""
 
 STARTS = ("sigma", "sigma+p", "zero")
 """What A and B can restart from; `extraction.restarts.RESTARTS` has a formula each."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 Leaf = Any
-"""A jax.Array, or in a tree derived from a tree of arrays its shape, sharding or label."""
+"""A jax.Array; in a tree derived from one of arrays, its shape, sharding or label."""
 
 Batch = Mapping[str, Any]
 """{name: array (examples, positions)}."""
