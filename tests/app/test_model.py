@@ -87,7 +87,7 @@ def test_a_fresh_head_trains_beside_the_adapters(base, data, tmp_path, capsys):
     assert "58 items to train on, 6 held out" in told
     heads = ["classifier/bias", "classifier/kernel"]
     heads += ["pooler/dense/bias", "pooler/dense/kernel"]
-    assert [part.path for part in run.spec.whole] == heads
+    assert [part.path for part in run.spec.full] == heads
     execute(run)
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["launch_step"] == 8

@@ -24,7 +24,7 @@ from tsd_jax.core.quantization import Quantization
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn
 from tsd_jax.data.classification import Labels
-from tsd_jax.extraction.launch import Extraction
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.huggingface.families.family import Family
 from tsd_jax.huggingface.full_tensors import neighbours
 from tsd_jax.huggingface.peft.write import to_peft
@@ -351,7 +351,7 @@ def finish(
 ) -> None:
     """Write adapter, summary and plots, and say where they are."""
     state = report.on_host(state)
-    rest = neighbours(run.spec.whole, paths.flatten(params))
+    rest = neighbours(run.spec.full, paths.flatten(params))
     rest = report.on_host(rest)
     if jax.process_index() != 0:
         return

@@ -12,7 +12,10 @@ import optax
 from tsd_jax.core.adapter import Directions, Trainable
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn, Progress
-from tsd_jax.extraction.launch import EPSILON, Extraction, Ranking, launch
+from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.matrix_launch import Ranking
+from tsd_jax.extraction.ranking import EPSILON
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.training.optimizer import reset_moments
 from tsd_jax.training.state import TrainState
 

@@ -234,7 +234,7 @@ def test_parts_take_the_place_of_their_parameters():
     ]
     spec = make_spec(model.apply, {"params": shapes}, rules, tokens, method="lora")
     assert spec.paths == ("layers/self_attn/q_proj/kernel",)
-    assert [part.path for part in spec.whole] == [
+    assert [part.path for part in spec.full] == [
         "embed_tokens/embedding",
         "layers/input_layernorm/scale",
         "layers/mlp/up_proj/kernel",
