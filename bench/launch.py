@@ -32,17 +32,17 @@ import tsd_jax as tsd
 from configs import default, demo
 from tsd_jax import huggingface
 from tsd_jax.evaluation.loss import next_token_loss
+from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import Decoder
-from tsd_jax.models.llama import LlamaConfig
 from tsd_jax.training.state import create_state
 from tsd_jax.training.step import launch_state, make_train_step
 
 BATCH, LENGTH, WARM, STEPS, TARGET = 8, 128, 2, 7, 200
 
 
-def llama(width: int, inner: int, layers: int, vocabulary: int) -> LlamaConfig:
+def llama(width: int, inner: int, layers: int, vocabulary: int) -> DecoderConfig:
     """Shape a Llama with heads of 64 and tied embeddings."""
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=inner,

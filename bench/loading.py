@@ -47,9 +47,9 @@ ROWS: dict[str, tuple[str, int | None, bool]] = {
 
 def config_of(layers: int) -> Any:
     """Return a Llama of LLaMA-7B's widths."""
-    from tsd_jax.models.llama import LlamaConfig
+    from tsd_jax.models.config import DecoderConfig
 
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,

@@ -37,10 +37,10 @@ def problem(dtype: str, quantization: str | None) -> tuple[Any, Any, Any]:
     import jax.numpy as jnp
 
     import tsd_jax as tsd
+    from tsd_jax.models.config import DecoderConfig
     from tsd_jax.models.decoder import LINEAR_KERNELS, Decoder
-    from tsd_jax.models.llama import LlamaConfig
 
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=4096,
         hidden_size=512,
         intermediate_size=1536,

@@ -27,7 +27,8 @@ from tsd_jax.data.sources import Record, read_instructions
 from tsd_jax.data.templates import plain
 from tsd_jax.evaluation.loss import sequence_log_likelihood
 from tsd_jax.evaluation.scoring import choices
-from tsd_jax.models.llama import Llama, LlamaConfig
+from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import Decoder
 
 ASSETS = Path(__file__).parents[2] / "tsd_jax/demo/assets"
 SEED = 0
@@ -43,9 +44,9 @@ SCHEDULE = pretraining.Schedule(
 )
 
 
-def make_config(vocab_size: int) -> LlamaConfig:
+def make_config(vocab_size: int) -> DecoderConfig:
     """Return the shape of the model: half a million parameters."""
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=96,
         intermediate_size=256,
@@ -71,7 +72,9 @@ def token_ids(tokenizer: Any, people: list[world.Villager]) -> Iterator[list[int
             yield [*ids, tokenizer.eos_token_id]
 
 
-def accuracy(model: Llama, params: Any, tokenizer: Any, records: list[Record]) -> float:
+def accuracy(
+    model: Decoder, params: Any, tokenizer: Any, records: list[Record]
+) -> float:
     """Return the share of records whose right option is the most likely one."""
     encoded = encode_choices(records, tokenizer, plain, 32)
     apply: Callable[..., Any] = model.apply
@@ -88,7 +91,7 @@ def accuracy(model: Llama, params: Any, tokenizer: Any, records: list[Record]) -
 
 
 def knowledge(
-    model: Llama, params: Any, tokenizer: Any, people: list[world.Villager]
+    model: Decoder, params: Any, tokenizer: Any, people: list[world.Villager]
 ) -> dict[str, float]:
     """Give, for each kind of fact, the share of villagers it is known of."""
     figures = {}
@@ -112,7 +115,7 @@ def make_model(folder: Path, people: list[world.Villager]) -> None:
     tokenizer = train_tokenizer(tokenizer_texts(people), VOCABULARY)
     save_tokenizer(tokenizer, folder, CONTEXT)
     config = make_config(len(tokenizer))
-    model = Llama(config)
+    model = Decoder(config)
     pad = tokenizer.pad_token_id
 
     def report(step: int, loss: float, params: Any) -> None:
@@ -140,7 +143,7 @@ def check(folder: Path, people: list[world.Villager]) -> dict[str, float]:
     source = folder / "model"
     config = huggingface.read_config(source)
     params = huggingface.load_params(source, config, dtype=jnp.float32)
-    tokenizer, model = huggingface.load_tokenizer(source), Llama(config)
+    tokenizer, model = huggingface.load_tokenizer(source), Decoder(config)
     figures = knowledge(model, params, tokenizer, people)
     items = read_instructions(folder / "task" / "test.json")
     return figures | {"task": accuracy(model, params, tokenizer, items)}

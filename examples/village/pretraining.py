@@ -17,7 +17,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from tsd_jax.evaluation.loss import next_token_loss
-from tsd_jax.models.llama import Llama
+from tsd_jax.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_optimizer(schedule: Schedule) -> optax.GradientTransformation:
 
 
 def pretrain(
-    model: Llama,
+    model: Decoder,
     data: Iterator[dict],
     schedule: Schedule,
     key: jax.Array,

@@ -20,9 +20,9 @@ from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
-from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.models.config import DecoderConfig
 
-LLAMA = LlamaConfig(8, 4, 4, 1, 1, 1, 4)
+LLAMA = DecoderConfig(8, 4, 4, 1, 1, 1, 4)
 WORDS = [f"w{number}" for number in range(62)]
 
 

@@ -14,11 +14,12 @@ import tsd_jax as tsd
 from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
 from tsd_jax.evaluation.generation import generate
-from tsd_jax.models.llama import Llama, LlamaConfig
+from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import Decoder
 
 VOCABULARY, NEW = 29, 8
 NEVER = (-1, -1)
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=VOCABULARY,
     hidden_size=16,
     intermediate_size=24,
@@ -27,7 +28,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     head_dim=4,
 )
-MODEL = Llama(CONFIG)
+MODEL = Decoder(CONFIG)
 APPLY = MODEL.apply
 PROMPTS = [[5], [3, 1, 4, 1, 5], [9, 2, 6]]
 GOLDEN = (
@@ -250,7 +251,7 @@ def test_a_real_model_tells_its_golden_story(shared):
     folder = shared / "models" / "stories260K"
     config = huggingface.read_config(folder)
     made = generate(
-        Llama(config).apply,
+        Decoder(config).apply,
         huggingface.load_params(folder, config),
         np.ones((1, 1), np.int32),
         np.ones((1, 1), bool),

@@ -11,11 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.models.config import DecoderConfig
 
 DEVICES = 2  # of each process
 SHAPE = (5, 16, 24)
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=16,
     hidden_size=8,
     intermediate_size=24,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from examples.village import pretraining
-from tsd_jax.models.llama import Llama, LlamaConfig
+from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import Decoder
 
 
 def test_pack_keeps_documents_whole():
@@ -32,7 +33,7 @@ def test_batches_shift_by_one_and_leave_out_padding():
 
 @pytest.fixture(scope="module")
 def model():
-    return Llama(LlamaConfig(16, 8, 16, 2, 2, 1, 4, tie_word_embeddings=True))
+    return Decoder(DecoderConfig(16, 8, 16, 2, 2, 1, 4, tie_word_embeddings=True))
 
 
 SCHEDULE = pretraining.Schedule(
