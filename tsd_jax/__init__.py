@@ -37,6 +37,8 @@ from tsd_jax.training.optimizer import (
 if TYPE_CHECKING:
     from tsd_jax.binding import nnx
 
+__version__ = "0.2.0"
+
 __all__ = [
     "HANDLERS",
     "METHODS",
