@@ -188,7 +188,7 @@ def test_an_encoder_learns_no_new_tokens(headed):
             {"data__length": 99},
             "99 tokens: the model has positions for 40",
         ),
-        ({"data__problem": "regression"}, "'bad' is no number"),
+        ({"data__problem": "regression"}, "'bad' is not a number"),
         ({"adapter__pattern": ".*"}, "embeddings"),
     ],
 )
