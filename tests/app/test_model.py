@@ -186,7 +186,7 @@ def test_an_encoder_learns_no_new_tokens(headed):
         ({"eval__metric": "nll"}, "'nll' does not serve data.kind 'classification'"),
         (
             {"data__length": 99},
-            "99 tokens: the model has positions for 40",
+            "99 tokens are longer than the 40 positions",
         ),
         ({"data__problem": "regression"}, "'bad' is not a number"),
         ({"adapter__pattern": ".*"}, "embeddings"),

@@ -226,13 +226,13 @@ def test_nearly_no_temperature_is_greedy(params, expected):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": np.ones(3, int)}, "one shape"),
-        ({"mask": np.ones((3, 4), bool)}, "one shape"),
+        ({"tokens": np.ones(3, int)}, "same shape"),
+        ({"mask": np.ones((3, 4), bool)}, "same shape"),
         ({"tokens": np.ones((0, 4)), "mask": np.ones((0, 4))}, "empty"),
         ({"mask": np.tri(5, k=2, dtype=bool)[:3]}, "on the left"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
-        ({"temperature": 1.0}, "give a key"),
+        ({"temperature": 1.0}, "needs a key"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(params, change, message):
