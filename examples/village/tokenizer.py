@@ -1,7 +1,7 @@
 """The demo's tokenizer: byte-level BPE, trained on the village's own text.
 
-A word includes the space before it, as in GPT-2, but a capitalised word does not: a name
-is then the same token at the beginning of a line and inside a sentence.
+A word includes the space before it, as in GPT-2, but a capitalised word does not: a
+name is then the same token at the beginning of a line and inside a sentence.
 """
 
 from __future__ import annotations
@@ -62,6 +62,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, context: int) -> None:
-    """Write the files that AutoTokenizer reads, for a model with this context length."""
+    """Write the files that AutoTokenizer reads, for a model with this context."""
     tokenizer.model_max_length = context
     tokenizer.save_pretrained(str(folder))
