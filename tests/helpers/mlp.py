@@ -30,7 +30,7 @@ class Mlp(nn.Module):
 
 
 def mlp_params(seed: int = 0) -> dict:
-    """Return kernels of falling spectra; the last two singular values of `down` are 0."""
+    """Return kernels of falling spectra; the last two σ of the tall one are 0."""
     rng = np.random.default_rng(seed)
     falling = geometric(CLASSES, 2.0, 0.05)
     falling[-2:] = 0

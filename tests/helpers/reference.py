@@ -44,7 +44,7 @@ class Launched(NamedTuple):
 
 
 class Layer:
-    """A dense layer with an adapter: `trained` has a, b and g, `adams` their moments."""
+    """A dense layer with an adapter; `trained` and `adams` have keys a, b and g."""
 
     def __init__(self, kernel: Any, bias: Any, a: Any, *, gamma: float, s: int):
         self.kernel, self.bias, first = (
