@@ -42,7 +42,7 @@ from tsd_jax.app.task import (
 )
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.extraction.chunks import host_device
+from tsd_jax.extraction.devices import host_device
 from tsd_jax.extraction.launch import check_deltas
 from tsd_jax.huggingface.full_tensors import check_modules
 from tsd_jax.training import loop, processes, sharding
@@ -151,7 +151,7 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
     tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
     variables = {"params": base.params}
     spec = tsd.make_spec(base.network.apply, variables, rules, tokens, method=method)
-    check_modules({part.path: part for part in spec.whole}, spec.paths)
+    check_modules(spec.whole, spec.paths)
     return spec
 
 

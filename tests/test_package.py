@@ -88,7 +88,9 @@ def test_the_demo_learns_and_its_runs_are_compared_and_exported(run, tmp_path):
     assert summary["after"]["accuracy"] > 0.9 > 0.4 > summary["before"]["accuracy"]
     compared = run("tsd-compare", tmp_path / "demo/tsd", tmp_path / "demo/lora")
     assert compared.returncode == 0, compared.stderr
-    assert {"tsd", "lora"} <= {line.split()[0] for line in compared.stdout.split("\n")[2:4]}
+    assert {"tsd", "lora"} <= {
+        line.split()[0] for line in compared.stdout.split("\n")[2:4]
+    }
     out = tmp_path / "peft"
     exported = run("tsd-export", tmp_path / "demo/tsd", "--to", "peft", "--out", out)
     assert exported.returncode == 0, exported.stderr

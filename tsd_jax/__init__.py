@@ -9,6 +9,7 @@ from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core.adapter import (
     Adapter,
     Directions,
+    Trainable,
     delta,
     init,
     low_rank_factors,
@@ -63,6 +64,7 @@ __all__ = [
     "SavedAdapter",
     "Spec",
     "SpectraFolder",
+    "Trainable",
     "adapted",
     "bind",
     "delta",

@@ -24,14 +24,14 @@ import numpy as np
 
 from tsd_jax.core.adapter import (
     Adapter,
-    Adapters,
     AllDirections,
     Directions,
-    init_kernel,
+    Trainable,
 )
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.leaves import leaf_shapes, leaf_specs
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.storage.files import read_tensors, write_tensors
@@ -50,14 +50,14 @@ class SavedAdapter:
     """Hold what an adapter file holds.
 
     Attributes:
-      adapters: {path: Adapter or FullParam}. directions: {kernel path: Directions}.
+      trainable: what trains. directions: {kernel path: Directions}.
       spec: of the file, or the one given to `load_adapter`.
       launched: whether launch has happened.
       indices: {kernel path: launched directions, (*batch, c), int32}, or None.
       base_model: name or path of the base, or None.
     """
 
-    adapters: Adapters
+    trainable: Trainable
     directions: AllDirections
     spec: Spec
     launched: bool
@@ -67,7 +67,7 @@ class SavedAdapter:
 
 def save_adapter(
     file: str | Path,
-    adapters: Mapping[str, Adapter | FullParam],
+    trainable: Trainable,
     directions: Mapping[str, Directions],
     spec: Spec,
     *,
@@ -82,7 +82,7 @@ def save_adapter(
 
     Args:
       file: by convention NAME.safetensors; its folder must be there.
-      adapters: {path: Adapter or FullParam}, on this host.
+      trainable: on this host.
       directions: {kernel path: Directions}.
       spec: of `make_spec`.
       launched: whether `launch` has been called on them.
@@ -93,7 +93,7 @@ def save_adapter(
       InputError: adapters or directions are not those of the spec, or the file
         cannot be written.
     """
-    tensors = dict(_leaves(adapters, directions))
+    tensors = dict(_leaves(trainable, directions))
     for path, kept in (indices or {}).items():
         tensors[f"{path}/{_INDICES}"] = np.asarray(kept, np.int32)
     _check(tensors, spec, "the adapters do not fit the spec")
@@ -155,42 +155,27 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
     )
 
 
-def _fields(kind: type) -> list[str]:
-    """Name the array leaves of Adapter, FullParam or Directions."""
-    return [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.metadata.get("pytree_node", True)
-    ]
-
-
 def _leaves(
-    adapters: Mapping[str, Adapter | FullParam], directions: Mapping[str, Directions]
+    trainable: Trainable, directions: Mapping[str, Directions]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Return every leaf there is by its name in the file."""
-    for trees in (adapters, directions):
+    """Yield every leaf there is by its name in the file."""
+    for trees in (trainable.adapters, directions):
         for path, tree in trees.items():
-            for name in _fields(type(tree)):
+            for name in leaf_specs(tree):
                 leaf = getattr(tree, name)
                 if leaf is not None:
                     yield f"{path}/{name}", np.asarray(leaf)
+    for path, part in trainable.full.items():
+        yield f"{path}/value", np.asarray(part.value)
 
 
 def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every leaf a spec asks for."""
     wanted = {f"{part.path}/value": part.value_shape for part in spec.whole}
     for kernel in spec.kernels:
-        pair = jax.eval_shape(
-            lambda base, kernel=kernel: init_kernel(
-                jax.random.key(0), kernel, jnp.dtype("float32"), base
-            ),
-            jax.ShapeDtypeStruct(kernel.shape, jnp.float32),
-        )
-        for tree in pair:
-            for name in _fields(type(tree)):
-                leaf = getattr(tree, name)
-                if leaf is not None:
-                    wanted[f"{kernel.path}/{name}"] = leaf.shape
+        for kind in (Adapter, Directions):
+            shapes = leaf_shapes(kind, kernel)
+            wanted |= {f"{kernel.path}/{name}": s for name, s in shapes.items()}
     return wanted
 
 
@@ -277,7 +262,7 @@ def _first_difference(
 
 def _trees(
     file: Path, tensors: Mapping[str, np.ndarray], spec: Spec
-) -> tuple[Adapters, AllDirections]:
+) -> tuple[Trainable, AllDirections]:
     """Put the leaves together again."""
 
     def leaf(path: str, name: str) -> jax.Array | None:
@@ -291,18 +276,17 @@ def _trees(
             )
         return jnp.asarray(stored)
 
-    adapters: Adapters = {
-        part.path: FullParam(leaf(part.path, "value"), part) for part in spec.whole
-    }
+    full = {part.path: FullParam(leaf(part.path, "value"), part) for part in spec.whole}
+    adapters: dict[str, Adapter] = {}
     directions: AllDirections = {}
     for kernel in spec.kernels:
         trained, frozen = (
-            {name: leaf(kernel.path, name) for name in _fields(kind)}
+            {name: leaf(kernel.path, name) for name in leaf_specs(kind)}
             for kind in (Adapter, Directions)
         )
         adapters[kernel.path] = Adapter(**trained, kernel=kernel)
         directions[kernel.path] = Directions(**frozen)
-    return adapters, directions
+    return Trainable(adapters=adapters, full=full), directions
 
 
 def _indices(
