@@ -297,7 +297,7 @@ def batch_source(config: Config, data: Data, mesh: Mesh) -> Callable[[int], Any]
             f"train.batch_size {size} must be a multiple of train.micro_batches {parts}"
         )
     sharding.check_batch(size // parts, mesh)
-    rows = data.rows(size, 0, 1)  # whole in every process: see place_batch
+    rows = data.rows(size)  # whole in every process: see place_batch
 
     def batch(step: int) -> dict[str, jax.Array]:
         arrays = rows.batch(step)

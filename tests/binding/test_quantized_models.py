@@ -19,8 +19,8 @@ from tsd_jax.core.full_params import Full
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
 from tsd_jax.core.spec import Rule
 from tsd_jax.evaluation.loss import next_token_loss
+from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
-from tsd_jax.models.llama import LlamaConfig
 from tsd_jax.training.optimizer import make_optimizer
 from tsd_jax.training.sharding import make_mesh, param_shardings, state_shardings
 from tsd_jax.training.state import create_state
@@ -73,7 +73,7 @@ def test_the_function_is_that_of_the_floats(lift):
 
 
 LAYERS, WIDTH, INNER = 3, 32, 48
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=40,
     hidden_size=WIDTH,
     intermediate_size=INNER,
