@@ -34,7 +34,7 @@ from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import KernelSpec, Spec
-from tsd_jax.storage.files import read_tensors, write_tensors
+from tsd_jax.storage.tensors import read_tensors, write_tensors
 
 FORMAT = "tsd_jax adapter"
 VERSION = 2
