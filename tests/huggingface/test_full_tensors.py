@@ -15,7 +15,6 @@ from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.spec import Spec
-from tsd_jax.huggingface.factors import StackIndex
 from tsd_jax.huggingface.full_tensors import (
     FullTensor,
     filled,
@@ -24,9 +23,10 @@ from tsd_jax.huggingface.full_tensors import (
     torch_rows,
 )
 from tsd_jax.huggingface.merge import to_merged
+from tsd_jax.huggingface.merge_full import grown_vocabulary
+from tsd_jax.huggingface.names import StackIndex
 from tsd_jax.huggingface.peft.read import from_peft
 from tsd_jax.huggingface.peft.write import to_peft
-from tsd_jax.huggingface.vocabulary import grown_vocabulary
 
 V, D, LAYERS = 5, 3, 2
 PREFIX = "base_model.model."
@@ -304,7 +304,7 @@ def test_tensors_of_another_base_are_refused(tmp_path):
         ("lm_head", (1, D), (V + 1,)),  # a row between would be nothing
         ("lm_head", (1, D + 1), (V,)),
     ]:
-        with pytest.raises(InputError, match="does not fit what was trained of it"):
+        with pytest.raises(InputError, match="does not fit the trained"):
             grown(*bad)
     tensor = FullTensor("y", "weight", np.zeros(3))
     with pytest.raises(InputError, match=r"has no tensor 'y.weight'"):

@@ -18,7 +18,8 @@ from tests.helpers.decoders import PUBLISHED, write_decoder
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
 from tsd_jax.huggingface import device_loader, names, read_config
-from tsd_jax.huggingface.load import load_params, write_checkpoint
+from tsd_jax.huggingface.load import load_params
+from tsd_jax.huggingface.save import write_checkpoint
 from tsd_jax.huggingface.tensors import StoredTensor
 from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
 from tsd_jax.models.llama import LlamaConfig

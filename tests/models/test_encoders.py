@@ -21,7 +21,7 @@ from tsd_jax.core.adapter import merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.spec import Rule
 from tsd_jax.huggingface import names
-from tsd_jax.huggingface.families.decoders import FAMILIES
+from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.models.deberta import position_rows
 from tsd_jax.models.encoder import ENCODER_RULES
 from tsd_jax.models.encoder_config import Disentangled

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, kernels_in
-
-StackIndex = int | tuple[int, ...] | None
-"""Which matrix of a stack: its number along one axis, numbers along several, None."""
-
-ModuleName = Callable[[str, Any], str]
-"""(kernel path, `StackIndex` of one of its matrices) -> name of the torch module."""
+from tsd_jax.huggingface.names import ModuleName, axis_indices, stack_indices
 
 
 class Factors(NamedTuple):
@@ -125,7 +120,7 @@ def relative(lost: float, norm: float) -> float:
 
 
 def total(pairs: Mapping[str, tuple[float, float]]) -> float:
-    """Return the relative error of all matrices taken as one, from {_: (lost, norm)}."""
+    """Return the relative error of all matrices as one, from {_: (lost, norm)}."""
     lost, norm = np.sqrt(np.square(list(pairs.values())).sum(axis=0))
     return relative(float(lost), float(norm))
 
@@ -140,20 +135,13 @@ def _modules(
     magnitude = adapter.magnitude
     found = {}
     for index in stack_indices(down.shape[:-2]):
-        one = () if index is None else index
+        one = axis_indices(index)
         factors = _trim(down[one], up[one], adapter.kernel.rank)
         if magnitude is not None:
             norms = np.ascontiguousarray(np.asarray(magnitude, np.float32)[one])
             factors = factors._replace(magnitude=norms)
         found[module_name(path, index)] = factors
     return found
-
-
-def stack_indices(batch: tuple[int, ...]) -> list[StackIndex]:
-    """List the matrices of a stack, as module names and places have them."""
-    if len(batch) == 1:
-        return list(range(batch[0]))
-    return [index or None for index in np.ndindex(batch)]
 
 
 def _trim(down: np.ndarray, up: np.ndarray, rank: int) -> Factors:

@@ -15,7 +15,12 @@ import numpy as np
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam, FullSpec
-from tsd_jax.huggingface.factors import ModuleName, StackIndex, stack_indices
+from tsd_jax.huggingface.names import (
+    ModuleName,
+    StackIndex,
+    axis_indices,
+    stack_indices,
+)
 
 
 class TorchTensor(NamedTuple):
@@ -120,7 +125,7 @@ def _tensors(
     batch = value.shape[: value.ndim - kind.axes]
     found = []
     for index in stack_indices(batch) if batch else [None]:
-        one = value[() if index is None else index]
+        one = value[axis_indices(index)]
         stored = np.ascontiguousarray(one.T if kind.transposed else one)
         found.append(FullTensor(module_name(path, index), kind.tensor, stored, rows))
     return found
@@ -194,7 +199,7 @@ def filled(
     value = np.array(start)
     for index, each in layers.items():
         one = each.value.T if torch_tensor_of(part.path).transposed else each.value
-        here, one = value[() if index is None else index], np.asarray(one)
+        here, one = value[axis_indices(index)], np.asarray(one)
         if each.rows is not None:
             here, one = (np.moveaxis(x, part.axis, 0) for x in (here, one))
         if not _fits(here, one, part, each):

@@ -16,8 +16,8 @@ from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface import names
 from tsd_jax.huggingface.config import config_json, read_config
-from tsd_jax.huggingface.families.decoders import FAMILIES
 from tsd_jax.huggingface.families.encoders import ENCODERS
+from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.models.config import Experts
 from tsd_jax.models.decoder import DECODER_RULES
 from tsd_jax.models.rope import (

@@ -231,14 +231,17 @@ def test_a_rank_above_the_kernels_own_is_cut_to_it(tmp_path, rslora):
         ({"use_dora": True}, r"lora_magnitude_vector none, .* asks for \(7,\)"),
         ({"magnitudes": OUT}, r"lora_magnitude_vector \(7,\), .* asks for none"),
         ({"magnitudes": 6, "use_dora": True}, r"\(6,\), .* asks for \(7,\)"),
-        ({"modules_to_save": ["lm_head"]}, r"nothing of what modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, r"none of what modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight"),
         ({"lora_bias": True}, "biases of its own"),
-        ({"target_modules": ["stack"]}, "tensors of head.k, which target_modules"),
+        (
+            {"target_modules": ["stack"]},
+            "tensors of head.k, which is not among target_modules",
+        ),
         ({"r": 3}, r"factors \(4, 6\) and \(7, 4\), and .* gives it rank 3"),
-        ({"rank_pattern": {"(": 4}}, "is no regular expression"),
-        ({"lora_alpha": 0}, "lora_alpha 0, not above 0"),
+        ({"rank_pattern": {"(": 4}}, "is not a regular expression"),
+        ({"lora_alpha": 0}, "lora_alpha 0, which must be above 0"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(tmp_path, config, words):

@@ -30,13 +30,12 @@ from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
-from tsd_jax.huggingface.factors import Factors, StackIndex, compress
+from tsd_jax.huggingface.factors import Factors, compress
 from tsd_jax.huggingface.full_tensors import FullTensor, filled, full_rule
-from tsd_jax.huggingface.peft.files import PeftModule, read_modules
-from tsd_jax.huggingface.peft.full_params import read_full
-
-ParamSlot = tuple[str, int | None]
-"""Where a torch module's weight is: kernel path, layer of a stacked kernel or None."""
+from tsd_jax.huggingface.names import ParamSlot, StackIndex, axis_indices
+from tsd_jax.huggingface.peft.files import AdapterFiles, read_files
+from tsd_jax.huggingface.peft.full_params import full_of
+from tsd_jax.huggingface.peft.modules import PeftModule, modules_of
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +166,8 @@ def from_peft(
         changes a module or tensor that the places do not have; one line says which
         and why.
     """
-    config, modules = read_modules(folder)
+    files = read_files(folder)
+    config, modules = files.config, modules_of(files)
     scaling = "rslora" if config.get("use_rslora") else "lora"
     kernels: dict[str, dict[StackIndex, PeftModule]] = {}
     notes: list[str] = []
@@ -198,25 +198,25 @@ def from_peft(
         dropout=float(config.get("lora_dropout") or 0.0),
         base_model=config.get("base_model_name_or_path"),
         notes=tuple(notes),
-        parts=_place_parts(Path(folder), tensors),
+        parts=_place_parts(files, tensors),
     )
 
 
 def _place_parts(
-    folder: Path, places: Mapping[str, ParamSlot] | None
+    files: AdapterFiles, places: Mapping[str, ParamSlot] | None
 ) -> dict[str, dict[StackIndex, FullTensor]]:
     """Find the parameters that the adapter trains whole."""
     parts: dict[str, dict[StackIndex, FullTensor]] = {}
-    for name, tensor in read_full(folder).items():
+    for name, tensor in full_of(files).items():
         if places is None:
             raise InputError(
-                f"{folder} trains {name} whole: give the places of tensors "
+                f"{files.folder} trains {name} whole: give the places of tensors "
                 "(huggingface.tensor_paths)"
             )
         if name not in places:
             near = difflib.get_close_matches(name, places, n=1, cutoff=0.0)
             raise InputError(
-                f"{folder} trains {name} whole, and the model has no such tensor; the "
+                f"{files.folder} trains {name} whole, and the model has no such tensor; the "
                 f"nearest is {', '.join(near) or 'none'}"
             )
         path, layer = places[name]
@@ -263,9 +263,11 @@ def _fill(
     module: PeftModule,
 ) -> None:
     """Put one module's LoRA into a kernel's A and B."""
-    place = layer if isinstance(layer, tuple) else () if layer is None else (layer,)
+    place = axis_indices(layer)
     stack = kernel.batch_shape
-    if len(place) != len(stack) or any(map(int.__ge__, place, stack)):
+    if len(place) != len(stack) or any(
+        n >= size for n, size in zip(place, stack, strict=True)
+    ):
         raise InputError(
             f"{kernel.path}: the spec stacks it as {stack}, which has no place for "
             f"layer {layer} of the adapter"
@@ -301,5 +303,5 @@ def _with_magnitudes(
     magnitude = np.array(column_norms(base, adapter.a, up, layout=kernel.layout))
     for layer, module in layers.items():
         if module.magnitude is not None:
-            magnitude[() if layer is None else layer] = module.magnitude
+            magnitude[axis_indices(layer)] = module.magnitude
     return adapter.replace(magnitude=jnp.asarray(magnitude, adapter.a.dtype))

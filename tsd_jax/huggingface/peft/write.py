@@ -31,20 +31,20 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec, kernels_in, parts_in
 from tsd_jax.huggingface import factors as low_rank
 from tsd_jax.huggingface import full_tensors
-from tsd_jax.huggingface.factors import Factors, ModuleName
+from tsd_jax.huggingface.factors import Factors
 from tsd_jax.huggingface.full_tensors import FullTensor
+from tsd_jax.huggingface.model_folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from tsd_jax.huggingface.names import EMBEDDING, HEAD, ModuleName, stack_indices
 from tsd_jax.huggingface.peft import experts
-from tsd_jax.huggingface.vocabulary import EMBEDDING, HEAD
-from tsd_jax.storage.files import write_json, write_tensors
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
-ROWS = "token_adapter.trainable_tokens_delta"
-"""The name of an embedding's trained rows, which are values and no differences."""
-CLASSIFIER = "classifier"
-"""The module that PEFT itself saves of a classification."""
+from tsd_jax.huggingface.peft.names import (
+    CLASSIFIER,
+    PREFIX,
+    TRAINED_ROWS,
+    factor_name,
+    magnitude_name,
+)
+from tsd_jax.storage.atomic import write_json
+from tsd_jax.storage.tensors import write_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -185,8 +185,8 @@ def write_adapter(
         if tied and EMBEDDING in tensors and tensors[EMBEDDING].rows is None:
             config["ensure_weight_tying"] = True
             stored[PREFIX + HEAD] = tensors[EMBEDDING].value
-        write_tensors(folder / WEIGHTS, stored, {"format": "pt"})
-        write_json(folder / CONFIG, config)
+        write_tensors(folder / ADAPTER_WEIGHTS_FILE, stored, {"format": "pt"})
+        write_json(folder / ADAPTER_CONFIG_FILE, config)
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror})") from error
     errors = {name: low_rank.relative(*pair) for name, pair in cut.items()}
@@ -220,7 +220,7 @@ def _uses_dora(factors: Mapping[str, Factors]) -> bool:
 
 
 def _names(path: str, adapter: Adapter, module_name: ModuleName) -> list[str]:
-    indices = low_rank.stack_indices(adapter.kernel.batch_shape)
+    indices = stack_indices(adapter.kernel.batch_shape)
     return [module_name(path, index) for index in indices]
 
 
@@ -245,18 +245,19 @@ def _last(module: str) -> str:
 def _tensors(factors: Mapping[str, Factors]) -> dict[str, np.ndarray]:
     tensors = {}
     for name, (down, up, magnitude) in factors.items():
-        prefix = PREFIX + name
-        tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(down.T)
-        tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(up.T)
+        tensors[factor_name(name, "A")] = np.ascontiguousarray(down.T)
+        tensors[factor_name(name, "B")] = np.ascontiguousarray(up.T)
         if magnitude is not None:
-            tensors[f"{prefix}.{MAGNITUDE}"] = magnitude
+            tensors[magnitude_name(name)] = magnitude
     return tensors
 
 
 def _whole_tensors(tensors: Mapping[str, FullTensor]) -> dict[str, np.ndarray]:
     """Name what trained whole as PEFT does."""
     return {
-        f"{PREFIX}{each.module}.{ROWS}" if each.rows else PREFIX + name: each.value
+        f"{PREFIX}{each.module}.{TRAINED_ROWS}"
+        if each.rows
+        else PREFIX + name: each.value
         for name, each in tensors.items()
     }
 
