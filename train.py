@@ -151,7 +151,7 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
     tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
     variables = {"params": base.params}
     spec = tsd.make_spec(base.network.apply, variables, rules, tokens, method=method)
-    check_modules({part.path: part for part in spec.whole}, spec.paths)
+    check_modules(spec.whole, spec.paths)
     return spec
 
 

@@ -188,9 +188,9 @@ def test_a_run_with_added_tokens_and_parts(tmp_path):
     saved = tsd.load_adapter(tmp_path / "run" / "adapter.safetensors")
     base = load_file(ROOT / demo.ASSETS / "model" / "model.safetensors")
     table = base["model.embed_tokens.weight"].astype(np.float32)
-    rows = np.asarray(saved.adapters["embed_tokens/embedding"].value)
+    rows = np.asarray(saved.trainable.full["embed_tokens/embedding"].value)
     assert 0 < np.abs(rows - table.mean(0)).max() < 0.07  # 3 steps of at most 0.02
-    norm = np.asarray(saved.adapters["norm/scale"].value)
+    norm = np.asarray(saved.trainable.full["norm/scale"].value)
     moved = np.abs(norm - base["model.norm.weight"].astype(np.float32))
     assert 0.02 < moved.max() < 0.07
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

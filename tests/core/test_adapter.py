@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.trees import random_pair, small_spec
-from tsd_jax.core.adapter import delta, init, low_rank_factors, merge
+from tsd_jax.core.adapter import Trainable, delta, init, low_rank_factors, merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Spec
@@ -19,10 +19,10 @@ METHODS = ["lora", "dash", "init", "tsd", "init+keep", "tsd+keep"]
 @pytest.mark.parametrize("method", METHODS)
 def test_shapes_and_start(method):
     spec = small_spec(method)
-    adapters, directions = start(jax.random.key(0), spec)
-    assert list(adapters) == list(directions) == ["k", "stack"]
+    trainable, directions = start(jax.random.key(0), spec)
+    assert list(trainable.adapters) == list(directions) == ["k", "stack"]
     for path, batch in (("k", ()), ("stack", (3,))):
-        adapter, frozen = adapters[path], directions[path]
+        adapter, frozen = trainable.adapters[path], directions[path]
         kernel = adapter.kernel
         assert adapter.a.shape == (*batch, 6, 2)
         assert adapter.b.shape == (*batch, 2, 7)
@@ -43,7 +43,7 @@ def test_shapes_and_start(method):
 def test_a_is_uniform_in_one_over_the_root_of_the_inputs():
     """As PEFT's kaiming_uniform_(a=sqrt(5)): bound 1/sqrt(in), whatever comes out."""
     spec = small_spec("lora", shape=(16, 300), rank=16)
-    a = np.asarray(start(jax.random.key(0), spec)[0]["k"].a)
+    a = np.asarray(start(jax.random.key(0), spec)[0].adapters["k"].a)
     assert 0.24 < np.abs(a).max() <= 0.25
     np.testing.assert_allclose([a.mean(), a.std()], [0, 0.25 / 3**0.5], atol=0.02)
 
@@ -69,15 +69,15 @@ def test_a_kernels_start_depends_on_key_and_path_alone():
     spec = small_spec("dash")
     both, _ = start(jax.random.key(0), spec)
     alone, _ = start(jax.random.key(0), Spec(spec.kernels[1:], spec.method))
-    np.testing.assert_array_equal(both["stack"].a, alone["stack"].a)
-    assert not np.array_equal(both["k"].a, both["stack"].a[0])
+    np.testing.assert_array_equal(both.adapters["stack"].a, alone.adapters["stack"].a)
+    assert not np.array_equal(both.adapters["k"].a, both.adapters["stack"].a[0])
     other, _ = start(jax.random.key(1), spec)
-    assert not np.array_equal(both["k"].a, other["k"].a)
+    assert not np.array_equal(both.adapters["k"].a, other.adapters["k"].a)
 
 
 def test_layers_of_a_stack_start_apart():
-    adapters, _ = start(jax.random.key(0), small_spec("lora"))
-    first, second, third = np.asarray(adapters["stack"].a)
+    trainable, _ = start(jax.random.key(0), small_spec("lora"))
+    first, second, third = np.asarray(trainable.adapters["stack"].a)
     assert not np.array_equal(first, second)
     assert not np.array_equal(second, third)
 
@@ -128,7 +128,7 @@ def test_merge_adds_to_adapted_kernels_only():
     adapter, directions = random_pair(2, kernel)
     base = jax.random.normal(jax.random.key(0), (6, 7))
     params = {"k": base, "other": {"bias": jnp.ones(3)}}
-    merged = merge(params, {"k": adapter}, {"k": directions})
+    merged = merge(params, Trainable(adapters={"k": adapter}), {"k": directions})
     assert merged["other"]["bias"] is params["other"]["bias"]
     expected = np.asarray(base) + expected_delta(adapter, directions)
     np.testing.assert_allclose(merged["k"], expected, atol=1e-5)
@@ -139,11 +139,16 @@ def test_merge_into_bfloat16_rounds_once_and_can_widen():
     kernel = small_spec("tsd").kernels[0]
     adapter, directions = random_pair(2, kernel)
     base = jax.random.normal(jax.random.key(0), (6, 7), jnp.bfloat16)
-    wide = merge({"k": base}, {"k": adapter}, {"k": directions}, dtype=jnp.float32)
+    wide = merge(
+        {"k": base},
+        Trainable(adapters={"k": adapter}),
+        {"k": directions},
+        dtype=jnp.float32,
+    )
     expected = np.asarray(base, np.float64) + expected_delta(adapter, directions)
     assert wide["k"].dtype == jnp.float32
     np.testing.assert_allclose(wide["k"], expected, atol=1e-5)
-    own = merge({"k": base}, {"k": adapter}, {"k": directions})
+    own = merge({"k": base}, Trainable(adapters={"k": adapter}), {"k": directions})
     np.testing.assert_array_equal(own["k"], wide["k"].astype(jnp.bfloat16))
     assert own["k"].dtype == jnp.bfloat16
 
@@ -152,4 +157,8 @@ def test_merge_names_a_missing_kernel():
     kernel = small_spec("lora").kernels[0]
     adapter, directions = random_pair(0, kernel)
     with pytest.raises(InputError, match="no 'k'"):
-        merge({"other": jnp.ones((6, 7))}, {"k": adapter}, {"k": directions})
+        merge(
+            {"other": jnp.ones((6, 7))},
+            Trainable(adapters={"k": adapter}),
+            {"k": directions},
+        )

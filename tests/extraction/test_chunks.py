@@ -184,12 +184,12 @@ def problem(method="tsd+keep"):
     "spec", [P(None, "fsdp"), P(None, "fsdp", "tensor"), P()], ids=str
 )
 def test_a_launch_does_not_depend_on_where_it_runs(spec, where):
-    adapters_spec, kernel, adapters = problem()
-    want = launch({"k": jnp.asarray(kernel)}, adapters, adapters_spec)
+    adapters_spec, kernel, trainable = problem()
+    want = launch({"k": jnp.asarray(kernel)}, trainable, adapters_spec)
     mesh = make_mesh(MESH)
     sharded = {"k": jax.device_put(kernel, NamedSharding(mesh, spec))}
     extraction = Extraction(where=where, memory_budget=1)
-    got = launch(sharded, adapters, adapters_spec, extraction=extraction)
+    got = launch(sharded, trainable, adapters_spec, extraction=extraction)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
 
@@ -197,11 +197,11 @@ def test_a_launch_does_not_depend_on_where_it_runs(spec, where):
 @pytest.mark.usefixtures("optimized")
 def test_hosts_leave_nothing_to_decompose_to_the_devices():
     """What is compiled for the devices spreads matrices; it solves nothing."""
-    spec, kernel, adapters = problem()
+    spec, kernel, trainable = problem()
     sharding = NamedSharding(make_mesh(MESH), P(None, "fsdp", "tensor"))
     kernel = jax.device_put(kernel, sharding)
     chunks = plan_chunks(kernel, spec.kernels[0].layout, memory_budget=1)
-    adapter = adapters["k"]
+    adapter = trainable.adapters["k"]
     noise = np.zeros((5, 16), np.float32)
     arrays = (kernel, adapter.a, adapter.b, None, noise, None, np.int32(0))
     text = _spread_chunk.lower(*arrays, chunks=chunks).compile().as_text() or ""
@@ -210,11 +210,11 @@ def test_hosts_leave_nothing_to_decompose_to_the_devices():
 
 
 def test_progress_is_told_chunk_by_chunk():
-    spec, kernel, adapters = problem()
+    spec, kernel, trainable = problem()
     seen = []
     launch(
         {"k": jnp.asarray(kernel)},
-        adapters,
+        trainable,
         spec,
         extraction=Extraction(memory_budget=16 * 24 * 4 * 2),
         progress=lambda done, total: seen.append((done, total)),
@@ -223,12 +223,12 @@ def test_progress_is_told_chunk_by_chunk():
 
 
 def test_one_program_serves_all_kernels_of_a_shape():
-    spec, kernel, adapters = problem("dash")
+    spec, kernel, trainable = problem("dash")
     program: Any = _launch_chunk
     before = program._cache_size()
     for seed in range(2):
         value = jnp.asarray(kernel + seed)
-        launch({"k": value}, adapters, spec, extraction=Extraction(memory_budget=1))
+        launch({"k": value}, trainable, spec, extraction=Extraction(memory_budget=1))
     assert program._cache_size() == before + 1
 
 

@@ -79,13 +79,13 @@ def test_launch_by_gradients_of_stored_kernels(method, where):
     rng = np.random.default_rng(3)
     kernel = rng.normal(size=(9, 3, 6)).astype(np.float32)
     gradient = jnp.asarray(rng.normal(size=(9, 3, 6)), jnp.float32)
-    adapters = trained(0, spec)[0]
+    trainable = trained(0, spec)[0]
     params = {"k": jnp.asarray(kernel)}
     extraction = Extraction(where=where)
     new, frozen, report = launch(
-        params, adapters, spec, deltas={"k": gradient}, extraction=extraction
+        params, trainable, spec, deltas={"k": gradient}, extraction=extraction
     )
-    again = launch(params, adapters, spec, deltas={"k": -7.0 * gradient})[2]
+    again = launch(params, trainable, spec, deltas={"k": -7.0 * gradient})[2]
     count = spec.kernels[0].ranked
     for layer in range(3):
         want = core_directions(kernel[:, layer].T, np.asarray(gradient)[:, layer].T)
@@ -96,7 +96,7 @@ def test_launch_by_gradients_of_stored_kernels(method, where):
         ours = np.asarray(frozen["k"].left[layer] @ frozen["k"].right[layer].T)
         np.testing.assert_allclose(ours, want.P[:, top] @ want.Q[:, top].T, atol=1e-5)
     if method == "dash":
-        assert new["k"].a is adapters["k"].a
+        assert new.adapters["k"].a is trainable.adapters["k"].a
 
 
 def test_methods_that_make_nothing_of_a_gradient():

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
-from tsd_jax.core.adapter import delta, init, merge
+from tsd_jax.core.adapter import Trainable, delta, init, merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.extraction.knee import knee
@@ -44,10 +44,10 @@ def problem(method, shape, rank=2, directions=4, dtype=jnp.float32, auto=False):
     return spec, params, trained(0, spec)[0]
 
 
-def oracle(params, adapters, epsilon=1e-6):
+def oracle(params, trainable, epsilon=1e-6):
     """Decompose every matrix of the stack: {index: core directions}."""
     kernel = np.asarray(params["k"].astype(jnp.float32), np.float64)
-    adapter = adapters["k"]
+    adapter = trainable.adapters["k"]
     a, b = np.asarray(adapter.a, np.float64), np.asarray(adapter.b, np.float64)
     change = adapter.kernel.scale * (a @ b)
     return {
@@ -59,20 +59,20 @@ def oracle(params, adapters, epsilon=1e-6):
 @functools.cache
 def launched(method, shape, rank=2, directions=4):
     """Return a problem and its launch, computed once for all tests."""
-    spec, params, adapters = problem(method, shape, rank, directions)
-    return spec, params, adapters, *launch(params, adapters, spec)
+    spec, params, trainable = problem(method, shape, rank, directions)
+    return spec, params, trainable, *launch(params, trainable, spec)
 
 
 @cases
 @methods
 def test_what_is_launched(method, shape, rank, directions):
     """Every new leaf against its definition; signs of the directions are free."""
-    spec, params, adapters, new, frozen, report = launched(
+    spec, params, trainable, new, frozen, report = launched(
         method, shape, rank, directions
     )
     restart, keep = spec.method.restart, spec.method.keep
     ranked = max(directions * spec.method.gains, rank * restart)
-    for index, want in oracle(params, adapters).items():
+    for index, want in oracle(params, trainable).items():
         top = want.order[:ranked]
         np.testing.assert_array_equal(report["k"].indices[index], top)
         np.testing.assert_allclose(report["k"].sigma[index], want.sigma, rtol=1e-5)
@@ -89,9 +89,13 @@ def test_what_is_launched(method, shape, rank, directions):
         offset = [*offset, *np.ones(rank * keep)]
         np.testing.assert_allclose(frozen["k"].offset[index], offset, rtol=1e-6)
 
-        gamma = new["k"].kernel.scale
-        product = gamma * np.asarray(new["k"].a[index] @ new["k"].b[index])
-        old = gamma * np.asarray(adapters["k"].a[index] @ adapters["k"].b[index])
+        gamma = new.adapters["k"].kernel.scale
+        product = gamma * np.asarray(
+            new.adapters["k"].a[index] @ new.adapters["k"].b[index]
+        )
+        old = gamma * np.asarray(
+            trainable.adapters["k"].a[index] @ trainable.adapters["k"].b[index]
+        )
         if keep:
             kept = np.asarray(left[:, ranked:] @ right[:, ranked:].T)
             np.testing.assert_allclose(kept, old, atol=1e-7)
@@ -99,9 +103,9 @@ def test_what_is_launched(method, shape, rank, directions):
             first = np.einsum("c,cio->io", sigma, expected[:rank])
             np.testing.assert_allclose(product, first, atol=1e-5)
             root = np.sqrt(want.sigma[top[:rank]] / gamma)
-            norms = np.linalg.norm(new["k"].a[index], axis=0)
+            norms = np.linalg.norm(new.adapters["k"].a[index], axis=0)
             np.testing.assert_allclose(norms, root, rtol=1e-5)
-            norms = np.linalg.norm(new["k"].b[index], axis=1)
+            norms = np.linalg.norm(new.adapters["k"].b[index], axis=1)
             np.testing.assert_allclose(norms, root, rtol=1e-5)
 
 
@@ -123,16 +127,16 @@ def test_leaves_keep_shapes_and_types(method):
 @pytest.mark.parametrize("rank", [2, 4])
 def test_every_matrix_uses_what_stands_before_its_knee(method, rank):
     """Gains behind the gate, and directions that nothing needs, are zero."""
-    spec, params, adapters = problem(method, (3, 9, 12), rank, 4, auto=True)
+    spec, params, trainable = problem(method, (3, 9, 12), rank, 4, auto=True)
     fixed, _, _ = problem(method, (3, 9, 12), rank, 4)
-    new, frozen, report = launch(params, adapters, spec)
-    _, whole, plain = launch(params, adapters, fixed)
+    new, frozen, report = launch(params, trainable, spec)
+    _, whole, plain = launch(params, trainable, fixed)
     assert plain["k"].used is None
     assert whole["k"].gate is None
     np.testing.assert_array_equal(report["k"].indices, plain["k"].indices)
     used = np.asarray(report["k"].used)
     assert used.shape == (3, 1)
-    for (layer,), want in oracle(params, adapters).items():
+    for (layer,), want in oracle(params, trainable).items():
         count = int(knee(jnp.asarray(want.rates), 4))
         assert used[layer, 0] == count
         np.testing.assert_array_equal(frozen["k"].gate[layer], np.arange(4) < count)
@@ -151,13 +155,13 @@ def test_every_matrix_uses_what_stands_before_its_knee(method, rank):
 
 @pytest.mark.parametrize("method", ["dash", "tsd"])
 def test_gains_behind_the_gate_have_no_gradient(method):
-    spec, params, adapters = problem(method, (3, 9, 12), 4, 4, auto=True)
-    new, frozen, report = launch(params, adapters, spec)
+    spec, params, trainable = problem(method, (3, 9, 12), 4, 4, auto=True)
+    new, frozen, report = launch(params, trainable, spec)
 
     def size(gain):
-        return jnp.sum(delta(new["k"].replace(gain=gain), frozen["k"]) ** 2)
+        return jnp.sum(delta(new.adapters["k"].replace(gain=gain), frozen["k"]) ** 2)
 
-    grads = np.asarray(jax.grad(size)(new["k"].gain + 0.5))
+    grads = np.asarray(jax.grad(size)(new.adapters["k"].gain + 0.5))
     behind = np.arange(4) >= np.asarray(report["k"].used)
     assert behind.any()
     assert (grads[behind] == 0).all()
@@ -165,27 +169,28 @@ def test_gains_behind_the_gate_have_no_gradient(method):
 
 
 def test_dash_leaves_a_and_b_alone():
-    spec, _, adapters, new, frozen, _ = launched("dash", (6, 9))
-    assert new["k"].a is adapters["k"].a
-    assert new["k"].b is adapters["k"].b
+    spec, _, trainable, new, frozen, _ = launched("dash", (6, 9))
+    assert new.adapters["k"].a is trainable.adapters["k"].a
+    assert new.adapters["k"].b is trainable.adapters["k"].b
     np.testing.assert_array_equal(frozen["k"].offset, 0)
-    before = delta(adapters["k"], init(jax.random.key(0), spec)[1]["k"])
-    np.testing.assert_array_equal(delta(new["k"], frozen["k"]), before)
+    before = delta(trainable.adapters["k"], init(jax.random.key(0), spec)[1]["k"])
+    np.testing.assert_array_equal(delta(new.adapters["k"], frozen["k"]), before)
 
 
-def delta_of(adapters):
-    adapter = adapters["k"]
+def delta_of(trainable):
+    adapter = trainable.adapters["k"]
     return np.asarray(adapter.kernel.scale) * np.matmul(adapter.a, adapter.b)
 
 
 @methods
 def test_gains_start_at_zero(method):
-    spec, params, adapters = problem(method, (6, 9))
+    spec, params, trainable = problem(method, (6, 9))
     if spec.method.gains:  # even if somebody trained them
-        gain = jnp.ones_like(adapters["k"].gain)
-        adapters = {"k": adapters["k"].replace(gain=gain)}
-    new, _, _ = launch(params, adapters, spec)
-    gain = new["k"].gain
+        gain = jnp.ones_like(trainable.adapters["k"].gain)
+        adapter = trainable.adapters["k"].replace(gain=gain)
+        trainable = Trainable(adapters={"k": adapter})
+    new, _, _ = launch(params, trainable, spec)
+    gain = new.adapters["k"].gain
     assert (gain is None) if not spec.method.gains else (np.asarray(gain) == 0).all()
 
 
@@ -193,8 +198,8 @@ def test_gains_start_at_zero(method):
 @methods
 def test_the_kernel_seen_after_launch(method, shape, rank, directions):
     """dash, keep: as before; init, tsd: the pretrained one."""
-    spec, params, adapters, new, frozen, _ = launched(method, shape, rank, directions)
-    before = np.asarray(params["k"]) + delta_of(adapters)
+    spec, params, trainable, new, frozen, _ = launched(method, shape, rank, directions)
+    before = np.asarray(params["k"]) + delta_of(trainable)
     dropped = spec.method.restart and not spec.method.keep
     want = np.asarray(params["k"]) if dropped else before
     after = merge(params, new, frozen)["k"]
@@ -204,9 +209,9 @@ def test_the_kernel_seen_after_launch(method, shape, rank, directions):
 
 @methods
 def test_a_bfloat16_kernel_is_ranked_as_the_matrix_it_is(method):
-    spec, params, adapters = problem(method, (6, 9), dtype=jnp.bfloat16)
-    new, frozen, report = launch(params, adapters, spec)
-    (want,) = oracle(params, adapters).values()
+    spec, params, trainable = problem(method, (6, 9), dtype=jnp.bfloat16)
+    new, frozen, report = launch(params, trainable, spec)
+    (want,) = oracle(params, trainable).values()
     count = spec.kernels[0].ranked
     np.testing.assert_array_equal(report["k"].indices, want.order[:count])
     np.testing.assert_allclose(report["k"].sigma, want.sigma, rtol=1e-5)
@@ -217,15 +222,15 @@ def test_a_bfloat16_kernel_is_ranked_as_the_matrix_it_is(method):
 @pytest.mark.parametrize("method", ["tsd", "tsd+keep"])
 def test_degenerate_kernels_give_finite_numbers(method):
     """A zero matrix, one of rank 2, and a sound one, in one stack."""
-    spec, params, adapters = problem(method, (3, 6, 9))
+    spec, params, trainable = problem(method, (3, 6, 9))
     kernel = np.array(params["k"])
     kernel[0] = 0
     kernel[1] = np.outer(kernel[2, :, 0], kernel[2, 0]) + np.eye(6, 9)[0][None]
     params = {"k": jnp.asarray(kernel)}
-    new, frozen, report = launch(params, adapters, spec)
+    new, frozen, report = launch(params, trainable, spec)
     for leaf in jax.tree.leaves((new, frozen, report)):
         assert np.isfinite(leaf).all()
-    kept = delta_of(adapters) * spec.method.keep
+    kept = delta_of(trainable) * spec.method.keep
     after = merge(params, new, frozen)["k"]
     np.testing.assert_allclose(after, kernel + kept, atol=1e-5)
 
@@ -236,37 +241,37 @@ def test_axes_of_a_kernel_are_taken_from_its_layout():
     spec = small_spec("tsd", shape=(2, 3, 6, 4), layout=layout)
     plain = small_spec("tsd", shape=(6, 8))
     kernel = np.random.default_rng(0).normal(size=(2, 3, 6, 4)).astype(np.float32)
-    adapters = trained(0, spec)[0]
-    new, frozen, report = launch({"k": jnp.asarray(kernel)}, adapters, spec)
+    trainable = trained(0, spec)[0]
+    new, frozen, report = launch({"k": jnp.asarray(kernel)}, trainable, spec)
     for layer in range(3):
-        one = jax.tree.map(lambda x, n=layer: x[n], adapters["k"])
+        one = jax.tree.map(lambda x, n=layer: x[n], trainable.adapters["k"])
         matrix = kernel[:, layer].transpose(1, 2, 0).reshape(6, 8)
         single = launch(
             {"k": jnp.asarray(matrix)},
-            {"k": one.replace(kernel=plain.kernels[0])},
+            Trainable(adapters={"k": one.replace(kernel=plain.kernels[0])}),
             plain,
         )
         got = jax.tree.map(
-            lambda x, n=layer: x[n], (new["k"], frozen["k"], report["k"])
+            lambda x, n=layer: x[n], (new.adapters["k"], frozen["k"], report["k"])
         )
-        want = tuple(tree["k"] for tree in single)
+        want = (single[0].adapters["k"], single[1]["k"], single[2]["k"])
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_epsilon_is_a_setting():
-    spec, params, adapters = problem("dash", (6, 9))
-    _, _, report = launch(params, adapters, spec, epsilon=5.0)
-    (want,) = oracle(params, adapters, epsilon=5.0).values()
-    (usual,) = oracle(params, adapters).values()
+    spec, params, trainable = problem("dash", (6, 9))
+    _, _, report = launch(params, trainable, spec, epsilon=5.0)
+    (want,) = oracle(params, trainable, epsilon=5.0).values()
+    (usual,) = oracle(params, trainable).values()
     np.testing.assert_allclose(report["k"].rates, want.rates, rtol=1e-5)
     np.testing.assert_array_equal(report["k"].indices, want.order[:4])
     assert want.order[:4].tolist() != usual.order[:4].tolist()
 
 
 def test_runs_inside_jit_and_leaves_the_settings_alone():
-    spec, params, adapters = problem("tsd", (3, 6, 9))
-    inside = jax.jit(lambda p, a: launch(p, a, spec))(params, adapters)
+    spec, params, trainable = problem("tsd", (3, 6, 9))
+    inside = jax.jit(lambda p, a: launch(p, a, spec))(params, trainable)
     outside = launched("tsd", (3, 6, 9))[3:]
     assert jnp.asarray(0.5).dtype == jnp.float32
     for x, y in zip(jax.tree.leaves(inside), jax.tree.leaves(outside), strict=True):
@@ -274,9 +279,9 @@ def test_runs_inside_jit_and_leaves_the_settings_alone():
 
 
 def test_errors():
-    spec, params, adapters = problem("tsd", (6, 9))
+    spec, params, trainable = problem("tsd", (6, 9))
     with pytest.raises(InputError, match="no 'k'"):
-        launch({"other": params["k"]}, adapters, spec)
+        launch({"other": params["k"]}, trainable, spec)
     lora = small_spec("lora", shape=(6, 9))
     with pytest.raises(InputError, match="'lora' has no launch"):
-        launch(params, adapters, lora)
+        launch(params, trainable, lora)

@@ -21,7 +21,6 @@ from typing import Any
 from tsd_jax import huggingface
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import parts_in
 from tsd_jax.data.classification import Labels
 from tsd_jax.huggingface.factors import module_factors
 from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors, neighbours
@@ -105,7 +104,7 @@ def export_peft(
         )
     return to_peft(
         out,
-        found.adapters,
+        found.trainable,
         found.directions,
         _module_name(base),
         base_model=base,
@@ -138,10 +137,10 @@ def _shapes(base: str, found: SavedAdapter) -> Any:
     """
     if not (Path(base) / "config.json").is_file():
         return None
-    stacked = any(path.startswith("layers/") for path in found.adapters)
+    stacked = any(path.startswith("layers/") for path in found.trainable.paths)
     config = huggingface.read_config(base)
     shapes = huggingface.abstract_params(config, scan_layers=stacked)
-    if not neighbours(parts_in(found.adapters), paths.flatten(shapes)):
+    if not neighbours(found.spec.whole, paths.flatten(shapes)):
         return shapes
     return huggingface.load_params(base, config, scan_layers=stacked)
 
@@ -172,7 +171,7 @@ def export_merged(
     else:
         done = to_merged(
             out,
-            found.adapters,
+            found.trainable,
             found.directions,
             _module_name(str(folder)),
             base_folder=folder,
@@ -193,8 +192,8 @@ def _trained(found: SavedAdapter | Foreign, module_name: ModuleName) -> Trained:
     if isinstance(found, Foreign):
         return Trained(found.factors, found.whole)
     return Trained(
-        module_factors(found.adapters, found.directions, module_name),
-        full_tensors(parts_in(found.adapters), module_name),
+        module_factors(found.trainable.adapters, found.directions, module_name),
+        full_tensors(found.trainable.full, module_name),
     )
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tsd_jax.analysis import arrays, maps, plots
-from tsd_jax.core.full_params import kernels_in
 from tsd_jax.core.spec import Spec
 from tsd_jax.storage.directions_file import read_directions
 from tsd_jax.training.state import TrainState
@@ -61,7 +60,7 @@ def gains_used(state: TrainState) -> dict[str, list[int]]:
       state: on the host; methods without gains give an empty dict.
     """
     used = {}
-    for path, adapter in kernels_in(state.adapters).items():
+    for path, adapter in state.trainable.adapters.items():
         gate = state.directions[path].gate
         if adapter.gain is not None:
             shape = adapter.gain.shape[:-1]
@@ -103,5 +102,5 @@ def write_plots(
         plots.plot_spectra(spectra, folder / "spectra.png")
         if any(spectrum.used is not None for spectrum in spectra.values()):
             maps.plot_gains(spectra, folder / "gains.png")
-        overlaps = arrays.learned_overlap(state.adapters, state.directions)
+        overlaps = arrays.learned_overlap(state.trainable, state.directions)
         maps.plot_overlap(overlaps, folder / "overlap.png")

@@ -20,7 +20,6 @@ from tsd_jax.app.task import Evaluate
 from tsd_jax.binding.linen import bind
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import parts_in
 from tsd_jax.core.quantization import Quantization
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn
@@ -288,7 +287,7 @@ def make_parts(
             watching.append(
                 DirectionMonitor(params, run.spec, config, epsilon=run.epsilon)
             )
-        return state.replace(monitor=watching[0](state.monitor, state.adapters))
+        return state.replace(monitor=watching[0](state.monitor, state.trainable))
 
     def launch(state: TrainState):
         watching.clear()  # and with it the spectra it holds
@@ -315,7 +314,7 @@ def make_parts(
             write_rankings(run.workdir / "directions.npz", report)
 
     def evaluate(state: TrainState) -> Figures:
-        bound = bind(params, state.adapters, state.directions)
+        bound = bind(params, state.trainable, state.directions)
         return run.evaluate({"params": bound})
 
     return loop.LoopCallbacks(
@@ -352,13 +351,13 @@ def finish(
 ) -> None:
     """Write adapter, summary and plots, and say where they are."""
     state = report.on_host(state)
-    rest = neighbours(parts_in(state.adapters), paths.flatten(params))
+    rest = neighbours(run.spec.whole, paths.flatten(params))
     rest = report.on_host(rest)
     if jax.process_index() != 0:
         return
     save_adapter(
         run.workdir / ADAPTER,
-        state.adapters,
+        state.trainable,
         state.directions,
         run.spec,
         launched=bool(state.launched),
@@ -367,7 +366,7 @@ def finish(
     )
     export = to_peft(
         run.workdir / "adapter",
-        state.adapters,
+        state.trainable,
         state.directions,
         functools.partial(
             huggingface.module_name, model_type=run.base.network.config.model_type

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, Directions
+from tsd_jax.core.adapter import Adapter, AllDirections, Directions, Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
@@ -316,7 +316,7 @@ def _chunk_runner(extraction: Extraction, kernel: Any) -> Callable:
 
 def launch(
     params: Mapping,
-    adapters: Mapping[str, Any],
+    trainable: Trainable,
     spec: Spec,
     *,
     epsilon: float = EPSILON,
@@ -324,7 +324,7 @@ def launch(
     deltas: Mapping[str, jax.Array] | None = None,
     extraction: Extraction | None = None,
     progress: Progress | None = None,
-) -> tuple[Adapters, AllDirections, dict[str, Ranking]]:
+) -> tuple[Trainable, AllDirections, dict[str, Ranking]]:
     """Rank every kernel's directions and start the dash phase from them.
 
     Call it once, between two steps. Extraction runs jit-compiled in float64
@@ -336,7 +336,7 @@ def launch(
     Args:
       params: the parameter tree with the untouched kernels; quantized ones become
         floats a chunk at a time.
-      adapters: {path: Adapter} as trained so far; parts trained whole go on.
+      trainable: as trained so far; its `full` parameters go on untouched.
       spec: of `make_spec`; its method says what is started.
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).
       seed: of the ranking "random".
@@ -347,8 +347,9 @@ def launch(
       progress: called after every chunk with the matrices done and their number.
 
     Returns:
-      adapters (gains zero; A, B new where the method restarts them, DoRA's magnitudes
-      where it drops what pre-launch learned), directions, and {path: Ranking}.
+      trainable (gains zero; A, B new where the method restarts them, DoRA's
+      magnitudes where it drops what pre-launch learned), directions, and
+      {path: Ranking}.
 
     Raises:
       InputError: a kernel is not in the tree, the method has no launch, or it makes
@@ -364,10 +365,9 @@ def launch(
     kernels = paths.select(params, spec.paths)
     total = sum(int(np.prod(kernel.batch_shape)) for kernel in spec.kernels)
     before = 0
-    new_adapters: Adapters = {part.path: adapters[part.path] for part in spec.whole}
-    new_directions, report = {}, {}
+    adapters, directions, report = {}, {}, {}
     for kernel in spec.kernels:
-        adapter = adapters[kernel.path]
+        adapter = trainable.adapters[kernel.path]
         program = MatrixLaunch(
             spec.method,
             kernel.scale,
@@ -397,7 +397,7 @@ def launch(
             magnitude = adapter.magnitude
         gain = None if adapter.gain is None else jnp.zeros_like(adapter.gain)
         new = adapter.replace(a=a, b=b, gain=gain, magnitude=magnitude)
-        new_adapters[kernel.path] = new
-        new_directions[kernel.path] = frozen
+        adapters[kernel.path] = new
+        directions[kernel.path] = frozen
         report[kernel.path] = ranking
-    return new_adapters, new_directions, report
+    return trainable.replace(adapters=adapters), directions, report

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapters
+from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import stored
 from tsd_jax.core.spec import KernelSpec, Spec
@@ -188,7 +188,7 @@ def _matrices(
 
 
 @functools.partial(jax.jit, static_argnames=("chosen", "place"))
-def _pick(adapters: Adapters, *, chosen: Sample, place: NamedSharding | None):
+def _pick(trainable: Trainable, *, chosen: Sample, place: NamedSharding | None):
     """Return {path: (A, B, m or None)} of the watched matrices, whole on every device."""
 
     def rows(x: Any, indices: tuple[int, ...], rank: int = 2) -> Any:
@@ -197,7 +197,7 @@ def _pick(adapters: Adapters, *, chosen: Sample, place: NamedSharding | None):
         some = x.reshape(-1, *x.shape[-rank:])[np.asarray(indices)]
         return some if place is None else lax.with_sharding_constraint(some, place)
 
-    pairs = {kernel.path: adapters[kernel.path] for kernel, _ in chosen}
+    pairs = {kernel.path: trainable.adapters[kernel.path] for kernel, _ in chosen}
     return {
         kernel.path: (
             rows(pairs[kernel.path].a, indices),
@@ -260,11 +260,11 @@ class DirectionMonitor:
         with jax.enable_x64(True):
             self._spectra = {p: _decompose(m) for p, m in self._matrices.items()}
 
-    def __call__(self, settling: MonitorState, adapters: Adapters) -> MonitorState:
+    def __call__(self, settling: MonitorState, trainable: Trainable) -> MonitorState:
         """Check once; give what the next check needs, where the old one lies."""
         chosen = self._sample
-        place = _replicated(jax.tree.leaves(adapters)[0])
-        factors = jax.tree.map(_here, _pick(adapters, chosen=chosen, place=place))
+        place = _replicated(jax.tree.leaves(trainable)[0])
+        factors = jax.tree.map(_here, _pick(trainable, chosen=chosen, place=place))
         with jax.enable_x64(True):
             sets = _top(
                 self._matrices,
