@@ -184,10 +184,10 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_a_foreign_file_is_refused(tmp_path):
     save_file({"x": np.zeros(3)}, tmp_path / "x", {"format": "pt"})
-    with pytest.raises(InputError, match="no adapter file of tsd_jax"):
+    with pytest.raises(InputError, match="not an adapter file of tsd_jax"):
         load_adapter(tmp_path / "x")
     save_file({"x": np.zeros(3)}, tmp_path / "x")
-    with pytest.raises(InputError, match="no adapter file of tsd_jax"):
+    with pytest.raises(InputError, match="not an adapter file of tsd_jax"):
         load_adapter(tmp_path / "x")
 
 
@@ -273,7 +273,9 @@ def test_a_spec_of_other_parts_is_refused(tmp_path):
     file = tmp_path / "one.safetensors"
     save_adapter(file, trainable, directions, spec, launched=True)
     fewer = Spec(spec.kernels, spec.method, PARTS[:1])
-    with pytest.raises(InputError, match="the spec has no part 'embed/embedding'"):
+    with pytest.raises(
+        InputError, match="the spec has no full parameter 'embed/embedding'"
+    ):
         load_adapter(file, fewer)
     moved = dataclasses.replace(PARTS[1], rows=(5, 7))
     other = Spec(spec.kernels, spec.method, (PARTS[0], moved))

@@ -165,7 +165,7 @@ def export_merged(
             found.factors,
             base_folder=folder,
             dtype=dtype,
-            whole=found.whole,
+            full=found.whole,
             tokenizer_folder=tokenizer,
         )
     else:

@@ -77,21 +77,20 @@ def to_merged(
 
         W' = round(W + dK^T),  added in float32 and rounded once
 
-    With DoRA its rows are scaled to their magnitudes before they are rounded. Parts
-    trained whole take their tensors' places; rows past the base's vocabulary grow it.
-    Same files and index as the base's, with config.json, generation_config.json,
-    tokenizer and licence beside them. The folder appears when all of it is written.
+    With DoRA its rows are scaled to their magnitudes before they are rounded. Full
+    parameters replace their tensors; rows past the base's vocabulary enlarge it. The
+    files are split as the base's, with config.json, generation_config.json, tokenizer
+    and licence beside them. The folder appears when everything is written.
 
     Args:
-      folder: new, or empty.
+      folder: new or empty.
       trainable: on this host.
       directions: {kernel path: Directions}.
-      module_name: (path, layer of a stacked leaf or None) -> name of the torch
-        module; a kernel's `weight` is (out, in).
+      module_name: (path, index of a stacked leaf or None) -> name of the torch module.
       base_folder: the base in Hugging Face format.
-      dtype: of all float weights; by default each keeps its own. A small dK drowns in
-        bfloat16: see the errors returned, and logged where they exceed 1 %.
-      tokenizer_folder: holds the tokenizer of a vocabulary that has grown.
+      dtype: of all float weights; by default each keeps its own. bfloat16 rounds much
+        of a small dK away: see the errors returned, and logged where they exceed 1 %.
+      tokenizer_folder: has the tokenizer of a vocabulary that has grown.
 
     Raises:
       InputError: the folder is not empty or is the base's own; the base is damaged,
@@ -104,7 +103,7 @@ def to_merged(
         factors,
         base_folder=base_folder,
         dtype=dtype,
-        whole=full_tensors(trainable.full, module_name),
+        full=full_tensors(trainable.full, module_name),
         tokenizer_folder=tokenizer_folder,
     )
 
@@ -115,10 +114,22 @@ def merge_factors(
     *,
     base_folder: str | Path,
     dtype: DTypeLike | None = None,
-    whole: Mapping[str, FullTensor] = MappingProxyType({}),
+    full: Mapping[str, FullTensor] = MappingProxyType({}),
     tokenizer_folder: str | Path | None = None,
 ) -> MergedExport:
-    """Merge {torch module: factors} and {tensor: `whole`}; see `to_merged`."""
+    """Merge torch modules' factors into a base; see `to_merged`.
+
+    Args:
+      folder: new or empty.
+      factors: {torch module: dK of it}.
+      base_folder: as in `to_merged`.
+      dtype: as in `to_merged`.
+      full: {torch tensor: its trained values}.
+      tokenizer_folder: as in `to_merged`.
+
+    Raises:
+      InputError: as `to_merged`.
+    """
     folder, base = Path(folder), Path(base_folder)
     target = None if dtype is None else jnp.dtype(dtype)
     if target is not None and not jnp.issubdtype(target, jnp.floating):
@@ -134,14 +145,14 @@ def merge_factors(
     }
     _check_base(base, config, shapes, factors)
     tied = bool(config.get("tie_word_embeddings"))
-    whole = with_tied_copy(whole, {*shapes}, tied=tied)
-    size = grown_vocabulary(whole, shapes, base)
+    full = with_tied_copy(full, {*shapes}, tied=tied)
+    size = grown_vocabulary(full, shapes, base)
     report = _Report()
     with staged_folder(folder) as part:
         _write_companions(base, part, config, target, size)
         if size is not None and tokenizer_folder is not None:
             copy_tokenizer(Path(tokenizer_folder), part)
-        writer = _ShardWriter(part, {**changes, **whole}, target, report)
+        writer = _ShardWriter(part, {**changes, **full}, target, report)
         total_size = sum([writer.write(file) for file in files])
         if [file.name for file in files] != [WEIGHTS_FILE]:
             _write_index(base / INDEX_FILE, part, total_size)
