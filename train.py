@@ -42,7 +42,7 @@ from tsd_jax.app.task import (
 )
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.extraction.chunks import host_device
+from tsd_jax.extraction.devices import host_device
 from tsd_jax.extraction.launch import check_deltas
 from tsd_jax.huggingface.full_tensors import check_modules
 from tsd_jax.training import loop, processes, sharding

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.trees import random_pair, small_spec
+from tests.helpers.dora import as_float64, falling_kernels, kernel_of
+from tests.helpers.trees import STACKED, random_all, random_pair, small_spec
 from tsd_jax.core.adapter import Trainable, delta, init, low_rank_factors, merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.spec import Spec
+from tsd_jax.core.spec import Rule, Spec, build_spec
 
 start = jax.jit(init, static_argnums=(1, 2))
 
@@ -162,3 +163,71 @@ def test_merge_names_a_missing_kernel():
             Trainable(adapters={"k": adapter}),
             {"k": directions},
         )
+
+
+def test_magnitudes_start_at_the_norms_of_the_base():
+    spec = small_spec("tsd", dora=True)
+    params = falling_kernels(spec)
+    trainable, directions = init(jax.random.key(0), spec, params=params)
+    plain, _ = init(jax.random.key(0), small_spec("tsd"))
+    merged = merge(params, trainable, directions)
+    for path, kernel in params.items():
+        norms = np.linalg.norm(as_float64(kernel), axis=-2)
+        np.testing.assert_allclose(trainable.adapters[path].magnitude, norms, rtol=1e-6)
+        np.testing.assert_allclose(merged[path], kernel, rtol=2e-6)
+        np.testing.assert_array_equal(
+            trainable.adapters[path].a, plain.adapters[path].a
+        )
+        assert plain.adapters[path].magnitude is None
+    factors = 2 * (6 + 7) + 4
+    assert [k.trainable for k in spec.kernels] == [factors + 7, 3 * (factors + 7)]
+
+
+def test_dora_needs_the_base_to_start_from():
+    with pytest.raises(InputError, match=r"^k: DoRA starts at the norms.*give params="):
+        init(jax.random.key(0), small_spec("dash", dora=True))
+
+
+@pytest.mark.parametrize("method", ["lora", "dash", "tsd+keep"])
+def test_merged_kernels_are_the_formula(method):
+    """Frozen factors and gains count in the norm; a plain kernel beside is as ever."""
+    rules = [
+        Rule(pattern=p, rank=2, directions=4, dora=p == "k") for p in ("k", "stack")
+    ]
+    sound = small_spec(method)
+    spec = build_spec(
+        {"k": (6, 7), "stack": (3, 6, 7)},
+        {"k": Layout(), "stack": STACKED},
+        dict(zip(("k", "stack"), rules, strict=True)),
+        sound.method,
+    )
+    params = falling_kernels(spec)
+    trainable, directions = random_all(1, spec, 0.5)
+    merged = merge(params, trainable, directions)
+    want = kernel_of(params, trainable, directions, "k")
+    np.testing.assert_allclose(merged["k"], want, rtol=1e-5, atol=1e-5)
+    added = delta(trainable.adapters["k"], directions["k"], params["k"])
+    np.testing.assert_allclose(
+        added, want - as_float64(params["k"]), rtol=1e-5, atol=1e-5
+    )
+    plain = as_float64(params["stack"]) + as_float64(
+        delta(trainable.adapters["stack"], directions["stack"])
+    )
+    np.testing.assert_allclose(merged["stack"], plain, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="k: what DoRA adds depends on the kernel"):
+        delta(trainable.adapters["k"], directions["k"])
+
+
+def test_stored_axes_and_types_are_kept():
+    """(out2, layers, in, out1), bfloat16: norms are those of the matrices."""
+    layout = Layout((1,), (2,), (3, 0), lifted=(1,))
+    spec = small_spec("dash", shape=(2, 3, 6, 4), layout=layout, dora=True)
+    kernel = np.random.default_rng(0).normal(size=(2, 3, 6, 4))
+    params = {"k": jnp.asarray(kernel, jnp.bfloat16)}
+    trainable, directions = random_all(0, spec)
+    merged = merge(params, trainable, directions, jnp.float32)["k"]
+    matrices = {"k": layout.to_matrices(params["k"])}
+    want = kernel_of(matrices, trainable, directions, "k")
+    got = layout.to_matrices(merged)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert merge(params, trainable, directions)["k"].dtype == jnp.bfloat16

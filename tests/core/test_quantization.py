@@ -18,7 +18,8 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
 from tsd_jax.extraction.chunks import plan_chunks
-from tsd_jax.extraction.launch import Extraction, launch
+from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.training.sharding import make_mesh
 
 SHAPE = (5, 16, 24)
@@ -218,7 +219,7 @@ def test_one_matrix_alone_and_its_store():
 @pytest.mark.usefixtures("optimized")
 def test_of_a_stack_a_chunk_alone_becomes_floats():
     leaf = base("int8")[0]["k"]
-    plan = plan_chunks(leaf, STACKED, memory_budget=1)
+    plan = plan_chunks(leaf, STACKED, matrices_per_device=1)
     assert plan.width == 1
     take = jax.jit(lambda kernel, start: plan.matrices(kernel, start))
     text = take.lower(leaf, np.int32(0)).compile().as_text() or ""

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.extraction.test_launch import oracle, problem
+from tests.extraction.test_matrix_launch import oracle, problem
 from tsd_jax.core.adapter import merge
-from tsd_jax.core.methods import get_method
+from tsd_jax.core.methods import STARTS, get_method
 from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.restarts import RESTARTS
 
 SHAPES = pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 6, 9)], ids=str)
 
@@ -90,3 +91,7 @@ def test_dash_along_other_directions():
     new, _, report = launch(params, trainable, spec)
     assert report["k"].indices.tolist() == [0, 1, 2, 3]
     assert jnp.array_equal(new.adapters["k"].a, trainable.adapters["k"].a)
+
+
+def test_there_is_a_restart_for_every_start():
+    assert tuple(RESTARTS) == STARTS

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from tests.helpers.trees import small_spec, trained
 from tsd_jax.core.layout import Layout
 from tsd_jax.extraction import spectra_cache
-from tsd_jax.extraction.launch import Extraction, launch
+from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.extraction.spectra_cache import fingerprint
 from tsd_jax.training.sharding import make_mesh
 

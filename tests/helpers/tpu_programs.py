@@ -40,7 +40,12 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
     from tsd_jax.core.layout import Layout
     from tsd_jax.core.spec import KernelSpec
     from tsd_jax.extraction.chunks import plan_chunks
-    from tsd_jax.extraction.launch import Ranking, _out_shardings, _spread_chunk
+    from tsd_jax.extraction.launch import (
+        Operands,
+        Ranking,
+        _out_shardings,
+        _spread_chunk,
+    )
 
     layers, fan_in, fan_out = STACKS[name]
     axes = ("tensor", "fsdp") if name == "down" else ("fsdp", "tensor")
@@ -78,14 +83,19 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
         found(1, dtype=jnp.int32),
     )
     results = (
-        (found(fan_in, RANK), found(RANK, fan_out), None, frozen),
+        (
+            {"a": found(fan_in, RANK), "b": found(RANK, fan_out), "magnitude": None},
+            frozen,
+        ),
         ranking,
     )
     places = _out_shardings(Adapter(a, b, None, spec))
     with jax.enable_x64(True):
         return {
             "spread": _spread_chunk.lower(
-                kernel, a, b, None, noise, None, start, plan=plan
+                Operands(kernel, {"a": a, "b": b, "magnitude": None}, noise, None),
+                start,
+                plan=plan,
             ),
             "join": plan.joiner(places).lower([results] * len(plan.starts)),
         }

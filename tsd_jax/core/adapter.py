@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from tsd_jax.core import paths
 from tsd_jax.core.dora import column_norms, rescaling
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, place_full, start_full
+from tsd_jax.core.leaves import FACTORS, GAINS, LeafSpec, leaf, map_leaves
+from tsd_jax.core.methods import Method
 from tsd_jax.core.quantization import dequantize
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.types import Leaf
+
+
+def _restarts(method: Method) -> bool:
+    return method.restart
+
+
+def _launches(kernel: KernelSpec) -> bool:
+    return kernel.columns > 0
 
 
 class Adapter(struct.PyTreeNode):
@@ -31,11 +42,30 @@ class Adapter(struct.PyTreeNode):
         None without.
     """
 
-    a: Leaf
-    b: Leaf
-    gain: Leaf
+    a: Leaf = struct.field(
+        metadata=leaf("in", "rank", group=FACTORS, renewed=_restarts)
+    )
+    b: Leaf = struct.field(
+        metadata=leaf("rank", "out", group=FACTORS, renewed=_restarts)
+    )
+    gain: Leaf = struct.field(
+        metadata=leaf(
+            "gains",
+            group=GAINS,
+            exists=lambda kernel: kernel.gains,
+            renewed=lambda method: method.gains,
+        )
+    )
     kernel: KernelSpec = struct.field(pytree_node=False)
-    magnitude: Leaf = None
+    magnitude: Leaf = struct.field(
+        default=None,
+        metadata=leaf(
+            "out",
+            group=FACTORS,
+            exists=lambda kernel: kernel.dora,
+            renewed=lambda method: method.begins_again,
+        ),
+    )
 
 
 class Directions(struct.PyTreeNode):
@@ -48,10 +78,12 @@ class Directions(struct.PyTreeNode):
         decides how many it uses; None otherwise.
     """
 
-    left: Leaf
-    right: Leaf
-    offset: Leaf
-    gate: Leaf = None
+    left: Leaf = struct.field(metadata=leaf("in", "columns", exists=_launches))
+    right: Leaf = struct.field(metadata=leaf("out", "columns", exists=_launches))
+    offset: Leaf = struct.field(metadata=leaf("columns", exists=_launches))
+    gate: Leaf = struct.field(
+        default=None, metadata=leaf("gains", exists=lambda kernel: kernel.gated)
+    )
 
 
 class Trainable(struct.PyTreeNode):
@@ -78,10 +110,18 @@ class Trainable(struct.PyTreeNode):
 AllDirections = dict[str, Directions]
 
 
+def leaves_beside(
+    kernel: KernelSpec, make: Callable[[LeafSpec], Any]
+) -> tuple[Adapter, Directions]:
+    """Return what lies beside a kernel, every leaf being make(its `LeafSpec`)."""
+    adapter = Adapter(kernel=kernel, **map_leaves(Adapter, kernel, make))
+    return adapter, Directions(**map_leaves(Directions, kernel, make))
+
+
 def init_kernel(
     key: jax.Array,
     kernel: KernelSpec,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     base: jax.Array | None = None,
 ) -> tuple[Adapter, Directions]:
     """Start one kernel's adapter: A uniform in +-1/sqrt(in), all else zero.
@@ -89,36 +129,27 @@ def init_kernel(
     The same as PEFT's default (`kaiming_uniform_(a=sqrt(5))`). With DoRA the magnitudes
     start at the norms of the base's columns, `base` being the stored kernel.
     """
-    batch, size = kernel.batch_shape, (kernel.fan_in, kernel.fan_out)
-    bound = size[0] ** -0.5
-    a = jax.random.uniform(
-        key, (*batch, size[0], kernel.rank), dtype, minval=-bound, maxval=bound
+    adapter, directions = leaves_beside(
+        kernel, lambda spec: jnp.zeros(spec.shape(kernel), dtype)
     )
-    b = jnp.zeros((*batch, kernel.rank, size[1]), dtype)
-    gain = jnp.zeros((*batch, kernel.gains), dtype) if kernel.gains else None
-    magnitude = None
+    bound = kernel.fan_in**-0.5
+    a = jax.random.uniform(key, adapter.a.shape, dtype, minval=-bound, maxval=bound)
+    adapter = adapter.replace(a=a)
     if kernel.dora:
         if base is None:
             raise InputError(
                 f"{kernel.path}: DoRA starts at the norms of the base's kernels; give "
                 "params=, the base's parameter tree"
             )
-        magnitude = column_norms(base, layout=kernel.layout).astype(dtype)
-    adapter = Adapter(a, b, gain, kernel, magnitude)
-    if not kernel.columns:
-        return adapter, Directions(None, None, None)
-    return adapter, Directions(
-        left=jnp.zeros((*batch, size[0], kernel.columns), dtype),
-        right=jnp.zeros((*batch, size[1], kernel.columns), dtype),
-        offset=jnp.zeros((*batch, kernel.columns), dtype),
-        gate=jnp.zeros((*batch, kernel.gains), dtype) if kernel.gated else None,
-    )
+        norms = column_norms(base, layout=kernel.layout)
+        adapter = adapter.replace(magnitude=norms.astype(dtype))
+    return adapter, directions
 
 
 def init(
     key: jax.Array,
     spec: Spec,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     params: Mapping[str, Any] | None = None,
 ) -> tuple[Trainable, AllDirections]:
@@ -158,7 +189,7 @@ def init(
 
 
 def _start_parts(
-    spec: Spec, params: Mapping[str, Any] | None, dtype: jnp.dtype
+    spec: Spec, params: Mapping[str, Any] | None, dtype: DTypeLike
 ) -> dict[str, FullParam]:
     """Start what trains whole at the base's own values."""
     if not spec.whole:
@@ -270,7 +301,7 @@ def merge(
     params: Mapping,
     trainable: Trainable,
     directions: Mapping[str, Directions],
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
 ) -> dict:
     """Add every dK to its kernel: K + gamma A B + L diag(g + o) R^T.
 

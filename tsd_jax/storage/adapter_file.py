@@ -27,11 +27,11 @@ from tsd_jax.core.adapter import (
     AllDirections,
     Directions,
     Trainable,
-    init_kernel,
 )
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.leaves import leaf_shapes, leaf_specs
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.storage.tensors import read_tensors, write_tensors
@@ -152,42 +152,27 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
     )
 
 
-def _fields(kind: type) -> list[str]:
-    """Return the names of the array leaves of Adapter, FullParam or Directions."""
-    return [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.metadata.get("pytree_node", True)
-    ]
-
-
 def _leaves(
     trainable: Trainable, directions: Mapping[str, Directions]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every leaf that is not None with its name in the file."""
-    for trees in (trainable.adapters, trainable.full, directions):
+    for trees in (trainable.adapters, directions):
         for path, tree in trees.items():
-            for name in _fields(type(tree)):
+            for name in leaf_specs(tree):
                 leaf = getattr(tree, name)
                 if leaf is not None:
                     yield f"{path}/{name}", np.asarray(leaf)
+    for path, part in trainable.full.items():
+        yield f"{path}/value", np.asarray(part.value)
 
 
 def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
     """Return {name in the file: shape} of every leaf that a spec has."""
     wanted = {f"{part.path}/value": part.value_shape for part in spec.whole}
     for kernel in spec.kernels:
-        pair = jax.eval_shape(
-            lambda base, kernel=kernel: init_kernel(
-                jax.random.key(0), kernel, jnp.dtype("float32"), base
-            ),
-            jax.ShapeDtypeStruct(kernel.shape, jnp.float32),
-        )
-        for tree in pair:
-            for name in _fields(type(tree)):
-                leaf = getattr(tree, name)
-                if leaf is not None:
-                    wanted[f"{kernel.path}/{name}"] = leaf.shape
+        for kind in (Adapter, Directions):
+            shapes = leaf_shapes(kind, kernel)
+            wanted |= {f"{kernel.path}/{name}": s for name, s in shapes.items()}
     return wanted
 
 
@@ -302,7 +287,7 @@ def _trees(
     directions: AllDirections = {}
     for kernel in spec.kernels:
         trained, frozen = (
-            {name: leaf(kernel.path, name) for name in _fields(kind)}
+            {name: leaf(kernel.path, name) for name in leaf_specs(kind)}
             for kind in (Adapter, Directions)
         )
         adapters[kernel.path] = Adapter(**trained, kernel=kernel)
