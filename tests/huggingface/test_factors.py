@@ -27,9 +27,7 @@ def test_the_product_is_the_change_of_each_matrix():
     np.testing.assert_allclose(found["k"].down @ found["k"].up, k, atol=1e-5)
     stack = delta(trainable.adapters["stack"], directions["stack"])
     dense = [found[f"stack.{n}"].down @ found[f"stack.{n}"].up for n in range(3)]
-    kernel = trainable.adapters["stack"].kernel
-    matrices = kernel.layout.to_matrices(np.asarray(stack))
-    np.testing.assert_allclose(dense, matrices, atol=1e-5)
+    np.testing.assert_allclose(dense, np.reshape(stack, (3, 6, 7)), atol=1e-5)
 
 
 def test_no_adapters_and_shared_names_are_refused():
@@ -43,7 +41,7 @@ def test_no_adapters_and_shared_names_are_refused():
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_compression_is_the_truncated_svd(rank):
     factors = random_factors(5)
-    dense = np.float64(factors.down) @ np.float64(factors.up)
+    dense = factors.down.astype(np.float64) @ factors.up.astype(np.float64)
     u, s, vt = np.linalg.svd(dense, full_matrices=False)
     small = compress(factors, rank)
     best = (u[:, :rank] * s[:rank]) @ vt[:rank]

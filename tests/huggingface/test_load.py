@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers.decoders import PUBLISHED, write_decoder
-from tests.helpers.small_llama import CONFIG, random_params
+from tests.helpers.small_llama import CONFIG
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
 from tsd_jax.huggingface import device_loader, names, read_config
@@ -25,11 +25,6 @@ from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
 from tsd_jax.training.sharding import make_mesh, param_shardings
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def params():
-    return random_params()
 
 
 @pytest.fixture

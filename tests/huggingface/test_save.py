@@ -6,16 +6,11 @@ import json
 import pytest
 from safetensors import safe_open
 
-from tests.helpers.small_llama import CONFIG, random_params
+from tests.helpers.small_llama import CONFIG
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface.save import write_checkpoint
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def params():
-    return random_params()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def test_scalings_are_built_by_the_types_of_their_fields(settings, want):
     given = fields({"rope_scaling": settings, **SIZES})
     scaling = given.scaling(given.rope())
     assert scaling == want
-    written = fields(rope_settings(scaling) | SIZES)
+    entries = json.loads(json.dumps(rope_settings(scaling)))
+    written = fields(entries | SIZES)
     assert written.scaling(written.rope()) == want
 
 
