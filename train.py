@@ -161,7 +161,7 @@ def full_rules(config: Config, base: Base) -> list[tsd.Full]:
     rules = [tsd.Full(pattern=pattern)] if pattern else []
     rows = base.added.rows if base.added else None
     flat = paths.flatten(base.params)
-    for path, axis in huggingface.ROWS.items():
+    for path, axis in huggingface.TOKEN_AXES.items():
         taken = pattern and re.fullmatch(pattern, path)
         if rows and path in flat and not taken:
             rules.append(tsd.Full(pattern=re.escape(path), rows=rows, axis=axis))

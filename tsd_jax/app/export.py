@@ -22,14 +22,20 @@ from tsd_jax import huggingface
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
-from tsd_jax.huggingface.factors import ModuleName, module_factors
+from tsd_jax.huggingface.factors import module_factors
 from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors, neighbours
 from tsd_jax.huggingface.merge import merge_factors, to_merged
-from tsd_jax.huggingface.merge_encoder import Trained, noted_labels, write_merged
-from tsd_jax.huggingface.peft.files import read_modules
-from tsd_jax.huggingface.peft.full_params import read_full
-from tsd_jax.huggingface.peft.write import CONFIG, PeftExport, to_peft, write_adapter
-from tsd_jax.huggingface.vocabulary import copy_tokenizer, has_tokenizer
+from tsd_jax.huggingface.merge_encoder import Trained, recorded_labels, write_merged
+from tsd_jax.huggingface.model_folder import (
+    ADAPTER_CONFIG_FILE,
+    copy_tokenizer,
+    has_tokenizer,
+)
+from tsd_jax.huggingface.names import ModuleName
+from tsd_jax.huggingface.peft.files import read_files
+from tsd_jax.huggingface.peft.full_params import full_of
+from tsd_jax.huggingface.peft.modules import modules_of
+from tsd_jax.huggingface.peft.write import PeftExport, to_peft, write_adapter
 from tsd_jax.models.encoder_config import EncoderConfig
 from tsd_jax.storage.adapter_file import SavedAdapter, load_adapter
 
@@ -62,19 +68,21 @@ def read(source: Path) -> SavedAdapter | Foreign:
     """
     if (source / ADAPTER).is_file():
         return load_adapter(source / ADAPTER)
-    if (source / CONFIG).is_file():
-        config, modules = read_modules(source)
-        factors = {name: module.factors for name, module in modules.items()}
+    if (source / ADAPTER_CONFIG_FILE).is_file():
+        files = read_files(source)
+        config = files.config
+        factors = {name: module.factors for name, module in modules_of(files).items()}
         return Foreign(
             factors,
             config.get("base_model_name_or_path"),
-            read_full(source),
+            full_of(files),
             bool(config.get("ensure_weight_tying")),
             config.get("task_type") or "CAUSAL_LM",
         )
     if source.is_dir():
         raise InputError(
-            f"{source} holds neither {ADAPTER} of a finished run nor {CONFIG} of PEFT"
+            f"{source} holds neither {ADAPTER} of a finished run nor "
+            f"{ADAPTER_CONFIG_FILE} of PEFT"
         )
     return load_adapter(source)
 
@@ -157,7 +165,7 @@ def export_merged(
             found.factors,
             base_folder=folder,
             dtype=dtype,
-            whole=found.whole,
+            full=found.whole,
             tokenizer_folder=tokenizer,
         )
     else:
@@ -220,7 +228,7 @@ def export(options: argparse.Namespace) -> str:
         raise InputError(f"{options.source} does not name its base: give --base")
     if options.to == "merged":
         tokenizer = _tokenizer_folder(options.source)
-        labels = noted_labels(options.source)
+        labels = recorded_labels(options.source)
         return export_merged(found, options.out, base, options.dtype, tokenizer, labels)
     if options.out.resolve() == options.source.resolve():
         raise InputError(f"{options.out} is what is read: give another --out")
@@ -233,7 +241,7 @@ def export(options: argparse.Namespace) -> str:
 
 def _tokenizer_folder(source: Path) -> Path | None:
     """Find the tokenizer that lies beside an adapter with added tokens."""
-    beside = source if (source / CONFIG).is_file() else source / "adapter"
+    beside = source if (source / ADAPTER_CONFIG_FILE).is_file() else source / "adapter"
     folder = source.parent / "adapter" if source.is_file() else beside
     return folder if has_tokenizer(folder) else None
 

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from tsd_jax.analysis import arrays, maps, plots
 from tsd_jax.core.spec import Spec
+from tsd_jax.storage.directions_file import read_directions
 from tsd_jax.training.state import TrainState
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -75,7 +76,7 @@ def launched_indices(
     """Return {kernel: launched directions, (*batch, c)}; None before launch."""
     if not state.launched:
         return None
-    found = arrays.read_directions(workdir / "directions.npz")
+    found = read_directions(workdir / "directions.npz")
     return {
         kernel.path: found[kernel.path].indices.reshape(*kernel.batch_shape, -1)
         for kernel in spec.kernels
@@ -97,7 +98,7 @@ def write_plots(
     launched = [row["step"] for row in rows if row["kind"] == "launch"]
     plots.plot_loss(rows, launched[0] if launched else None, folder / "loss.png")
     if launched:
-        spectra = arrays.read_directions(workdir / "directions.npz")
+        spectra = read_directions(workdir / "directions.npz")
         plots.plot_spectra(spectra, folder / "spectra.png")
         if any(spectrum.used is not None for spectrum in spectra.values()):
             maps.plot_gains(spectra, folder / "gains.png")

@@ -30,6 +30,8 @@ from tsd_jax.huggingface.full_tensors import neighbours
 from tsd_jax.huggingface.peft.write import to_peft
 from tsd_jax.storage import run_files
 from tsd_jax.storage.adapter_file import save_adapter
+from tsd_jax.storage.atomic import read_json_or_empty, write_json
+from tsd_jax.storage.directions_file import write_rankings
 from tsd_jax.training import loop, processes, sharding
 from tsd_jax.training.auto_launch import DirectionMonitor
 from tsd_jax.training.checkpoint import Checkpoints
@@ -173,7 +175,7 @@ def execute(run: Run) -> None:
         content = {"config": dict(run.settings), **report.environment()}
         if run.base.labels is not None:
             content["labels"] = dataclasses.asdict(run.base.labels)
-        run_files.write_json(run.workdir / "config.json", content)
+        write_json(run.workdir / "config.json", content, sort_keys=True)
     _check_shared(run.workdir)
     with Checkpoints(run.workdir / "checkpoints") as checkpoints:
         saved = checkpoints if goes_on else None
@@ -312,7 +314,7 @@ def make_parts(
     def on_launch(report) -> None:
         report = report.on_host(report)
         if jax.process_index() == 0:
-            run_files.write_rankings(run.workdir / "directions.npz", report)
+            write_rankings(run.workdir / "directions.npz", report)
 
     def evaluate(state: TrainState) -> Figures:
         return run.evaluate(bind_variables(params, state.trainable, state.directions))
@@ -377,7 +379,7 @@ def finish(
     )
     if run.base.added is not None:
         run.base.tokenizer.save_pretrained(str(run.workdir / "adapter"))
-    old = run_files.read_json(run.workdir / "summary.json")
+    old = read_json_or_empty(run.workdir / "summary.json")
     launches = [row for row in recorder.rows if row["kind"] == "launch"]
     launch = launches[0] if launches else {"step": run.plan.launch_step}
     timed = bool(watch.tokens)  # a finished run that is started again times nothing
@@ -396,8 +398,10 @@ def finish(
         "extract_seconds": launch.get("extract_seconds"),
         "peak_memory_bytes": report.peak_memory_bytes(),
     }
-    run_files.write_json(
-        run.workdir / "summary.json", summary if timed else summary | old
+    write_json(
+        run.workdir / "summary.json",
+        summary if timed else summary | old,
+        sort_keys=True,
     )
     report.write_plots(run.workdir, recorder.rows, state)
     high = export.rank > 16 and not export.dora
