@@ -151,7 +151,7 @@ def make_spec(config: Config, base: Base) -> tsd.Spec:
     tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
     variables = {"params": base.params}
     spec = tsd.make_spec(base.network.apply, variables, rules, tokens, method=method)
-    check_modules(spec.whole, spec.paths)
+    check_modules(spec.full, spec.paths)
     return spec
 
 
@@ -297,7 +297,7 @@ def batch_source(config: Config, data: Data, mesh: Mesh) -> Callable[[int], Any]
             f"train.batch_size {size} must be a multiple of train.micro_batches {parts}"
         )
     sharding.check_batch(size // parts, mesh)
-    rows = data.rows(size, 0, 1)  # whole in every process: see place_batch
+    rows = data.rows(size)  # whole in every process: see place_batch
 
     def batch(step: int) -> dict[str, jax.Array]:
         arrays = rows.batch(step)

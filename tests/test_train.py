@@ -180,7 +180,7 @@ def test_a_run_with_added_tokens_and_parts(tmp_path):
     )
     run = train.prepare(config, tmp_path / "run")
     assert run.base.network.config.vocab_size == 1181
-    assert [(p.path, p.rows) for p in run.spec.whole] == [
+    assert [(p.path, p.rows) for p in run.spec.full] == [
         ("embed_tokens/embedding", (1179, 1181)),
         ("norm/scale", None),
     ]

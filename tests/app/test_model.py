@@ -20,9 +20,9 @@ from tsd_jax.app.run import execute
 from tsd_jax.app.task import DataSettings
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
-from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.models.config import DecoderConfig
 
-LLAMA = LlamaConfig(8, 4, 4, 1, 1, 1, 4)
+LLAMA = DecoderConfig(8, 4, 4, 1, 1, 1, 4)
 WORDS = [f"w{number}" for number in range(62)]
 
 
@@ -87,7 +87,7 @@ def test_a_fresh_head_trains_beside_the_adapters(base, data, tmp_path, capsys):
     assert "58 items to train on, 6 held out" in told
     heads = ["classifier/bias", "classifier/kernel"]
     heads += ["pooler/dense/bias", "pooler/dense/kernel"]
-    assert [part.path for part in run.spec.whole] == heads
+    assert [part.path for part in run.spec.full] == heads
     execute(run)
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["launch_step"] == 8
@@ -186,9 +186,9 @@ def test_an_encoder_learns_no_new_tokens(headed):
         ({"eval__metric": "nll"}, "'nll' does not serve data.kind 'classification'"),
         (
             {"data__length": 99},
-            "99 tokens: the model has positions for 40",
+            "99 tokens are longer than the 40 positions",
         ),
-        ({"data__problem": "regression"}, "'bad' is no number"),
+        ({"data__problem": "regression"}, "'bad' is not a number"),
         ({"adapter__pattern": ".*"}, "embeddings"),
     ],
 )

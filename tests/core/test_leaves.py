@@ -20,7 +20,7 @@ from tsd_jax.core.leaves import (
 )
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.types import Leaf
-from tsd_jax.extraction.launch import Ranking
+from tsd_jax.extraction.matrix_launch import Ranking
 
 P = PartitionSpec
 

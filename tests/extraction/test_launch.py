@@ -168,5 +168,5 @@ def test_launch_by_gradients_of_stored_kernels(method, where):
 def test_methods_that_make_nothing_of_a_gradient():
     spec = small_spec("pissa", shape=(6, 9))
     params = {"k": jnp.ones((6, 9))}
-    with pytest.raises(InputError, match="'pissa' ranks by 'largest', which looks"):
+    with pytest.raises(InputError, match="'pissa' ranks by 'largest', which does"):
         launch(params, trained(0, spec)[0], spec, deltas=params)

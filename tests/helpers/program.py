@@ -1,4 +1,4 @@
-"""The module of train.py, loaded once: its flags can be defined only once."""
+"""The module of train.py, loaded once because its flags can be defined only once."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsd_jax.huggingface import names
-from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.models.config import DecoderConfig
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=12,
     hidden_size=8,
     intermediate_size=20,

@@ -107,17 +107,17 @@ def step_programs(mesh: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from tsd_jax.binding.linen import adapted, make_spec
+    from tsd_jax.binding.linen import adapted, bind_variables, make_spec
     from tsd_jax.core.spec import Rule
     from tsd_jax.evaluation.loss import next_token_loss
+    from tsd_jax.models.config import DecoderConfig
     from tsd_jax.models.decoder import DECODER_RULES, Decoder
-    from tsd_jax.models.llama import LlamaConfig
     from tsd_jax.training import sharding
     from tsd_jax.training.optimizer import make_optimizer
     from tsd_jax.training.state import create_state
     from tsd_jax.training.step import launch_state, make_train_step
 
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=512,
         hidden_size=256,
         intermediate_size=512,
@@ -142,6 +142,7 @@ def step_programs(mesh: Any) -> dict[str, Any]:
         )
     step = make_train_step(
         next_token_loss(adapted(model.apply)),
+        bind_variables,
         optimizer,
         state_shardings=where,
         param_shardings=at,

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.decoders import PUBLISHED
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface.config import config_json, read_config
-from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.models.config import DecoderConfig
 
 FULL = {
     "architectures": ["LlamaForCausalLM"],
@@ -30,7 +30,7 @@ FULL = {
     "bos_token_id": 1,
     "torch_dtype": "float32",
 }
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=512,
     hidden_size=64,
     intermediate_size=172,
@@ -65,7 +65,7 @@ def test_an_old_file_says_less(tmp_path):
     sizes += ("num_hidden_layers", "num_attention_heads", "model_type")
     old = {name: FULL[name] for name in sizes} | {"rope_scaling": None}
     config = read_config(written(tmp_path, old))
-    assert config == LlamaConfig(
+    assert config == DecoderConfig(
         vocab_size=512,
         hidden_size=64,
         intermediate_size=172,
@@ -180,7 +180,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "dynamic of one pair": (
         scaled(type="dynamic", factor=2.0) | {"head_dim": 2},
-        "dynamic needs heads",
+        "dynamic scaling needs",
         CORRECT,
     ),
     "yarn of one wavelength": (

@@ -140,7 +140,7 @@ def _shapes(base: str, found: SavedAdapter) -> Any:
     stacked = any(path.startswith("layers/") for path in found.trainable.paths)
     config = huggingface.read_config(base)
     shapes = huggingface.abstract_params(config, scan_layers=stacked)
-    if not neighbours(found.spec.whole, paths.flatten(shapes)):
+    if not neighbours(found.spec.full, paths.flatten(shapes)):
         return shapes
     return huggingface.load_params(base, config, scan_layers=stacked)
 

@@ -95,13 +95,13 @@ def describe(
       auto_launch: what decides instead of `launch_step`.
     """
     total = count_parameters(params)
-    frozen = total - sum(part.trainable for part in spec.whole)
+    frozen = total - sum(part.trainable for part in spec.full)
     base = quantized_part(params)
     method = spec.method.name + (" (keep)" if spec.method.keep else "")
     method += " on DoRA" * any(kernel.dora for kernel in spec.kernels)
     when = _when(launch_step, auto_launch)
     return (
-        table([_HEAD, *map(_row, spec.kernels), *map(_part_row, spec.whole)])
+        table([_HEAD, *map(_row, spec.kernels), *map(_part_row, spec.full)])
         + (f"\n{base}" if base else "")
         + f"\nmethod {method}, {when}, {steps} steps"
         + f"\ntrainable {spec.trainable:,} beside {frozen:,} frozen parameters "

@@ -17,14 +17,14 @@ from tsd_jax import huggingface
 from tsd_jax.app import report
 from tsd_jax.app.export import ADAPTER
 from tsd_jax.app.task import Evaluate
-from tsd_jax.binding.linen import bind
+from tsd_jax.binding.linen import bind_variables
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import Quantization
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn
 from tsd_jax.data.classification import Labels
-from tsd_jax.extraction.launch import Extraction
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.huggingface.families.family import Family
 from tsd_jax.huggingface.full_tensors import neighbours
 from tsd_jax.huggingface.peft.write import to_peft
@@ -271,6 +271,7 @@ def make_parts(
     loss_fn = run.loss_fn
     step = make_train_step(
         loss_fn,
+        bind_variables,
         run.optimizer,
         dropout=any(kernel.dropout > 0 for kernel in run.spec.kernels),
         state_shardings=places.state,
@@ -295,7 +296,9 @@ def make_parts(
         if run.discovery_batches:
             steps = range(int(state.step), int(state.step) + run.discovery_batches)
             batches = [run.batch(step) for step in steps]
-            changes = KernelGradients(loss_fn, state, params, run.spec, batches)
+            changes = KernelGradients(
+                loss_fn, bind_variables, state, params, run.spec, batches
+            )
         return launch_state(
             state,
             params,
@@ -314,8 +317,7 @@ def make_parts(
             write_rankings(run.workdir / "directions.npz", report)
 
     def evaluate(state: TrainState) -> Figures:
-        bound = bind(params, state.trainable, state.directions)
-        return run.evaluate({"params": bound})
+        return run.evaluate(bind_variables(params, state.trainable, state.directions))
 
     return loop.LoopCallbacks(
         step=step,
@@ -351,7 +353,7 @@ def finish(
 ) -> None:
     """Write adapter, summary and plots, and say where they are."""
     state = report.on_host(state)
-    rest = neighbours(run.spec.whole, paths.flatten(params))
+    rest = neighbours(run.spec.full, paths.flatten(params))
     rest = report.on_host(rest)
     if jax.process_index() != 0:
         return

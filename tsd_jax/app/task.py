@@ -65,7 +65,7 @@ class Rows(Protocol):
     """Return batches as a pure function of the step."""
 
     def batch(self, step: int) -> Arrays:
-        """Return this process's rows of batch `step`."""
+        """Return the rows of batch `step`."""
         ...
 
 
@@ -74,7 +74,7 @@ class Data:
     """Hold what was read and encoded.
 
     Attributes:
-      rows: makes the training rows, from (batch size, process index, count).
+      rows: makes the training rows, from the batch size.
       windows: evaluation items as arrays, or None where they are records.
       records: evaluation records; empty for others.
       notes: what a user should know of the encoding, a line each.
@@ -82,7 +82,7 @@ class Data:
       loss: makes the loss from the adapted apply function.
     """
 
-    rows: Callable[[int, int, int], Rows]
+    rows: Callable[[int], Rows]
     windows: Arrays | None
     records: list[Record]
     notes: tuple[str, ...]
@@ -115,14 +115,12 @@ def _read_text(settings: DataSettings, tokenizer: Any) -> Data:
     windows = encoding.windows(encoding.encode_text(held, tokenizer), settings.length)
     encoding.windows(ids[: settings.length + 1], settings.length)
 
-    def rows(batch_size: int, index: int, count: int) -> Rows:
+    def rows(batch_size: int) -> Rows:
         return RandomWindows(
             ids,
             settings.length,
             batch_size,
             settings.seed,
-            process_index=index,
-            process_count=count,
         )
 
     held_rows = len(windows["tokens"])
@@ -145,13 +143,11 @@ def _read_instructions(settings: DataSettings, tokenizer: Any) -> Data:
         train_on_prompt=settings.train_on_prompt,
     )
 
-    def rows(batch_size: int, index: int, count: int) -> Rows:
+    def rows(batch_size: int) -> Rows:
         return Batches(
             examples.arrays,
             batch_size,
             settings.seed,
-            process_index=index,
-            process_count=count,
         )
 
     notes = [f"{len(examples.rows):,} examples to train on, {len(held):,} held out"]
@@ -189,13 +185,11 @@ def _read_classification(settings: DataSettings, tokenizer: Any) -> Data:
     batch, cut = encode_labelled(items, tokenizer, labels, settings.length)
     held_batch, held_cut = encode_labelled(held, tokenizer, labels, settings.length)
 
-    def rows(batch_size: int, index: int, count: int) -> Rows:
+    def rows(batch_size: int) -> Rows:
         return Batches(
             batch,
             batch_size,
             settings.seed,
-            process_index=index,
-            process_count=count,
         )
 
     notes = [f"{len(items):,} items to train on, {len(held):,} held out"]

@@ -1,4 +1,4 @@
-"""What is put beside a kernel: what trains, what is frozen, and their product."""
+"""What lies beside a kernel: what trains, what is frozen, and their product."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Key
 
 from tsd_jax.core import paths
 from tsd_jax.core.dora import column_norms, rescaling
@@ -17,7 +20,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, place_full, start_full
 from tsd_jax.core.leaves import FACTORS, GAINS, LeafSpec, leaf, map_leaves
 from tsd_jax.core.methods import Method
-from tsd_jax.core.quantization import dequantize
+from tsd_jax.core.quantization import Quantized, dequantize
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.types import Leaf
 
@@ -31,14 +34,15 @@ def _launches(kernel: KernelSpec) -> bool:
 
 
 class Adapter(struct.PyTreeNode):
-    """Hold what trains beside one kernel; shapes (*batch, ...), float32.
+    """What trains beside one kernel; float32.
 
     Attributes:
-      a: A, (*batch, in, r). b: B, (*batch, r, out).
-      gain: g, (*batch, s), the coordinates along the first s launched directions;
-        None where the method has none.
+      a: A, (*batch, in, r).
+      b: B, (*batch, r, out).
+      gain: g, the coordinates along the first s launched directions, (*batch, s); None
+        where the method has none.
       kernel: the kernel's static description.
-      magnitude: m, (*batch, out), the norms of the adapted kernel's columns with DoRA;
+      magnitude: m, the norms of the adapted kernel's columns with DoRA, (*batch, out);
         None without.
     """
 
@@ -69,13 +73,14 @@ class Adapter(struct.PyTreeNode):
 
 
 class Directions(struct.PyTreeNode):
-    """Hold what is frozen beside one kernel; zeros until launch, None for `lora`.
+    """What is frozen beside one kernel; zeros until launch, None for `lora`.
 
     Attributes:
-      left: L, (*batch, in, c). right: R, (*batch, out, c).
+      left: L, (*batch, in, c).
+      right: R, (*batch, out, c).
       offset: o, (*batch, c).
-      gate: 1 for the gains a matrix uses, 0 for the others, (*batch, s), where launch
-        decides how many it uses; None otherwise.
+      gate: 1 for the gains that a matrix uses and 0 for the others, (*batch, s), where
+        launch decides how many it uses; None otherwise.
     """
 
     left: Leaf = struct.field(metadata=leaf("in", "columns", exists=_launches))
@@ -91,7 +96,7 @@ class Trainable(struct.PyTreeNode):
 
     Attributes:
       adapters: {kernel path: Adapter}.
-      full: {parameter path: FullParam}, of the parameters that train whole.
+      full: {parameter path: FullParam} of the fully trained parameters.
     """
 
     adapters: dict[str, Adapter] = struct.field(default_factory=dict)
@@ -108,26 +113,44 @@ class Trainable(struct.PyTreeNode):
 
 
 AllDirections = dict[str, Directions]
+"""{kernel path: Directions}."""
+
+Kernel = Float[Array | np.ndarray, "..."] | Quantized
+"""A kernel as stored, in floats or quantized."""
 
 
 def leaves_beside(
     kernel: KernelSpec, make: Callable[[LeafSpec], Any]
 ) -> tuple[Adapter, Directions]:
-    """Return what lies beside a kernel, every leaf being make(its `LeafSpec`)."""
+    """Return what lies beside a kernel, made leaf by leaf.
+
+    Args:
+      kernel: the kernel's description.
+      make: LeafSpec -> the leaf: an array, a sharding or a label.
+    """
     adapter = Adapter(kernel=kernel, **map_leaves(Adapter, kernel, make))
     return adapter, Directions(**map_leaves(Directions, kernel, make))
 
 
 def init_kernel(
-    key: jax.Array,
+    key: Key[Array, ""],
     kernel: KernelSpec,
     dtype: DTypeLike,
-    base: jax.Array | None = None,
+    base: Kernel | None = None,
 ) -> tuple[Adapter, Directions]:
-    """Start one kernel's adapter: A uniform in +-1/sqrt(in), all else zero.
+    """Return one kernel's start: A uniform in +-1/sqrt(in), all else zero.
 
     The same as PEFT's default (`kaiming_uniform_(a=sqrt(5))`). With DoRA the magnitudes
-    start at the norms of the base's columns, `base` being the stored kernel.
+    start at the norms of the base's columns.
+
+    Args:
+      key: a JAX random key.
+      kernel: the kernel's description.
+      dtype: type of all leaves.
+      base: the stored kernel; only needed with DoRA.
+
+    Raises:
+      InputError: the kernel has DoRA, and there is no base.
     """
     adapter, directions = leaves_beside(
         kernel, lambda spec: jnp.zeros(spec.shape(kernel), dtype)
@@ -147,30 +170,30 @@ def init_kernel(
 
 
 def init(
-    key: jax.Array,
+    key: Key[Array, ""],
     spec: Spec,
     dtype: DTypeLike = jnp.float32,
     *,
     params: Mapping[str, Any] | None = None,
 ) -> tuple[Trainable, AllDirections]:
-    """Create what trains and the directions of a spec; the function does not change.
+    """Return what trains and the directions of a spec; the function does not change.
 
     Each kernel's key is folded from its path, so that its start does not depend on
     which other kernels are adapted.
 
     Args:
       key: a JAX random key.
-      spec: of `make_spec`.
-      dtype: of all leaves; float32 also beside a bfloat16 base.
-      params: the base's tree, where parts or DoRA's magnitudes start from it; else it
-        is not needed.
+      spec: as `make_spec` returns it.
+      dtype: type of all leaves; float32 also beside a bfloat16 base.
+      params: the base's parameter tree; only needed for fully trained parameters and
+        DoRA's magnitudes, which start from it.
 
     Returns:
-      what trains, and {kernel path: Directions}.
+      What trains, and {kernel path: Directions}.
 
     Raises:
-      InputError: the spec trains parameters whole or has DoRA, and `params` is missing,
-        lacks one or has it in another shape.
+      InputError: the spec has fully trained parameters or DoRA, and `params` is
+        missing, lacks one of them or has it in another shape.
     """
     dora = tuple(kernel.path for kernel in spec.kernels if kernel.dora)
     bases = {} if params is None else paths.select(params, dora)
@@ -183,40 +206,45 @@ def init(
     }
     trainable = Trainable(
         adapters={path: pair[0] for path, pair in pairs.items()},
-        full=_start_parts(spec, params, dtype),
+        full=_start_full_params(spec, params, dtype),
     )
     return trainable, {path: pair[1] for path, pair in pairs.items()}
 
 
-def _start_parts(
+def _start_full_params(
     spec: Spec, params: Mapping[str, Any] | None, dtype: DTypeLike
 ) -> dict[str, FullParam]:
-    """Start what trains whole at the base's own values."""
-    if not spec.whole:
+    """Return the fully trained parameters at the base's values."""
+    if not spec.full:
         return {}
     if params is None:
         raise InputError(
-            f"{spec.whole[0].path} trains whole and starts from the base: give params"
+            f"{spec.full[0].path} trains in full and starts from the base: give "
+            "params=, the base's parameter tree"
         )
-    leaves = paths.select(params, tuple(part.path for part in spec.whole))
-    return {
-        part.path: start_full(leaves[part.path], part, dtype) for part in spec.whole
-    }
+    leaves = paths.select(params, tuple(part.path for part in spec.full))
+    return {part.path: start_full(leaves[part.path], part, dtype) for part in spec.full}
 
 
 def low_rank_factors(
     adapter: Adapter, directions: Directions
-) -> tuple[jax.Array, jax.Array]:
-    """Write all that is added to a kernel as one product.
+) -> tuple[
+    Float[Array | np.ndarray, "*batch in R"], Float[Array | np.ndarray, "*batch R out"]
+]:
+    """Return everything that is added to a kernel as one product.
 
         dK = gamma A B + L diag(g + o) R^T = down @ up
         down = [A, L],  up = [gamma B; diag(g + o) R^T]
 
-    The forward pass, merging and export all use this one form. Gains behind a gate
-    count as gate o g.
+    The forward pass, merging and export all use this form. Gains with a gate enter as
+    gate o g.
+
+    Args:
+      adapter: what trains beside one kernel.
+      directions: what is frozen beside it.
 
     Returns:
-      down (*batch, in, r + c), up (*batch, r + c, out).
+      down (*batch, in, R) and up (*batch, R, out), R = r + c.
     """
     up = adapter.kernel.scale * adapter.b
     if directions.left is None:
@@ -237,15 +265,22 @@ def low_rank_factors(
 
 
 def output_scale(
-    adapter: Adapter, kernel: jax.Array, down: jax.Array, up: jax.Array
-) -> jax.Array | None:
+    adapter: Adapter,
+    kernel: Kernel,
+    down: Float[Array, "*batch in R"],
+    up: Float[Array, "*batch R out"],
+) -> Float[Array, "*batch out"] | None:
     """Return DoRA's c = m / ||K + down @ up||, (*batch, out); None without DoRA.
 
-    The norm is a constant to the gradient (arXiv:2402.09353, section 4.3).
+    The norm is a constant to the gradient.
 
     Args:
-      adapter: of the kernel. kernel: as stored.
-      down, up: of `low_rank_factors`.
+      adapter: what trains beside the kernel.
+      kernel: K as stored.
+      down: first factor, as `low_rank_factors` returns it, (*batch, in, R).
+      up: second factor, (*batch, R, out).
+
+    Source: arXiv:2402.09353, section 4.3.
     """
     if adapter.magnitude is None:
         return None
@@ -255,14 +290,14 @@ def output_scale(
 
 
 def _adapted_matrices(
-    adapter: Adapter, directions: Directions, kernel: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return K and the kernel that is used instead, (*batch, in, out)."""
+    adapter: Adapter, directions: Directions, kernel: Kernel
+) -> tuple[Float[Array, "*batch in out"], Float[Array, "*batch in out"]]:
+    """Return K and the adapted kernel, both (*batch, in, out)."""
     down, up = low_rank_factors(adapter, directions)
-    change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+    added = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
     floats = dequantize(kernel)
-    base = adapter.kernel.layout.to_matrices(floats).astype(change.dtype)
-    total = base + change
+    base = adapter.kernel.layout.to_matrices(floats).astype(added.dtype)
+    total = base + added
     if adapter.magnitude is not None:
         scale = rescaling(adapter.magnitude, jnp.linalg.norm(total, axis=-2))
         total = scale[..., None, :] * total
@@ -270,15 +305,16 @@ def _adapted_matrices(
 
 
 def delta(
-    adapter: Adapter, directions: Directions, kernel: jax.Array | None = None
-) -> jax.Array:
-    """Return dK in the kernel's stored shape, in the adapter's dtype.
+    adapter: Adapter, directions: Directions, kernel: Kernel | None = None
+) -> Float[Array, "..."]:
+    """Return dK in the kernel's stored shape, in the adapter's type.
 
     With DoRA it is c o (K + dK) - K, which depends on the kernel.
 
     Args:
-      adapter: of one kernel. directions: likewise.
-      kernel: K as stored; needed with DoRA alone.
+      adapter: what trains beside one kernel.
+      directions: what is frozen beside it.
+      kernel: K as stored; only needed with DoRA.
 
     Raises:
       InputError: the adapter has DoRA, and there is no kernel.
@@ -286,15 +322,15 @@ def delta(
     spec = adapter.kernel
     if adapter.magnitude is None:
         down, up = low_rank_factors(adapter, directions)
-        change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+        added = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
     elif kernel is None:
         raise InputError(
             f"{spec.path}: what DoRA adds depends on the kernel; give kernel="
         )
     else:
         base, total = _adapted_matrices(adapter, directions, kernel)
-        change = total - base
-    return spec.layout.from_matrices(change, spec.shape)
+        added = total - base
+    return spec.layout.from_matrices(added, spec.shape)
 
 
 def merge(
@@ -303,20 +339,21 @@ def merge(
     directions: Mapping[str, Directions],
     dtype: DTypeLike | None = None,
 ) -> dict:
-    """Add every dK to its kernel: K + gamma A B + L diag(g + o) R^T.
+    """Return the parameters with every dK added: K + gamma A B + L diag(g + o) R^T.
 
-    With DoRA its columns are scaled to their magnitudes. Parameters that trained whole
-    are replaced by their trained values. Merging into a bfloat16 kernel rounds most of
-    a small dK away; `dtype` asks for merged kernels in a wider type.
+    With DoRA the columns are scaled to their magnitudes. Fully trained parameters are
+    replaced by their trained values. Merging into a bfloat16 kernel rounds away most of
+    a small dK; ask for a wider `dtype` to keep it.
 
     Args:
-      params: the parameter tree.
-      trainable: what trained. directions: {kernel path: Directions}.
-      dtype: of the merged leaves; None keeps each one's own.
+      params: the base's parameter tree.
+      trainable: what trained.
+      directions: {kernel path: Directions}.
+      dtype: type of the merged leaves; None for each one's own.
 
     Returns:
-      A new tree in which only what was adapted or trained whole differs; adapted
-      kernels that were quantized are floats.
+      A new tree in which only what trained differs; adapted kernels that were quantized
+      are floats.
 
     Raises:
       InputError: a kernel is not in the tree.
@@ -329,6 +366,6 @@ def merge(
     for path, adapter in trainable.adapters.items():
         _, total = _adapted_matrices(adapter, directions[path], base[path])
         spec = adapter.kernel
-        whole = spec.layout.from_matrices(total, spec.shape)
-        merged[path] = whole.astype(dtype or base[path].dtype)
+        kernel = spec.layout.from_matrices(total, spec.shape)
+        merged[path] = kernel.astype(dtype or base[path].dtype)
     return paths.update(params, merged)

@@ -2,8 +2,8 @@
 
     b: Leaf = struct.field(metadata=leaf("rank", "out", group=FACTORS))
 
-Shapes, shardings, optimizer groups, what launch starts anew and what a file holds are
-all read from here; a new leaf is one such line, and its own mathematics.
+Shapes, shardings, optimizer groups, what launch renews and what a file holds are all
+read from here, so that a new leaf needs one such line besides its own mathematics.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SIZES: dict[str, Callable[[KernelSpec], int]] = {
     "ranked": lambda kernel: kernel.ranked,
     "one": lambda kernel: 1,
 }
-"""What an axis counts; every leaf has the kernel's stacked axes before its own."""
+"""The size of each named axis; a leaf has the kernel's batch axes before its own."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """What the optimizer treats alike: one learning rate, one fate at launch.
+    """Leaves that the optimizer treats alike.
 
     Attributes:
-      name: the label of its leaves in `optax.partition`.
+      name: label of the leaves in `optax.partition`.
       decays: whether weight decay applies.
-      resets: whether a method's launch starts its moments again.
+      resets: method -> whether its launch resets the optimizer's moments.
     """
 
     name: str
@@ -57,10 +57,10 @@ class LeafSpec:
     """The static description of one leaf.
 
     Attributes:
-      axes: what its own axes count, names of `SIZES`.
-      group: of the optimizer; None for what is frozen.
-      exists: whether a kernel has it.
-      renewed: whether a method's launch starts it anew; otherwise it goes on.
+      axes: its own axes, keys of SIZES.
+      group: its group in the optimizer; None where it is frozen.
+      exists: kernel -> whether the kernel has it.
+      renewed: method -> whether its launch replaces it.
     """
 
     axes: tuple[str, ...]
@@ -69,7 +69,11 @@ class LeafSpec:
     renewed: Callable[[Method], bool]
 
     def shape(self, kernel: KernelSpec) -> tuple[int, ...]:
-        """Return the shape (*batch, ...) beside a kernel."""
+        """Return the shape (*batch, ...) beside a kernel.
+
+        Args:
+          kernel: the kernel's description.
+        """
         return (*kernel.batch_shape, *(SIZES[axis](kernel) for axis in self.axes))
 
 
@@ -79,12 +83,23 @@ def leaf(
     exists: Callable[[KernelSpec], Any] = lambda kernel: True,
     renewed: Callable[[Method], bool] = lambda method: False,
 ) -> dict[str, LeafSpec]:
-    """Return the metadata of a leaf's field; see `LeafSpec` for the arguments."""
+    """Return the metadata of a leaf's field.
+
+    Args:
+      axes: see `LeafSpec`.
+      group: see `LeafSpec`.
+      exists: see `LeafSpec`.
+      renewed: see `LeafSpec`.
+    """
     return {"leaf": LeafSpec(axes, group, exists, renewed)}
 
 
 def leaf_specs(kind: Any) -> dict[str, LeafSpec]:
-    """Return the table {field: LeafSpec} of a class declared by `leaf`."""
+    """Return {field: LeafSpec} of a class whose fields are declared with `leaf`.
+
+    Args:
+      kind: the class, or an instance of it.
+    """
     fields = dataclasses.fields(kind)
     return {f.name: f.metadata["leaf"] for f in fields if "leaf" in f.metadata}
 
@@ -92,7 +107,13 @@ def leaf_specs(kind: Any) -> dict[str, LeafSpec]:
 def map_leaves(
     kind: Any, kernel: KernelSpec, make: Callable[[LeafSpec], Any]
 ) -> dict[str, Any]:
-    """Return {field: make(spec)}, with None for the leaves a kernel does not have."""
+    """Return {field: make(spec)}, with None for the leaves that a kernel lacks.
+
+    Args:
+      kind: a class whose fields are declared with `leaf`.
+      kernel: the kernel's description.
+      make: LeafSpec -> the leaf.
+    """
     return {
         name: make(spec) if spec.exists(kernel) else None
         for name, spec in leaf_specs(kind).items()
@@ -100,17 +121,24 @@ def map_leaves(
 
 
 def leaf_shapes(kind: Any, kernel: KernelSpec) -> dict[str, tuple[int, ...]]:
-    """Return {field: shape} of the leaves that a kernel has."""
+    """Return {field: shape} of the leaves that a kernel has.
+
+    Args:
+      kind: a class whose fields are declared with `leaf`.
+      kernel: the kernel's description.
+    """
     shapes = map_leaves(kind, kernel, lambda spec: spec.shape(kernel))
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 class KernelAxes(NamedTuple):
-    """The mesh axes along which a kernel is cut, as its leaves see them.
+    """The mesh axes over which a kernel is sharded, as the leaves beside it need them.
 
     Attributes:
-      mesh: of the devices. batch: mesh axes of every stacked axis.
-      inputs: mesh axes of the flattened inputs. outputs: of the outputs.
+      mesh: mesh of the devices.
+      batch: mesh axes of every batch axis.
+      inputs: mesh axes of the flattened inputs.
+      outputs: mesh axes of the flattened outputs.
     """
 
     mesh: Mesh
@@ -120,11 +148,16 @@ class KernelAxes(NamedTuple):
 
     @classmethod
     def of_kernel(cls, kernel: KernelSpec, sharding: NamedSharding) -> KernelAxes:
-        """Read them off the sharding of the stored kernel."""
+        """Return the mesh axes of a stored kernel.
+
+        Args:
+          kernel: the kernel's description.
+          sharding: sharding of the stored kernel.
+        """
         axes = (*sharding.spec, *(None,) * (len(kernel.shape) - len(sharding.spec)))
 
         def flattened(group: tuple[int, ...]) -> Any:
-            # A flattened axis is sharded as its first part, if the others are whole.
+            # Flattened axes are sharded like the first one if the others are not.
             first, *others = (axes[axis] for axis in group)
             return first if not any(others) else None
 
@@ -135,7 +168,11 @@ class KernelAxes(NamedTuple):
         return cls(mesh, batch, inputs, outputs)
 
     def sharding(self, spec: LeafSpec) -> NamedSharding:
-        """Return a leaf's sharding: cut along inputs and outputs as the kernel is."""
-        cut = {"in": self.inputs, "out": self.outputs}
-        own = (cut.get(axis) for axis in spec.axes)
+        """Return a leaf's sharding: inputs and outputs are sharded as the kernel's.
+
+        Args:
+          spec: the leaf's description.
+        """
+        sharded = {"in": self.inputs, "out": self.outputs}
+        own = (sharded.get(axis) for axis in spec.axes)
         return NamedSharding(self.mesh, PartitionSpec(*self.batch, *own))

@@ -101,7 +101,7 @@ def save_adapter(
     facts = {
         "method": dataclasses.asdict(spec.method),
         "kernels": [dataclasses.asdict(kernel) for kernel in spec.kernels],
-        "whole": [dataclasses.asdict(part) for part in spec.whole],
+        "whole": [dataclasses.asdict(part) for part in spec.full],
         "launched": bool(launched),
         "base_model": base_model,
     }
@@ -168,7 +168,7 @@ def _leaves(
 
 def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
     """Return {name in the file: shape} of every leaf that a spec has."""
-    wanted = {f"{part.path}/value": part.value_shape for part in spec.whole}
+    wanted = {f"{part.path}/value": part.value_shape for part in spec.full}
     for kernel in spec.kernels:
         for kind in (Adapter, Directions):
             shapes = leaf_shapes(kind, kernel)
@@ -242,7 +242,7 @@ def _difference(saved: Spec, given: Spec) -> str | None:
         return f"it was saved for {saved.method}, the spec has {given.method}"
     for kind, ours, others in (
         ("kernel", saved.kernels, given.kernels),
-        ("full parameter", saved.whole, given.whole),
+        ("full parameter", saved.full, given.full),
     ):
         mine, theirs = ({each.path: each for each in some} for some in (ours, others))
         different = _first_difference(kind, mine, theirs)
@@ -282,7 +282,7 @@ def _trees(
             )
         return jnp.asarray(stored)
 
-    full = {part.path: FullParam(leaf(part.path, "value"), part) for part in spec.whole}
+    full = {part.path: FullParam(leaf(part.path, "value"), part) for part in spec.full}
     adapters: dict[str, Adapter] = {}
     directions: AllDirections = {}
     for kernel in spec.kernels:

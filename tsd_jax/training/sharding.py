@@ -137,10 +137,10 @@ def state_shardings(
     """
     kernels = paths.select(params, spec.paths)
     pairs = {k.path: adapter_shardings(k, kernels[k.path]) for k in spec.kernels}
-    leaves = paths.select(params, tuple(part.path for part in spec.whole))
+    leaves = paths.select(params, tuple(part.path for part in spec.full))
     trainable = Trainable(
         adapters={path: pair[0] for path, pair in pairs.items()},
-        full={p.path: full_sharding(p, leaves[p.path]) for p in spec.whole},
+        full={p.path: full_sharding(p, leaves[p.path]) for p in spec.full},
     )
     replicated = NamedSharding(mesh, PartitionSpec())
 
