@@ -126,9 +126,10 @@ def test_magnitudes_are_read_and_made_where_there_are_none(tmp_path):
     trainable, directions = found.start(KEY, spec, params=params)
     merged = merge(params, trainable, directions)
     for name, (path, layer) in PLACES.items():
-        kernel = params[path] if layer is None else params[path][layer]
+        base = np.asarray(params[path])
+        kernel = base if layer is None else base[layer]
         got = merged[path] if layer is None else merged[path][layer]
-        want = np.asarray(kernel, np.float64)
+        want = kernel.astype(np.float64)
         if name in factors:
             total = kernel + expected(factors, name, 6 / 4)
             magnitude = stored[f"base_model.model.{name}.lora_magnitude_vector"]
