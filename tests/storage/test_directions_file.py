@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.extraction.launch import Ranking
+from tsd_jax.extraction.matrix_launch import Ranking
 from tsd_jax.storage.directions_file import read_directions, write_rankings
 
 

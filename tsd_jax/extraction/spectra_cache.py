@@ -58,14 +58,14 @@ class SpectraStore(Protocol):
         ...
 
 
-def fingerprint(matrix: Shaped[np.ndarray, "in out"]) -> str:
-    """Return a name for a matrix made of its shape, type and bits.
+def fingerprint(matrix: Shaped[np.ndarray, "..."]) -> str:
+    """Return a name for an array made of its shape, type and bits.
 
     The bits enter as the SHA-256 of the SHA-256s of blocks, which are hashed in
     parallel.
 
     Args:
-      matrix: (in, out), any type.
+      matrix: of any shape and type.
     """
     content = np.ascontiguousarray(matrix).reshape(-1).view(np.uint8).data
     blocks = [content[at : at + _BLOCK] for at in range(0, len(content), _BLOCK)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.extraction.launch import Ranking
+from tsd_jax.extraction.matrix_launch import Ranking
 from tsd_jax.storage.atomic import write_atomically
 
 _UNREADABLE = (LookupError, ValueError, TypeError, EOFError, zipfile.BadZipFile)

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -121,11 +122,12 @@ def test_magnitudes_are_read_and_made_where_there_are_none(tmp_path):
     spec = spec_of(found.rules(directions=2), "dash")
     assert all(kernel.dora for kernel in spec.kernels)
     rng = np.random.default_rng(5)
-    params = {p: rng.normal(size=s).astype(np.float32) for p, s in SHAPES.items()}
+    params = {p: jnp.asarray(rng.normal(size=s), "float32") for p, s in SHAPES.items()}
     trainable, directions = found.start(KEY, spec, params=params)
     merged = merge(params, trainable, directions)
     for name, (path, layer) in PLACES.items():
-        kernel = params[path] if layer is None else params[path][layer]
+        base = np.asarray(params[path])
+        kernel = base if layer is None else base[layer]
         got = merged[path] if layer is None else merged[path][layer]
         want = kernel.astype(np.float64)
         if name in factors:
