@@ -104,12 +104,7 @@ class DenseDelta(NamedTuple):
     def products_of(
         self, short: Float[Array, "n c"], long: Float[Array, "m c"]
     ) -> Float[Array, "c"]:
-        """Return sigma_i p_i of some directions, (c,).
-
-        Args:
-          short: P_i, (n, c).
-          long: K^T P_i, (m, c).
-        """
+        """Return sigma_i p_i of some directions; see `LowRankDelta.products_of`."""
         return jnp.sum(short * (self.matrix @ long), 0)
 
 
@@ -188,12 +183,7 @@ class DoraDelta(NamedTuple):
     def products_of(
         self, short: Float[Array, "n c"], long: Float[Array, "m c"]
     ) -> Float[Array, "c"]:
-        """Return sigma_i p_i of some directions, (c,).
-
-        Args:
-          short: P_i, (n, c).
-          long: K^T P_i, (m, c).
-        """
+        """Return sigma_i p_i of some directions; see `LowRankDelta.products_of`."""
         learned = self.low_rank.products_of(short, long)
         if self.outputs_short:
             return learned + jnp.sum(long**2, 0) * (self.excess @ short**2)
