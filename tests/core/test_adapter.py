@@ -9,11 +9,8 @@ from tests.helpers.dora import as_float64, falling_kernels, kernel_of
 from tests.helpers.trees import STACKED, random_all, random_pair, small_spec
 from tsd_jax.core.adapter import Trainable, delta, low_rank_factors, merge
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, build_spec
-
-start = jax.jit(init, static_argnums=(1, 2))
 
 METHODS = ["lora", "dash", "init", "tsd", "init+keep", "tsd+keep"]
 

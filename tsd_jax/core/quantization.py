@@ -106,7 +106,9 @@ class Quantized(struct.PyTreeNode, meta.AxisMetadata):
         del index, params
         return self
 
-    remove_axis = add_axis
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
+        """Return the same kernel, as `add_axis` does."""
+        return self.add_axis(index, params)
 
 
 Kernel = Float[Array | np.ndarray, "..."] | Quantized

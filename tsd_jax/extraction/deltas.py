@@ -157,15 +157,7 @@ class DoraDelta(NamedTuple):
         return DoraDelta(self.low_rank.as_float64, excess, self.outputs_short)
 
     def products(self, spectrum: Spectrum, kernel: BlockedMatrix) -> Float[Array, "n"]:
-        """Return sigma_i p_i of every i, (n,).
-
-        Args:
-          spectrum: spectrum of K K^T, dense.
-          kernel: K, (n, m).
-
-        Raises:
-          TypeError: the spectrum does not hold all of P.
-        """
+        """Return sigma_i p_i of every i, (n,); see `DenseDelta.products`."""
         dense = _require_dense(spectrum, "DoRA's delta")
         learned = self.low_rank.products(dense, kernel)
         if self.outputs_short:
