@@ -280,7 +280,8 @@ def main() -> None:
         "rows": rows,
     }
     some = [] if args.kernels == list(KERNELS) else args.kernels
-    name = "_".join(["extraction", *some, *[args.device] * (args.device != "cpu")])
+    device = [] if args.device == "cpu" else [args.device]
+    name = "_".join(["extraction", *some, *device])
     file = ROOT / "bench" / "results" / f"{name}.json"
     if args.scale == 1:
         file.write_text(json.dumps(result, indent=2) + "\n")

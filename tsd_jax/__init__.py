@@ -11,12 +11,12 @@ from tsd_jax.core.adapter import (
     Directions,
     Trainable,
     delta,
-    init,
     low_rank_factors,
     merge,
 )
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam, FullSpec
+from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.quantization import Quantization, Quantized, quantize

@@ -14,8 +14,9 @@ from tsd_jax.binding.calls import Call
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Trainable, init, low_rank_factors
+from tsd_jax.core.adapter import Trainable, low_rank_factors
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.trees import random_all, small_spec
-from tsd_jax.core.adapter import init, merge
+from tsd_jax.core.adapter import merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import (
     Full,
@@ -17,6 +17,7 @@ from tsd_jax.core.full_params import (
     place_full,
     start_full,
 )
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Rule, Spec, match_rules
 from tsd_jax.extraction.launch import launch
 

@@ -6,7 +6,8 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers.trees import small_spec
-from tsd_jax.core.adapter import Adapter, Directions, init, leaves_beside
+from tsd_jax.core.adapter import Adapter, Directions, leaves_beside
+from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.leaves import (
     FACTORS,

@@ -30,3 +30,9 @@ def test_select_keeps_the_order_asked_for():
 def test_select_names_what_is_missing():
     with pytest.raises(InputError, match="no 'b/kernel'"):
         paths.select(TREE, ("a/kernel", "b/kernel"))
+
+
+def test_patterns_are_regular_expressions():
+    paths.check_pattern(r"layers/\d+/.*", where="rule")
+    with pytest.raises(InputError, match=r"^rule 'x': not a regular expression"):
+        paths.check_pattern("(kernel", where="rule 'x'")

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import STACKED, small_spec, trained
-from tsd_jax.core.adapter import delta, init, merge
+from tsd_jax.core.adapter import delta, merge
 from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
 from tsd_jax.extraction.chunks import plan_chunks
@@ -97,7 +98,7 @@ def test_only_what_matches_is_quantized_and_shapes_serve_too():
     ("how", "message"),
     [
         (lambda: Quantization(format="fp3"), "unknown quantization 'fp3'.*int8, nf4"),
-        (lambda: Quantization(format="nf4", tile=-1), "tile of -1"),
+        (lambda: Quantization(format="nf4", tile=-1), "at least 1 element, not -1"),
         (lambda: Quantization(format="nf4", tile=6), "tile divisible by 4, not 6"),
         (
             lambda: quantize({"k": jnp.ones((6, 2))}, "nf4", "k"),
@@ -138,7 +139,7 @@ class Memory:
 
 
 def assert_launched_alike(got, want):
-    changes = [delta(side[0]["k"], side[1]["k"]) for side in (got, want)]
+    changes = [delta(side[0].adapters["k"], side[1]["k"]) for side in (got, want)]
     np.testing.assert_allclose(*changes, rtol=1e-5, atol=2e-5)
     np.testing.assert_array_equal(got[2]["k"].indices, want[2]["k"].indices)
     np.testing.assert_allclose(got[2]["k"].sigma, want[2]["k"].sigma, rtol=1e-5)

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from tests.extraction.test_matrix_launch import launched, problem
 from tests.helpers.oracle import core_directions
 from tests.helpers.trees import STACKED, small_spec, trained
-from tsd_jax.core.adapter import Trainable, delta, init
+from tsd_jax.core.adapter import Trainable, delta
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.extraction.chunks import plan_chunks
 from tsd_jax.extraction.launch import Operands, _launch_chunk, _spread_chunk, launch

@@ -10,7 +10,8 @@ import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
-from tsd_jax.core.adapter import Trainable, delta, init, merge
+from tsd_jax.core.adapter import Trainable, delta, merge
+from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.extraction.knee import knee
 from tsd_jax.extraction.launch import launch

@@ -19,6 +19,7 @@ def test_rounded_eigenvectors_become_exact():
         rounded = found.all_vectors.astype(jnp.float32)
         spectrum = DenseSpectrum(found.eigenvalues, rounded)
         got = refine(spectrum, BlockedMatrix(matrix), jnp.asarray([0, 12, 29]))
+    got = np.asarray(got)
     want = P[:, [0, 12, 29]]
     before = np.abs(np.sum(np.asarray(rounded)[:, [0, 12, 29]] * want, 0))
     assert np.abs(before - 1).max() > 1e-9, "otherwise there was nothing to refine"

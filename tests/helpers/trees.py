@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tsd_jax.core.adapter import Adapter, Directions, Trainable, init_kernel
+from tsd_jax.core.adapter import Adapter, Directions, Trainable
+from tsd_jax.core.initialization import init_kernel
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method, get_method
 from tsd_jax.core.spec import KernelSpec, Rule, Spec, build_spec

@@ -21,7 +21,8 @@ from tests.interop.test_peft_interop import (
     torch_logits,
 )
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import Trainable, init, merge
+from tsd_jax.core.adapter import Trainable, merge
+from tsd_jax.core.initialization import init
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch

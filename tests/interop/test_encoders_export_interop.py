@@ -19,8 +19,8 @@ from tests.helpers.trees import filled
 from tsd_jax import huggingface
 from tsd_jax.app.export import main
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import init
 from tsd_jax.core.full_params import Full
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Rule
 from tsd_jax.huggingface.peft.read import from_peft
 from tsd_jax.huggingface.peft.write import to_peft

@@ -17,9 +17,9 @@ import transformers
 
 from tests.helpers.trees import filled
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import init
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Rule, Spec
 from tsd_jax.huggingface import (
     grow,

@@ -15,7 +15,8 @@ from tests.helpers.oracle import core_directions
 from tsd_jax import huggingface
 from tsd_jax.binding.linen import make_spec
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Trainable, init
+from tsd_jax.core.adapter import Trainable
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch
 from tsd_jax.models.encoder import Encoder

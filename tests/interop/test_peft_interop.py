@@ -11,8 +11,9 @@ import pytest
 import transformers
 
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import Trainable, init
+from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.initialization import init
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch

@@ -14,7 +14,7 @@ from tests.helpers.decoders import PUBLISHED, inputs, write_decoder
 from tests.helpers.trees import filled
 from tsd_jax import huggingface
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import init
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch
 from tsd_jax.huggingface.merge import to_merged

@@ -16,7 +16,8 @@ from tests.helpers.decoders import GOLDEN_COLUMNS, PUBLISHED, inputs, write_deco
 from tests.helpers.trees import method_of, random_all
 from tsd_jax import huggingface
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import Trainable, init, merge
+from tsd_jax.core.adapter import Trainable, merge
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch
 from tsd_jax.huggingface import names

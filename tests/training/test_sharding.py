@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers.trees import method_of, small_spec
-from tsd_jax.core.adapter import Trainable, init
+from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, kernel_spec
 from tsd_jax.extraction.launch import launch

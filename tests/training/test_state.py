@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from tests.helpers.trees import small_spec
-from tsd_jax.core.adapter import init
+from tsd_jax.core.initialization import init
 from tsd_jax.training.optimizer import make_optimizer
 from tsd_jax.training.state import create_state
 

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.quantization import Quantized, dequantize
+from tsd_jax.core.quantization import Kernel, dequantize
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -66,7 +66,7 @@ def _norms(
 
 @functools.partial(jax.jit, static_argnames="layout")
 def column_norms(
-    kernel: Float[Array, "..."] | Quantized,
+    kernel: Kernel,
     down: Float[Array, "*batch in R"] | None = None,
     up: Float[Array, "*batch R out"] | None = None,
     *,

@@ -7,7 +7,6 @@ of it is therefore complete even where no checkpoint has the parameter.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.paths import check_pattern
 from tsd_jax.core.types import Leaf
 
 
@@ -44,10 +44,7 @@ class Full:
     def __post_init__(self):
         """Refuse values that fit no parameter."""
         where = f"rule {self.pattern!r}"
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise InputError(f"{where}: not a regular expression: {error}") from None
+        check_pattern(self.pattern, where=where)
         if self.rows is None:
             return
         if len(self.rows) != 2 or not 0 <= self.rows[0] < self.rows[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,3 +57,16 @@ def select(tree: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
                 "they are not the tree the spec was made from"
             )
     return {path: flat[path] for path in paths}
+
+
+def check_pattern(pattern: str, *, where: str) -> None:
+    """Raise InputError unless a pattern over paths is a regular expression.
+
+    Args:
+      pattern: the pattern.
+      where: what the message begins with, such as the rule at fault.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{where}: not a regular expression: {error}") from None

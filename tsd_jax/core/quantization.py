@@ -97,7 +97,7 @@ class Quantized(struct.PyTreeNode, meta.AxisMetadata):
         return val
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
-        """Return the same kernel: its arrays gain the axis themselves.
+        """Return the same kernel: its arrays gain or lose the axis themselves.
 
         Args:
           index: position of the axis.
@@ -107,14 +107,12 @@ class Quantized(struct.PyTreeNode, meta.AxisMetadata):
         return self
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
-        """Return the same kernel: its arrays lose the axis themselves.
+        """Return the same kernel, as `add_axis` does."""
+        return self.add_axis(index, params)
 
-        Args:
-          index: position of the axis.
-          params: metadata of the transform.
-        """
-        del index, params
-        return self
+
+Kernel = Float[Array | np.ndarray, "..."] | Quantized
+"""A kernel as stored, in floats or quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)

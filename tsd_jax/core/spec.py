@@ -13,6 +13,7 @@ from tsd_jax.core.errors import InputError, check_choice
 from tsd_jax.core.full_params import Full, FullSpec
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
+from tsd_jax.core.paths import check_pattern
 
 SCALINGS = {
     "lora": lambda alpha, rank: alpha / rank,
@@ -52,10 +53,7 @@ class Rule:
     def __post_init__(self):
         """Refuse values that fit no kernel."""
         where = f"rule {self.pattern!r}"
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise InputError(f"{where}: not a regular expression: {error}") from None
+        check_pattern(self.pattern, where=where)
         if self.rank < 1:
             raise InputError(f"{where}: rank must be at least 1, not {self.rank}")
         if self.directions < 1:

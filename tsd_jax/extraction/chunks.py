@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Shaped
 
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.quantization import Quantized, dequantize, stored
+from tsd_jax.core.quantization import Kernel, dequantize, stored
 
 MEMORY_BUDGET = 2**26
 """Bytes of whole matrices that a device may hold for extraction at a time."""
@@ -96,7 +96,7 @@ class ChunkPlan:
         return lax.with_sharding_constraint(rows, self.sharding)
 
     def matrices(
-        self, kernel: Float[Array, "..."] | Quantized, start: Int[ArrayLike, ""]
+        self, kernel: Kernel, start: Int[ArrayLike, ""]
     ) -> Float[Array, "width in out"]:
         """Return a chunk (width, in, out) of the stored kernel.
 
@@ -188,7 +188,7 @@ class ChunkPlan:
         return (*exchanged, *self._stack_axes, *self._free_axes)
 
     def _local(
-        self, block: Float[Array, "..."] | Quantized, start: Int[ArrayLike, ""]
+        self, block: Kernel, start: Int[ArrayLike, ""]
     ) -> Float[Array, "matrices in out"]:
         """Return this device's matrices of a chunk, from its block of the kernel."""
         x = self._take(block, self._own_indices(start))
@@ -212,7 +212,7 @@ class ChunkPlan:
         return groups[:, lax.axis_index(self._free_axes)].reshape(-1)
 
     def _take(
-        self, block: Float[Array, "..."] | Quantized, indices: Int[Array, "matrices"]
+        self, block: Kernel, indices: Int[Array, "matrices"]
     ) -> Float[Array, "own ..."]:
         """Return matrices of the stack, also where the stack itself is sharded.
 

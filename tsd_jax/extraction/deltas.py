@@ -104,12 +104,7 @@ class DenseDelta(NamedTuple):
     def products_of(
         self, short: Float[Array, "n c"], long: Float[Array, "m c"]
     ) -> Float[Array, "c"]:
-        """Return sigma_i p_i of some directions, (c,).
-
-        Args:
-          short: P_i, (n, c).
-          long: K^T P_i, (m, c).
-        """
+        """Return sigma_i p_i of some directions; see `LowRankDelta.products_of`."""
         return jnp.sum(short * (self.matrix @ long), 0)
 
 
@@ -162,15 +157,7 @@ class DoraDelta(NamedTuple):
         return DoraDelta(self.low_rank.as_float64, excess, self.outputs_short)
 
     def products(self, spectrum: Spectrum, kernel: BlockedMatrix) -> Float[Array, "n"]:
-        """Return sigma_i p_i of every i, (n,).
-
-        Args:
-          spectrum: spectrum of K K^T, dense.
-          kernel: K, (n, m).
-
-        Raises:
-          TypeError: the spectrum does not hold all of P.
-        """
+        """Return sigma_i p_i of every i, (n,); see `DenseDelta.products`."""
         dense = _require_dense(spectrum, "DoRA's delta")
         learned = self.low_rank.products(dense, kernel)
         if self.outputs_short:
@@ -188,12 +175,7 @@ class DoraDelta(NamedTuple):
     def products_of(
         self, short: Float[Array, "n c"], long: Float[Array, "m c"]
     ) -> Float[Array, "c"]:
-        """Return sigma_i p_i of some directions, (c,).
-
-        Args:
-          short: P_i, (n, c).
-          long: K^T P_i, (m, c).
-        """
+        """Return sigma_i p_i of some directions; see `LowRankDelta.products_of`."""
         learned = self.low_rank.products_of(short, long)
         if self.outputs_short:
             return learned + jnp.sum(long**2, 0) * (self.excess @ short**2)

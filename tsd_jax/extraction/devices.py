@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import NamedSharding
 
 from tsd_jax.core.errors import InputError
@@ -62,7 +63,7 @@ def run_on_hosts(run: Callable[..., Any], *chunks: Any) -> Any:
     sharding, width = arrays[0].sharding, arrays[0].shape[0]
     single = not isinstance(sharding, NamedSharding)
 
-    def joined(*leaves: jax.Array) -> jax.Array:
+    def joined(*leaves: Array) -> Array:
         pieces = [
             jax.device_put(jax.device_get(leaf), device)
             for (device, _), leaf in zip(results, leaves, strict=True)

@@ -28,7 +28,7 @@ class Extraction:
       store: where spectra of the base are kept for the next launch, or None.
 
     Raises:
-      InputError: there is no such place or solver.
+      InputError: the device or the solver is unknown.
     """
 
     where: str = "auto"
@@ -38,7 +38,7 @@ class Extraction:
 
     def __post_init__(self):
         """Refuse what could not be carried out."""
-        check_choice("place of extraction", self.where, ("auto", "devices", "hosts"))
+        check_choice("device of extraction", self.where, ("auto", "devices", "hosts"))
         check_choice("solver", self.solver, SOLVERS)
 
     def on_hosts(self, kernel: Any) -> bool:

@@ -16,10 +16,10 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
-from jaxtyping import Float, Float32, Float64, Int, Shaped
+from jaxtyping import Float32, Float64, Int, Shaped
 
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.quantization import Quantized, dequantize
+from tsd_jax.core.quantization import Kernel, dequantize
 from tsd_jax.extraction.chunks import ChunkPlan
 from tsd_jax.extraction.spectra import DenseSpectrum, decompose
 
@@ -77,7 +77,7 @@ def fingerprint(matrix: Shaped[np.ndarray, "..."]) -> str:
 
 
 def spectra_of(
-    kernel: Float[Array, "..."] | Quantized,
+    kernel: Kernel,
     start: Int[ArrayLike, ""],
     plan: ChunkPlan,
     store: SpectraStore,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from tsd_jax.core.adapter import init
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Spec
 from tsd_jax.training.auto_launch import AutoLaunchConfig, init_monitor
 

@@ -13,8 +13,9 @@ from tests.helpers.trees import filled, method_of, random_all, zeros
 from tsd_jax.binding.bound import SUFFIX
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import init, merge
+from tsd_jax.core.adapter import merge
 from tsd_jax.core.full_params import Full
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Rule
 from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import Decoder

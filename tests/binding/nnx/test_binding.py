@@ -15,8 +15,8 @@ from tests.helpers.trees import method_of, random_all, trained
 from tsd_jax.binding.calls import Call
 from tsd_jax.binding.nnx import HANDLERS, bind, einsum, make_spec, merge, params
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import init
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Rule
 
 EVERYTHING = method_of("tsd+keep")

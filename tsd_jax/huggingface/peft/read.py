@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, AllDirections, Trainable, init
+from tsd_jax.core.adapter import Adapter, AllDirections, Trainable
 from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam
+from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
 from tsd_jax.huggingface.factors import Factors, compress
 from tsd_jax.huggingface.full_tensors import FullTensor, filled, full_rule
