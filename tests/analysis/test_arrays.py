@@ -40,7 +40,7 @@ def test_bad_metrics(tmp_path):
     with pytest.raises(InputError, match=r"metrics\.jsonl does not exist"):
         read_metrics(path)
     path.write_text('{"kind": "train"}\nstep 3\n{}\n')
-    with pytest.raises(InputError, match="line 2 is not JSON"):
+    with pytest.raises(InputError, match="line 2 is not JSON; give a run"):
         read_metrics(path)
 
 

@@ -110,7 +110,7 @@ def test_none_there(tmp_path):
     [
         ("tsd", 5, r"gain has shape \(.*4\), not \(.*5\)"),
         ("tsd+keep", 4, r"has shape .* not "),
-        ("lora", 4, r"gain is not wanted"),
+        ("lora", 4, r"left is not wanted"),
     ],
 )
 @pytest.mark.usefixtures("late_reports")

@@ -76,7 +76,7 @@ class NnxMlp(nnx.Module):
 def problem() -> tuple[Any, ...]:
     """Make the model, its parameters, its spec and an optimizer."""
     model = NnxMlp(nnx.Rngs(0))
-    known = nnx.state(model, nnx.Param)
+    known: Any = nnx.state(model, nnx.Param)
     for path, value in paths.flatten(mlp_params()).items():
         module, name = path.split("/")
         known[module][name].set_value(value)

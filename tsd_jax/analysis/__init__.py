@@ -1,1 +1,1 @@
-"""Analysis: arrays from what runs leave behind; plots apart from them."""
+"""Analysis: arrays from the files of a run, and plots of them."""

@@ -1,4 +1,4 @@
-"""Arrays from what a run leaves: its metrics, its directions, what it learned."""
+"""Arrays from the files of a run: metrics, directions and learned changes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Row = Mapping[str, Any]
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`; a last line cut off by a crash is left out.
+    """Read `metrics.jsonl`; a last line cut off by a crash is ignored.
 
     Raises:
-      InputError: there is no such file, or it is not JSON lines.
+      InputError: the file does not exist, or is not JSON lines.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -32,17 +32,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
-                raise InputError(f"{path}, line {number} is not JSON") from None
+                raise InputError(
+                    f"{path}, line {number} is not JSON; give a run's metrics.jsonl"
+                ) from None
     return rows
 
 
 def series(metrics: Iterable[Row], kind: str, name: str) -> np.ndarray:
-    """Return (steps, values) of one figure, (2, N) float64, in the order of the file.
+    """Return (steps, values) of one metric, (2, N) float64, in the order of the file.
 
     Args:
-      metrics: rows of `read_metrics`.
-      kind: of the row: "train", "eval" or "launch".
-      name: of the figure; rows without it are left out.
+      metrics: rows from `read_metrics`.
+      kind: of the rows: "train", "eval" or "launch".
+      name: of the metric; rows without it are left out.
     """
     pairs = [
         (row["step"], row[name])
@@ -55,24 +57,27 @@ def series(metrics: Iterable[Row], kind: str, name: str) -> np.ndarray:
 def subspace_overlap(
     left: np.ndarray, down: np.ndarray, up: np.ndarray
 ) -> np.ndarray | np.float64:
-    """Compare launched directions with the change that was learned, in float64.
+    """Return the overlap of launched directions and the learned change, in float64.
 
     The mean squared cosine of the principal angles between span(L) and span(U_d), the
     d dominant left singular vectors of dK = down @ up:
 
         overlap = |L^T U_d|_F^2 / d,   d = min(c, rank dK)
 
-    1 if one holds the other, d / in on average for random subspaces, 0 without a
-    change. dK is never formed: its left singular vectors come from two thin QRs.
+    It is 1 if one subspace contains the other, d / in on average for random subspaces,
+    and 0 without a change. dK is never formed: its left singular vectors come from two
+    thin QR decompositions.
 
     Args:
-      left: L, (*batch, in, c), orthonormal; zero columns count as absent.
-      down: (*batch, in, R). up: (*batch, R, out), as `low_rank_factors` gives them.
+      left: L, orthonormal, (*batch, in, c); zero columns count as absent.
+      down: first factor of dK, (*batch, in, R), from `low_rank_factors`.
+      up: second factor of dK, (*batch, R, out).
 
     Returns:
-      (*batch,) in [0, 1].
+      (*batch,), from 0 to 1.
 
-    Source: principal angles, Bjorck and Golub 1973.
+    Source:
+      Principal angles: Bjorck and Golub 1973.
     """
     left, down, up = (np.asarray(x, np.float64) for x in (left, down, up))
     basis, r_down = np.linalg.qr(down)
@@ -90,18 +95,18 @@ def subspace_overlap(
 def learned_overlap(
     trainable: Trainable, directions: Mapping[str, Directions]
 ) -> dict[str, np.ndarray]:
-    """Return every launched kernel's `subspace_overlap`: {kernel path: (matrices,)}.
+    """Return the `subspace_overlap` of launched kernels, {kernel path: (matrices,)}.
 
     Args:
-      trainable: trained, on this host; its `full` parameters are left out.
-      directions: {kernel path: Directions}; kernels that have none are left out.
+      trainable: after training, on this host; its `full` parameters are left out.
+      directions: {kernel path: Directions}; kernels without directions are left out.
     """
     overlaps = {}
     for path, adapter in trainable.adapters.items():
         left = directions[path].left
         if left is not None:
             down, up = low_rank_factors(adapter, directions[path])
-            # Behind the launched columns may lie what `keep` froze.
+            # Columns after the launched ones may be what `keep` froze.
             left = np.asarray(left)[..., : adapter.kernel.ranked]
             overlap = subspace_overlap(left, np.asarray(down), np.asarray(up))
             overlaps[path] = np.reshape(overlap, -1)
@@ -109,10 +114,10 @@ def learned_overlap(
 
 
 def by_kind(values: Mapping[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
-    """Sort what belongs to kernels by kind of kernel and layer: {kind: {layer: row}}.
+    """Group values by kind of kernel and layer: {kind: {layer: row}}.
 
-    "layers/mlp/up_proj/kernel" of a scanned model, with a row per layer, and
-    "layers_0/mlp/up_proj/kernel", ... of one that is not, both are "mlp/up_proj".
+    The kind "mlp/up_proj" is "layers/mlp/up_proj/kernel" in a scanned model, with a row
+    for each layer, and "layers_0/mlp/up_proj/kernel", ... in one that is not scanned.
 
     Args:
       values: {kernel path: (matrices, ...)}.
@@ -131,9 +136,12 @@ def by_kind(values: Mapping[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]
 def table(
     values: Mapping[str, Mapping[int, Any]],
 ) -> tuple[list[int], np.ndarray]:
-    """Lay out the scalars of `by_kind`: the layers there are, and (kinds, layers).
+    """Return the layers, and the values of `by_kind` as a (kinds, layers) array.
 
-    float64, nan where a kind has nothing in a layer.
+    The array is float64, and NaN where a kind has no kernel in a layer.
+
+    Args:
+      values: scalars, {kind: {layer: value}}.
     """
     layers = sorted({layer for rows in values.values() for layer in rows})
     cells = [[rows.get(layer, np.nan) for layer in layers] for rows in values.values()]

@@ -1,4 +1,4 @@
-"""Maps of a run: a number for every kind of kernel and layer."""
+"""Heat maps of a run: one value for every kind of kernel and layer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ SHARES: Colormap = LinearSegmentedColormap.from_list(
 
 
 def plot_overlap(overlaps: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """Draw how much of what was learned lies in the launched directions, as a map.
+    """Draw the overlap of the learned change with the launched directions.
 
     Args:
-      overlaps: {kernel path: (matrices,)} of `subspace_overlap`.
+      overlaps: {kernel path: (matrices,)}, from `learned_overlap`.
       path: of the PNG.
+
+    Raises:
+      InputError: there are no overlaps.
     """
     if not overlaps:
         raise InputError("there are no overlaps to draw")
@@ -36,15 +39,20 @@ def plot_overlap(overlaps: Mapping[str, np.ndarray], path: str | Path) -> None:
 
 
 def plot_gains(directions: Mapping[str, LaunchRecord], path: str | Path) -> None:
-    """Draw how many directions every matrix trains, as a map.
+    """Draw the number of directions that every matrix trains.
 
     Args:
-      directions: of `read_directions`; kernels whose number is fixed are left out.
+      directions: from `read_directions`; kernels with a fixed number are left out.
       path: of the PNG.
+
+    Raises:
+      InputError: the number is fixed for all kernels.
     """
     used = {name: s.used for name, s in directions.items() if s.used is not None}
     if not used:
-        raise InputError("the number of directions is fixed: there is none to draw")
+        raise InputError(
+            "the number of directions is fixed for all kernels: nothing to draw"
+        )
     most = max(int(counts.max()) for counts in used.values())
     title = "Directions before the knee of the change rates"
     _plot_map(by_kind(used), path, title, "directions with a gain", most)
@@ -57,7 +65,7 @@ def _plot_map(
     label: str,
     most: float,
 ) -> None:
-    """Draw a scalar from 0 to `most` for every kind of kernel and layer."""
+    """Draw the values, from 0 to `most`, of every kind of kernel and layer."""
     layers, cells = table(values)
     every = max(1, len(layers) // 16)
 

@@ -1,6 +1,6 @@
-"""Plots of a run: its loss, its spectra and change rates.
+"""Plots of a run: loss, singular values and change rates.
 
-Figures are drawn on their own canvas: no pyplot, no display, no global state.
+Figures have their own canvas: no pyplot, no display, no global state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tsd_jax.analysis.arrays import Row, by_kind, series
 from tsd_jax.core.errors import InputError
 from tsd_jax.storage.directions_file import LaunchRecord
 
-# One hue from light to dark for layers, and one colour apart for what launch chose.
+# One hue from light to dark for layers, and a separate colour for what launch chose.
 RAMP: Colormap = LinearSegmentedColormap.from_list(
     "layers", ["#b9d3ea", "#4f8fc4", "#1f4e79", "#0b1f33"]
 )
@@ -49,12 +49,12 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 COLUMNS = 4
-# More dots than this in a panel hide each other.
+# More dots than this in one panel hide each other.
 DOTS = 6000
 
 
 class Matrix(NamedTuple):
-    """What launch saw in one matrix; see `LaunchRecord`."""
+    """One matrix of a `LaunchRecord`, and which of its directions have gains."""
 
     sigma: np.ndarray
     rates: np.ndarray
@@ -65,24 +65,24 @@ class Matrix(NamedTuple):
 def plot_loss(
     metrics: Sequence[Row], launch_step: int | None, path: str | Path
 ) -> None:
-    """Draw the training loss and the evaluations over steps, with the launch marked.
+    """Draw training loss and evaluations over steps, with the launch marked.
 
-    Evaluated NLL shares the loss's axis; shares (accuracy, exact match) get a panel of
-    their own below.
+    The evaluated NLL is on the axis of the loss; accuracy and exact match get a second
+    panel below.
 
     Args:
-      metrics: rows of `read_metrics`.
-      launch_step: None where there is no launch.
+      metrics: rows from `read_metrics`.
+      launch_step: None if there is no launch.
       path: of the PNG.
 
     Raises:
-      InputError: there is neither a loss nor an evaluation to draw.
+      InputError: there is neither a loss nor an evaluation.
     """
     shares = {n: series(metrics, "eval", n) for n in ("accuracy", "exact_match")}
     shares = {name: figures for name, figures in shares.items() if figures.size}
     loss, nll = series(metrics, "train", "loss"), series(metrics, "eval", "nll")
     if not (loss.size or nll.size or shares):
-        raise InputError("the metrics hold neither a loss nor an evaluation")
+        raise InputError("the metrics have neither a loss nor an evaluation to draw")
     last = max(row["step"] for row in metrics)
 
     def draw(figure: Figure) -> None:
@@ -107,13 +107,16 @@ def plot_loss(
 def plot_spectra(directions: Mapping[str, LaunchRecord], path: str | Path) -> None:
     """Draw singular values and change rates of every kernel over their index.
 
-    One pair of panels per kind of kernel; layers are a colour ramp, launched
-    directions are marked, those that a knee left without a gain by rings. Rates of 0
+    Every kind of kernel has a pair of panels, with one shade for each layer. Launched
+    directions are dots, or rings where a knee left them without a gain. Rates of 0
     (numerical null space) are not drawn.
 
     Args:
-      directions: of `read_directions`.
+      directions: from `read_directions`.
       path: of the PNG.
+
+    Raises:
+      InputError: there are no directions.
     """
     if not directions:
         raise InputError("there are no directions to draw")
@@ -127,13 +130,13 @@ def plot_spectra(directions: Mapping[str, LaunchRecord], path: str | Path) -> No
         for half in (axes[::2].ravel(), axes[1::2].ravel()):
             for axis in half[1:]:
                 axis.sharey(half[0])
-            # After the axes are shared, or the others stay linear; before there are
-            # data, or a panel of zeros is an error.
+            # After sharing the axes, or the others stay linear; before drawing data,
+            # or a panel of zeros is an error.
             half[0].set_yscale("log")
         pairs = axes.reshape(rows, 2, columns).swapaxes(1, 2).reshape(-1, 2)
-        for place, (kind, layers) in enumerate(spectra.items()):
-            _draw_spectrum(pairs[place], kind, layers, count)
-            _label_spectrum(pairs[place], first=place % columns == 0)
+        for number, (kind, layers) in enumerate(spectra.items()):
+            _draw_spectrum(pairs[number], kind, layers, count)
+            _label_spectrum(pairs[number], first=number % columns == 0)
         if any(spectrum.used is not None for spectrum in directions.values()):
             _name_marks(pairs[0][0], "with a gain", "without one")
         else:
@@ -149,7 +152,13 @@ def plot_spectra(directions: Mapping[str, LaunchRecord], path: str | Path) -> No
 def save(
     draw: Callable[[Figure], None], path: str | Path, size: tuple[float, float]
 ) -> None:
-    """Let `draw` fill a figure in the common style, and write it as PNG."""
+    """Write a figure in the common style as PNG.
+
+    Args:
+      draw: fills the figure.
+      path: of the PNG.
+      size: width and height in inches.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=size)
         draw(figure)
@@ -157,7 +166,7 @@ def save(
 
 
 def _draw_losses(axis: Axes, loss: np.ndarray, nll: np.ndarray) -> None:
-    # Not clipped: the first and the last points lie on the panel's edge.
+    # Not clipped: the first and last points are on the edge of the panel.
     if loss.size:
         axis.plot(*loss, color=BLUE, lw=1.6, clip_on=False, label="training loss")
     if nll.size:
@@ -182,7 +191,7 @@ def _mark_launch(axis: Axes, step: int) -> None:
 
 
 def _name_launch(axis: Axes, step: int) -> None:
-    """Write above the panel what the line is."""
+    """Label the line of the launch above the panel."""
     axis.annotate(
         f"launch, step {step}",
         (step, 1),
@@ -217,7 +226,7 @@ def _draw_spectrum(
     layers: Mapping[int, Matrix],
     count: int,
 ) -> None:
-    """Draw one kind of kernel: singular values above, change rates below."""
+    """Draw singular values above and change rates below for one kind of kernel."""
     above, below = axes
     for layer, matrix in sorted(layers.items()):
         above.plot(_positive(matrix.sigma), color=_shade(layer, count), lw=1.1)
@@ -239,9 +248,9 @@ def _draw_rates(
     layers: Mapping[int, Matrix],
     count: int,
 ) -> float:
-    """Draw dots in mixed order, so that no layer hides another; many are thinned.
+    """Draw change rates as dots, and return the size of a dot.
 
-    Gives the size of a dot.
+    Dots are drawn in random order, so that no layer hides another, at most `DOTS`.
     """
     sizes = [len(matrix.rates) for matrix in layers.values()]
     index = np.concatenate([np.arange(size) for size in sizes])
@@ -258,7 +267,7 @@ def _shade(layer: int, count: int) -> tuple[float, float, float, float]:
 
 
 def _label_spectrum(axes: Sequence[Axes], *, first: bool) -> None:
-    """Name the axes of the first pair in a row; the others share its scales."""
+    """Label the axes of the first pair in a row; the others share its scales."""
     above, below = axes
     if not first:
         for axis in axes:
@@ -269,7 +278,7 @@ def _label_spectrum(axes: Sequence[Axes], *, first: bool) -> None:
 
 
 def _mark(size: float, ring: bool) -> dict[str, Any]:
-    """Style the mark of a launched direction: a dot, or a ring."""
+    """Return the style of a launched direction: a dot, or a ring."""
     fill: dict[str, Any] = {"mfc": "none", "mew": 0.8} if ring else {"mew": 0}
     return {
         "color": LAUNCH,
@@ -281,8 +290,8 @@ def _mark(size: float, ring: bool) -> dict[str, Any]:
 
 
 def _name_marks(axis: Axes, *names: str) -> None:
-    for ring, name in enumerate(names):
-        axis.plot([], [], label=name, **_mark(4, bool(ring)))
+    for ring, name in zip((False, True), names, strict=False):
+        axis.plot([], [], label=name, **_mark(4, ring))
     axis.legend(loc="lower left", handletextpad=0.1)
 
 
@@ -295,5 +304,5 @@ def _layer_bar(figure: Figure, axes: Sequence[Axes], count: int) -> None:
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
-    """Take out what a log axis cannot show."""
+    """Replace what a log axis cannot show by NaN."""
     return np.where(values > 0, values, np.nan)

@@ -1,7 +1,7 @@
 """Next-token likelihoods, for training and evaluation.
 
-A batch has "tokens" (B, T), "targets" (B, T) and "weights" (B, T). Losses are sums, never
-means: sums add up over micro-batches, hosts and batches of unequal token counts.
+A batch has "tokens" (B, T), "targets" (B, T) and "weights" (B, T). Losses are sums,
+never means: sums add up over micro-batches, hosts and batches of unequal token counts.
 """
 
 from __future__ import annotations
