@@ -5,9 +5,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.analysis.test_plots import pixels, spectrum
-from tsd_jax.analysis.arrays import Spectrum
 from tsd_jax.analysis.maps import SHARES, plot_gains, plot_overlap
 from tsd_jax.core.errors import InputError
+from tsd_jax.storage.directions_file import LaunchRecord
 
 
 def test_overlap_colours_each_cell_by_its_value(tmp_path):
@@ -34,7 +34,7 @@ def test_gains_are_counted_where_a_knee_decides(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
     fixed, counts = spectrum(2), {"up": [3, 1], "q": [12, 7]}
     decided = {
-        f"layers/{name}/kernel": Spectrum(
+        f"layers/{name}/kernel": LaunchRecord(
             fixed.sigma, fixed.rates, fixed.indices, np.array(used)
         )
         for name, used in counts.items()

@@ -10,7 +10,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from tsd_jax.analysis.arrays import Spectrum
 from tsd_jax.analysis.plots import (
     LAUNCH,
     STYLE,
@@ -18,6 +17,7 @@ from tsd_jax.analysis.plots import (
     plot_spectra,
 )
 from tsd_jax.core.errors import InputError
+from tsd_jax.storage.directions_file import LaunchRecord
 
 
 def pixels(path: Path, color) -> np.ndarray:
@@ -36,12 +36,12 @@ def metrics(*, evaluation: bool = True) -> list[dict]:
     return train + shares if evaluation else train
 
 
-def spectrum(matrices: int, size: int = 24, launched: int = 4) -> Spectrum:
+def spectrum(matrices: int, size: int = 24, launched: int = 4) -> LaunchRecord:
     rng = np.random.default_rng(size)
     sigma = np.tile(np.geomspace(10, 0.01, size), (matrices, 1))
     rates = np.abs(rng.normal(size=(matrices, size)))
     rates[:, -1] = 0
-    return Spectrum(sigma, rates, np.argsort(-rates, axis=1)[:, :launched])
+    return LaunchRecord(sigma, rates, np.argsort(-rates, axis=1)[:, :launched])
 
 
 def test_loss_shows_the_launch_at_its_step(tmp_path):
@@ -124,7 +124,7 @@ def test_spectra_mark_launched_directions_in_every_panel(
 def test_a_gain_is_a_dot_and_none_is_a_ring(tmp_path, figures):
     """Those before the knee, in each matrix its own number."""
     seen = spectrum(2)
-    seen = Spectrum(seen.sigma, seen.rates, seen.indices, np.array([3, 1]))
+    seen = LaunchRecord(seen.sigma, seen.rates, seen.indices, np.array([3, 1]))
     plot_spectra({"layers/up/kernel": seen}, tmp_path / "spectra.png")
     above, below, _ = figures[0].axes
     for axis, values in ((above, seen.sigma), (below, seen.rates)):
@@ -148,7 +148,7 @@ def test_one_layer_needs_no_scale_of_layers(tmp_path, figures):
 
 def test_spectra_of_a_kernel_without_rates(tmp_path):
     still = spectrum(3)
-    still = Spectrum(still.sigma, 0 * still.rates, still.indices)
+    still = LaunchRecord(still.sigma, 0 * still.rates, still.indices)
     plot_spectra({"layers/up/kernel": still}, tmp_path / "spectra.png")
     assert imread(tmp_path / "spectra.png").std() > 0
 
