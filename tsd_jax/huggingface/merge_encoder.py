@@ -7,7 +7,6 @@ AutoModelForSequenceClassification saves it. Encoders fit into memory whole.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -81,15 +80,6 @@ def write_merged(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return str(stored)
-
-
-def noted_labels(run: Path) -> Labels | None:
-    """Read what a run has noted of its labels, from the config.json of its folder."""
-    file = run / "config.json"
-    if not file.is_file():
-        return None
-    noted = json.loads(file.read_text(encoding="utf-8")).get("labels")
-    return Labels(**{**noted, "names": tuple(noted["names"])}) if noted else None
 
 
 def _readout(config: EncoderConfig) -> str:
