@@ -7,6 +7,7 @@
 #   make lint           ruff and pyright
 #   make bench          extraction against the authors' procedure, and a launch in
 #                       train steps (installs torch)
+#   make docs           the pages as a site, in site/ (installs mkdocs-material)
 #
 # PYTHON names the interpreter (the default, python3, lives in .venv, others in
 # .venv-VERSION). TORCH_INDEX may name an index with torch's CPU build, such as
@@ -26,7 +27,7 @@ TPU := import importlib.metadata as m, re; print(*(re.split(' *;', r)[0] for r i
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow test-interop bench lint clean
+.PHONY: demo test test-slow test-interop bench docs lint clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@echo "installing into $(VENV) ..."
@@ -64,7 +65,15 @@ bench: $(VENV)/installed-interop
 	@$(BIN)/python bench/extraction.py
 	@$(BIN)/python bench/launch.py
 	@$(BIN)/python bench/loading.py
-	@$(BIN)/python bench/quantized.py
+	@$(BIN)/python bench/quantization.py
+
+$(VENV)/installed-docs: $(VENV)/installed
+	@$(PIP) $$($(BIN)/python -c "import tomllib; print(' '.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']))")
+	@touch $@
+
+docs: $(VENV)/installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site is in site/"
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .

@@ -131,19 +131,22 @@ def ours(folder: Path, names: list[str], device: str, how: str) -> Callable[[], 
         dict.fromkeys(params, rule),
         tsd.get_method("dash"),
     )
-    adapters, _ = tsd.init(jax.random.key(0), spec)
+    trainable, _ = tsd.init(jax.random.key(0), spec)
     adapters = {
         name: adapter.replace(a=jax.device_put(x["a"]), b=jax.device_put(x["b"]))
-        for (name, adapter), x in zip(adapters.items(), inputs.values(), strict=True)
+        for (name, adapter), x in zip(
+            trainable.adapters.items(), inputs.values(), strict=True
+        )
     }
+    trainable = tsd.Trainable(adapters=adapters)
     del inputs
-    jax.block_until_ready((params, adapters))
+    jax.block_until_ready((params, trainable))
     store = tsd.SpectraFolder(folder / "spectra") if how == "cached" else None
     extraction = tsd.Extraction(store=store)
 
     def run() -> dict[str, list[int]]:
         *_, report = tsd.launch(
-            params, adapters, spec, epsilon=EPSILON, extraction=extraction
+            params, trainable, spec, epsilon=EPSILON, extraction=extraction
         )
         return {name: np.asarray(r.indices).tolist() for name, r in report.items()}
 

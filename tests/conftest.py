@@ -20,7 +20,9 @@ import jax
 import pytest
 
 from tests.helpers.compiled import optimized
+from tests.helpers.shapes import check_shapes
 
+check_shapes()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -71,8 +71,8 @@ def train_step(state: TrainState, params: Any, directions: Any, batch: Any):
     """Take one step; the adapters are the state's parameters."""
     x, labels = batch
 
-    def loss_fn(adapters):
-        bound = tsd.bind(params, adapters, directions)
+    def loss_fn(trainable):
+        bound = tsd.bind(params, trainable, directions)
         logits = state.apply_fn({"params": bound}, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -99,23 +99,24 @@ def test_a_loop_of_ones_own(pretrained, method):
     spec = tsd.make_spec(model.apply, {"params": params}, RULES, x, method=method)
     assert len(spec.kernels) == 3
 
-    adapters, directions = jax.jit(lambda key: tsd.init(key, spec))(jax.random.key(1))
+    trainable, directions = jax.jit(lambda key: tsd.init(key, spec))(jax.random.key(1))
     apply: Any = tsd.adapted(model.apply)
     predict = jax.jit(lambda a, d: apply({"params": tsd.bind(params, a, d)}, x))
     before = plain({"params": params}, x)
-    np.testing.assert_array_equal(predict(adapters, directions), before)
+    np.testing.assert_array_equal(predict(trainable, directions), before)
 
-    state = TrainState.create(apply_fn=apply, params=adapters, tx=own_optimizer())
+    state: Any
+    state = TrainState.create(apply_fn=apply, params=trainable, tx=own_optimizer())
     step_fn: Any = jax.jit(train_step)
     rng, losses, rankings, executables = np.random.default_rng(1), [], {}, 0
     for step in range(STEPS):
         if step == LAUNCH:
             executables = step_fn._cache_size()
             kept = predict(state.params, directions)
-            adapters, directions, rankings = tsd.launch(params, state.params, spec)
+            trainable, directions, rankings = tsd.launch(params, state.params, spec)
             opt_state = tsd.reset_moments(state.opt_state, spec.method)
-            state = state.replace(params=adapters, opt_state=opt_state)
-            after = predict(adapters, directions)
+            state = state.replace(params=trainable, opt_state=opt_state)
+            after = predict(trainable, directions)
             want = kept if method == "dash" else before
             np.testing.assert_allclose(
                 after, want, atol=0 if method == "dash" else 1e-5
@@ -125,7 +126,7 @@ def test_a_loop_of_ones_own(pretrained, method):
 
     assert step_fn._cache_size() == executables  # launch compiles no other step
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
-    gains = [np.abs(adapter.gain).min() for adapter in state.params.values()]
+    gains = [np.abs(adapter.gain).min() for adapter in state.params.adapters.values()]
     assert min(gains) > 0
     assert set(rankings) == set(spec.paths)
 
@@ -142,12 +143,12 @@ def test_the_adapter_can_be_exported(pretrained, tmp_path):
     model, _, params, x = pretrained
     rules = [tsd.Rule(pattern=r"blocks/mlp/kernel", rank=2, directions=3)]
     spec = tsd.make_spec(model.apply, {"params": params}, rules, x, method="dash")
-    adapters, directions = tsd.init(jax.random.key(1), spec)
+    trainable, directions = tsd.init(jax.random.key(1), spec)
 
     def torch_name(path: str, layer: int | None) -> str:
         return f"layers.{layer}." + path.split("/")[1]
 
-    export = tsd.to_peft(tmp_path, adapters, directions, torch_name, base_model="mine")
+    export = tsd.to_peft(tmp_path, trainable, directions, torch_name, base_model="mine")
     assert export.rank == 2
     assert {path.name for path in tmp_path.iterdir()} == {
         "adapter_config.json",

@@ -9,6 +9,7 @@ from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core.adapter import (
     Adapter,
     Directions,
+    Trainable,
     delta,
     init,
     low_rank_factors,
@@ -37,6 +38,8 @@ from tsd_jax.training.optimizer import (
 if TYPE_CHECKING:
     from tsd_jax.binding import nnx
 
+__version__ = "0.2.0"
+
 __all__ = [
     "HANDLERS",
     "METHODS",
@@ -61,6 +64,7 @@ __all__ = [
     "SavedAdapter",
     "Spec",
     "SpectraFolder",
+    "Trainable",
     "adapted",
     "bind",
     "delta",

@@ -18,7 +18,7 @@ from tsd_jax.analysis.arrays import (
     subspace_overlap,
     table,
 )
-from tsd_jax.core.adapter import Adapter, Directions
+from tsd_jax.core.adapter import Adapter, Directions, Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import KernelSpec
@@ -157,8 +157,9 @@ def test_overlap_of_adapters_looks_at_the_launched_columns_only():
     trained = [jnp.asarray(x, jnp.float32) for x in (a, b, gain)]
     frozen = [jnp.asarray(x, jnp.float32) for x in (left, right, offset)]
     adapter = Adapter(trained[0], trained[1], trained[2], kernel)
+    adapters = {"up/kernel": adapter, "lora/kernel": adapter.replace(gain=None)}
     overlaps = learned_overlap(
-        {"up/kernel": adapter, "lora/kernel": adapter.replace(gain=None)},
+        Trainable(adapters=adapters),
         {
             "up/kernel": Directions(*frozen),
             "lora/kernel": Directions(None, None, None),

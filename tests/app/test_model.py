@@ -107,7 +107,7 @@ def test_a_fresh_head_trains_beside_the_adapters(base, data, tmp_path, capsys):
     tensors = load_file(workdir / "adapter" / "adapter_model.safetensors")
     np.testing.assert_array_equal(
         tensors["base_model.model.classifier.weight"],
-        np.asarray(saved.adapters["classifier/kernel"].value).T,
+        np.asarray(saved.trainable.full["classifier/kernel"].value).T,
     )
 
 

@@ -13,11 +13,11 @@ from tsd_jax.training.state import TrainState
 
 
 def state_of(spec, launched=True):
-    adapters, directions = random_all(0, spec)
+    trainable, directions = random_all(0, spec)
     return TrainState(
         step=np.int32(3),
         launched=np.asarray(launched),
-        adapters=adapters,
+        trainable=trainable,
         directions=directions,
         opt_state=None,
     )

@@ -158,9 +158,9 @@ def test_a_run_with_added_tokens_and_full_params(tmp_path):
     saved = tsd.load_adapter(workdir / "adapter.safetensors")
     base = load_file(ASSETS / "model" / "model.safetensors")
     table = base["model.embed_tokens.weight"].astype(np.float32)
-    rows = np.asarray(saved.adapters["embed_tokens/embedding"].value)
+    rows = np.asarray(saved.trainable.full["embed_tokens/embedding"].value)
     assert 0 < np.abs(rows - table.mean(0)).max() < 0.07  # 3 steps of at most 0.02
-    norm = np.asarray(saved.adapters["norm/scale"].value)
+    norm = np.asarray(saved.trainable.full["norm/scale"].value)
     moved = np.abs(norm - base["model.norm.weight"].astype(np.float32))
     assert 0.02 < moved.max() < 0.07
     rates = [row.get("full_learning_rate") for row in metrics(workdir)]

@@ -14,7 +14,7 @@ from tsd_jax.binding.calls import Call
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import init, low_rank_factors
+from tsd_jax.core.adapter import Trainable, init, low_rank_factors
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule
@@ -27,10 +27,10 @@ def doubled(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
 
 
-def materialised(params, adapters, directions):
+def materialised(params, trainable, directions):
     """Form m o (K + dK) / ||K + dK||, the norm a constant, and put it in K's place."""
     kernels = {}
-    for path, adapter in adapters.items():
+    for path, adapter in trainable.adapters.items():
         layout = adapter.kernel.layout
         down, up = low_rank_factors(adapter, directions[path])
         kernel = paths.flatten(params)[path]
@@ -47,32 +47,32 @@ def test_outputs_and_gradients_are_those_of_the_kernel_formed():
         model, params, spec = net(LIFT, "tsd", dora=True)
         model = Net(LIFT, jnp.float64)
         x, params = doubled(inputs(LIFT)), doubled(params)
-        adapters, directions = doubled(random_all(1, spec, 0.5))
+        trainable, directions = doubled(random_all(1, spec, 0.5))
 
-        def outputs(adapters):
-            bound = bind(params, adapters, directions)
+        def outputs(trainable):
+            bound = bind(params, trainable, directions)
             return adapted(model.apply)({"params": bound}, x)
 
-        def expected(adapters):
-            whole = materialised(params, adapters, directions)
+        def expected(trainable):
+            whole = materialised(params, trainable, directions)
             return model.apply({"params": whole}, x)
 
         @jax.jit
-        def both(adapters):
+        def both(trainable):
             def size(y):
                 return jnp.sum(y**2), y
 
             pairs = (
-                jax.value_and_grad(lambda a, f=f: size(f(a)), has_aux=True)(adapters)
+                jax.value_and_grad(lambda a, f=f: size(f(a)), has_aux=True)(trainable)
                 for f in (outputs, expected)
             )
             return tuple(pairs)
 
-        ((_, ours), our_grads), ((_, theirs), their_grads) = both(adapters)
+        ((_, ours), our_grads), ((_, theirs), their_grads) = both(trainable)
         scale = np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11 * scale)
         assert np.abs(theirs - model.apply({"params": params}, x)).max() > 0.1
-        assert np.abs(our_grads["body/mix/kernel"].magnitude).max() > 1e-3
+        assert np.abs(our_grads.adapters["body/mix/kernel"].magnitude).max() > 1e-3
         for got, want in zip(
             jax.tree.leaves(our_grads), jax.tree.leaves(their_grads), strict=True
         ):
@@ -114,12 +114,14 @@ def test_at_step_0_and_over_the_launch_of_dash_nothing_changes():
     start = init(jax.random.key(0), spec, params=params)
     before = np.asarray(model.apply({"params": params}, x))
     np.testing.assert_allclose(run(*start), before, rtol=1e-6, atol=1e-6)
-    adapters, directions = trained(0, spec, 0.3)
-    moved = adapters["body/mix/kernel"].replace(magnitude=jnp.full((3, 6), 1.3))
-    adapters = {"body/mix/kernel": moved}
-    new, frozen, _ = launch(params, adapters, spec)
+    trainable, directions = trained(0, spec, 0.3)
+    moved = trainable.adapters["body/mix/kernel"].replace(
+        magnitude=jnp.full((3, 6), 1.3)
+    )
+    trainable = Trainable(adapters={"body/mix/kernel": moved})
+    new, frozen, _ = launch(params, trainable, spec)
     assert np.abs(frozen["body/mix/kernel"].left).max() > 0.1
-    np.testing.assert_array_equal(run(new, frozen), run(adapters, directions))
+    np.testing.assert_array_equal(run(new, frozen), run(trainable, directions))
 
 
 def dense(dropout=0.0, **settings):
@@ -135,13 +137,15 @@ def dense(dropout=0.0, **settings):
 
 def test_dropout_is_of_the_low_rank_path_alone():
     """One mask on x there; x K and the norm are whole."""
-    model, params, x, (adapters, directions) = dense(dropout=0.5)
+    model, params, x, (trainable, directions) = dense(dropout=0.5)
     key = jax.random.key(1)
-    y = adapted(model.apply)({"params": bind(params, adapters, directions, key)}, x)
-    down, up = low_rank_factors(adapters["kernel"], directions["kernel"])
+    y = adapted(model.apply)({"params": bind(params, trainable, directions, key)}, x)
+    down, up = low_rank_factors(trainable.adapters["kernel"], directions["kernel"])
     x, down, up = (np.asarray(each, np.float64) for each in (x, down, up))
     kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
-    scale = adapters["kernel"].magnitude / np.linalg.norm(kernel + down @ up, axis=0)
+    scale = trainable.adapters["kernel"].magnitude / np.linalg.norm(
+        kernel + down @ up, axis=0
+    )
     more = (np.asarray(y) - bias) / np.asarray(scale) - x @ kernel
     # Of every row of x some entries are doubled and the others are gone.
     masks = np.indices((2,) * 6).reshape(6, -1).T
@@ -152,14 +156,14 @@ def test_dropout_is_of_the_low_rank_path_alone():
 
 
 def test_a_column_of_zeros_gives_numbers():
-    model, params, x, (adapters, directions) = dense(use_bias=False)
-    adapter = adapters["kernel"].replace(
-        b=adapters["kernel"].b.at[:, 2].set(0), gain=jnp.zeros(2)
+    model, params, x, (trainable, directions) = dense(use_bias=False)
+    adapter = trainable.adapters["kernel"].replace(
+        b=trainable.adapters["kernel"].b.at[:, 2].set(0), gain=jnp.zeros(2)
     )
     params = {"kernel": params["kernel"].at[:, 2].set(0)}
 
     def run(adapter):
-        bound = bind(params, {"kernel": adapter}, directions)
+        bound = bind(params, Trainable(adapters={"kernel": adapter}), directions)
         return adapted(model.apply)({"params": bound}, x)
 
     none = jax.tree.map(jnp.zeros_like, directions["kernel"])
@@ -209,10 +213,10 @@ def test_columns_are_over_all_the_inputs():
     rule = Rule(pattern="kernel", rank=2, directions=2, layout=apart, dora=True)
     params = wide.init(jax.random.key(0), x)["params"]
     spec = make_spec(wide.apply, {"params": params}, [rule], x, method="dash")
-    adapters, directions = random_all(0, spec)
-    assert adapters["kernel"].magnitude.shape == (2, 4)
-    got = adapted(wide.apply)({"params": bind(params, adapters, directions)}, x)
-    whole = materialised(params, adapters, directions)
+    trainable, directions = random_all(0, spec)
+    assert trainable.adapters["kernel"].magnitude.shape == (2, 4)
+    got = adapted(wide.apply)({"params": bind(params, trainable, directions)}, x)
+    whole = materialised(params, trainable, directions)
     want = np.asarray(wide.apply({"params": whole}, x))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     heads = jnp.ones((3, 2, 4))

@@ -47,14 +47,14 @@ def masks(key, method="lora", remat=False):
     params = {"layers": {"linear": {"kernel": jnp.zeros((LAYERS, WIDTH, WIDTH))}}}
     rule = Rule(pattern=".*kernel", rank=WIDTH, alpha=WIDTH, dropout=RATE)
     spec = make_spec(model.apply, {"params": params}, [rule], x, method=method)
-    adapters, directions = random_all(0, spec)
+    trainable, directions = random_all(0, spec)
     ones = jnp.broadcast_to(jnp.eye(WIDTH), (LAYERS, WIDTH, WIDTH))
     (path,) = spec.paths
-    adapters[path] = adapters[path].replace(a=ones, b=ones)
+    trainable.adapters[path] = trainable.adapters[path].replace(a=ones, b=ones)
     if method == "init":  # what Init starts with: the offset takes A B out again
         away = -jnp.ones((LAYERS, WIDTH))
         directions[path] = Directions(left=ones, right=ones, offset=away)
-    bound = bind(params, adapters, directions, key)
+    bound = bind(params, trainable, directions, key)
     return np.asarray(jax.jit(adapted(model.apply))({"params": bound}, x))
 
 
@@ -96,10 +96,12 @@ def test_two_kernels_of_one_shape_draw_apart():
     params = {name: {"kernel": jnp.zeros((4, 4))} for name in "ab"}
     rules = [Rule(pattern=".*", rank=4, alpha=4, dropout=0.5)]
     spec = make_spec(model.apply, {"params": params}, rules, x, method="lora")
-    adapters, directions = random_all(0, spec)
+    trainable, directions = random_all(0, spec)
     for path in spec.paths:
-        adapters[path] = adapters[path].replace(a=jnp.eye(4), b=jnp.eye(4))
-    bound = bind(params, adapters, directions, jax.random.key(0))
+        trainable.adapters[path] = trainable.adapters[path].replace(
+            a=jnp.eye(4), b=jnp.eye(4)
+        )
+    bound = bind(params, trainable, directions, jax.random.key(0))
     first, second = adapted(model.apply)({"params": bound}, x)
     assert 0.35 < (np.asarray(first) == np.asarray(second)).mean() < 0.65
 
@@ -152,15 +154,15 @@ def test_remat_draws_the_same_mask_again():
     def gradients(lift):
         settings = {"pattern": "body/mix/kernel", "dropout": RATE}
         model, params, spec = net(lift, method_of("tsd+keep"), **settings)
-        adapters, directions = random_all(0, spec, 0.3)
+        trainable, directions = random_all(0, spec, 0.3)
 
         @jax.jit
         @jax.grad
-        def gradient(adapters):
-            bound = bind(params, adapters, directions, jax.random.key(0))
+        def gradient(trainable):
+            bound = bind(params, trainable, directions, jax.random.key(0))
             return jnp.sum(adapted(model.apply)({"params": bound}, inputs(lift)) ** 2)
 
-        return jax.tree.leaves(gradient(adapters))
+        return jax.tree.leaves(gradient(trainable))
 
     pairs = zip(gradients("scan"), gradients("scan of remat"), strict=True)
     for plain, recomputed in pairs:

@@ -12,7 +12,7 @@ from tests.helpers.models import Net, inputs, net
 from tests.helpers.oracle import geometric, spectrum_kernel
 from tests.helpers.trees import method_of, trained, zeros
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import merge
+from tsd_jax.core.adapter import Trainable, merge
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch
 
@@ -31,13 +31,13 @@ def trees(method, dtype):
     """
     _, params, spec = net(LIFT, method_of(method), pattern=KERNELS, dtype=dtype)
     assert len(spec.kernels) == 2
-    adapters, directions = trained(0, spec, 0.3)
-    new, frozen, _ = launch(params, adapters, spec)
+    trainable, directions = trained(0, spec, 0.3)
+    new, frozen, _ = launch(params, trainable, spec)
     residual = merge(params, zeros(new), frozen)  # K + L diag(o) R^T, in K's type
     without = {path: x.replace(offset=zeros(x.offset)) for path, x in frozen.items()}
     return (
-        bind(params, zeros(adapters), directions),
-        bind(params, adapters, directions),
+        bind(params, zeros(trainable), directions),
+        bind(params, trainable, directions),
         bind(params, new, frozen),
         bind(residual, new, without),
     )
@@ -88,8 +88,8 @@ def bfloat16_layer():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(32, SIZE)), jnp.float32)
     rules = [Rule(pattern="kernel", rank=TAKEN, directions=TAKEN)]
     spec = make_spec(model.apply, {"params": params}, rules, x, method="tsd")
-    adapters, frozen, _ = launch(params, trained(0, spec)[0], spec)
-    return params["kernel"], adapters["kernel"], frozen["kernel"], x
+    trainable, frozen, _ = launch(params, trained(0, spec)[0], spec)
+    return params["kernel"], trainable.adapters["kernel"], frozen["kernel"], x
 
 
 def error_over_taken(bfloat16_layer, y):
@@ -102,7 +102,9 @@ def error_over_taken(bfloat16_layer, y):
 
 def test_an_offset_beside_a_bfloat16_kernel_is_exact(bfloat16_layer):
     kernel, adapter, frozen, x = bfloat16_layer
-    bound = bind({"kernel": kernel}, {"kernel": adapter}, {"kernel": frozen})
+    bound = bind(
+        {"kernel": kernel}, Trainable(adapters={"kernel": adapter}), {"kernel": frozen}
+    )
     model = nn.Dense(SIZE, use_bias=False)
     y = adapted(model.apply)({"params": bound}, x)
     assert error_over_taken(bfloat16_layer, np.asarray(y, np.float64)) < 1e-3

@@ -88,8 +88,8 @@ def test_it_casts_and_rounds_once():
     params: Any = filled(0, jax.eval_shape(model.init, jax.random.key(0), x)["params"])
     rules = [Rule(pattern="up", rank=2, directions=2)]
     spec = make_spec(model.apply, {"params": params}, rules, x)
-    adapters, directions = random_all(0, spec)
-    bound = bind(params, adapters, directions)
+    trainable, directions = random_all(0, spec)
+    bound = bind(params, trainable, directions)
     y = adapted(model.apply)({"params": bound}, x)[0]
     assert y.dtype == jnp.float32
     narrow = [leaf.astype(jnp.bfloat16) for leaf in (x, params["up"])]

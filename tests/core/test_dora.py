@@ -8,7 +8,6 @@ import pytest
 from tests.helpers.oracle import geometric, spectrum_kernel
 from tsd_jax.core.dora import column_norms, rescaling
 from tsd_jax.core.layout import Layout
-from tsd_jax.extraction.deltas import matrix_norms
 
 # Layout of a stored kernel, its shape, and the same as (*batch, in, out).
 LAYOUTS = {
@@ -65,18 +64,6 @@ def test_what_is_taken_out_and_put_back_cancels(shape):
     parts = (x.astype(np.float32) for x in (kernel, down, up))
     got = column_norms(*parts, layout=Layout())
     np.testing.assert_allclose(got, np.linalg.norm(kernel, axis=0), rtol=3e-6)
-
-
-@pytest.mark.parametrize("shape", [(70, 200), (200, 70)], ids=["wide", "tall"])
-def test_norms_in_float64(shape):
-    rng = np.random.default_rng(1)
-    kernel = rng.normal(size=shape).astype(np.float32)
-    down, up = rng.normal(size=(shape[0], 3)), rng.normal(size=(3, shape[1]))
-    with jax.enable_x64(True):
-        got = matrix_norms(jnp.asarray(kernel), jnp.asarray(down), jnp.asarray(up))
-        assert got.dtype == jnp.float64
-    want = np.linalg.norm(kernel.astype(np.float64) + down @ up, axis=0)
-    np.testing.assert_allclose(got, want, rtol=1e-13)
 
 
 def test_columns_that_are_zero_are_let_be():

@@ -14,8 +14,6 @@ from tsd_jax.core.full_params import (
     FullParam,
     FullSpec,
     full_spec,
-    kernels_in,
-    parts_in,
     place_full,
     start_full,
 )
@@ -101,20 +99,20 @@ def test_a_parameter_must_be_a_float_array_with_such_rows():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parts_start_at_the_bases_values_in_float32(dtype):
     params = base(dtype)
-    adapters, directions = init(jax.random.key(0), spec_with_parts(), params=params)
+    trainable, directions = init(jax.random.key(0), spec_with_parts(), params=params)
     assert list(directions) == ["k", "stack"]
-    assert list(parts_in(adapters)) == [part.path for part in PARTS]
-    assert list(kernels_in(adapters)) == ["k", "stack"]
+    assert list(trainable.full) == [part.path for part in PARTS]
+    assert list(trainable.adapters) == ["k", "stack"]
     wanted = {
         "norm/scale": np.asarray(params["norm"]["scale"], np.float32),
         "embed/embedding": np.asarray(params["embed"]["embedding"], np.float32)[4:6],
         "head/kernel": np.asarray(params["head"]["kernel"], np.float32)[:, 5:],
     }
     for path, value in wanted.items():
-        assert adapters[path].value.dtype == jnp.float32
-        np.testing.assert_array_equal(adapters[path].value, value)
+        assert trainable.full[path].value.dtype == jnp.float32
+        np.testing.assert_array_equal(trainable.full[path].value, value)
     alone, _ = init(jax.random.key(0), small_spec("tsd"))
-    np.testing.assert_array_equal(adapters["k"].a, alone["k"].a)
+    np.testing.assert_array_equal(trainable.adapters["k"].a, alone.adapters["k"].a)
 
 
 def test_a_start_shares_no_memory_with_the_base():
@@ -148,10 +146,10 @@ def random_parts(seed: int) -> dict[str, FullParam]:
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_merge_puts_trained_values_in_place(dtype):
     params = base("bfloat16")
-    adapters, directions = random_all(1, small_spec("tsd"))
+    trainable, directions = random_all(1, small_spec("tsd"))
     parts = random_parts(2)
-    merged = merge(params, adapters | parts, directions, dtype)
-    alone = merge(params, adapters, directions, dtype)
+    merged = merge(params, trainable.replace(full=parts), directions, dtype)
+    alone = merge(params, trainable, directions, dtype)
     np.testing.assert_array_equal(merged["k"], alone["k"])
     wanted = {
         path: np.array(params[path.split("/")[0]][path.split("/")[1]], np.float32)
@@ -179,10 +177,9 @@ def test_only_the_rows_receive_a_gradient():
 
 def test_launch_passes_parts_on_untouched():
     spec, params = spec_with_parts("dash"), base()
-    adapters, _ = random_all(1, small_spec("dash"), 0.1)
+    trainable, _ = random_all(1, small_spec("dash"), 0.1)
     parts = random_parts(2)
-    launched, directions, report = launch(params, adapters | parts, spec)
-    assert set(launched) == {"k", "stack", *parts}
+    launched, directions, report = launch(params, trainable.replace(full=parts), spec)
+    assert set(launched.adapters) == {"k", "stack"}
+    assert launched.full is parts
     assert set(directions) == set(report) == {"k", "stack"}
-    for path, part in parts.items():
-        assert launched[path] is part

@@ -18,7 +18,8 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
 from tsd_jax.extraction.chunks import plan_chunks
-from tsd_jax.extraction.launch import Extraction, launch
+from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.training.sharding import make_mesh
 
 SHAPE = (5, 16, 24)
@@ -150,8 +151,8 @@ def assert_launched_alike(got, want):
 def launch_of(name: str):
     """Launch on the floats of a quantized base, all on one device."""
     spec = small_spec("tsd", shape=SHAPE, layout=STACKED, rank=3, directions=4)
-    adapters = trained(0, spec)[0]
-    return spec, adapters, launch(base(name)[1], adapters, spec)
+    trainable = trained(0, spec)[0]
+    return spec, trainable, launch(base(name)[1], trainable, spec)
 
 
 WAYS = {
@@ -171,26 +172,29 @@ WAYS = {
 )
 def test_launch_is_that_of_the_floats(way):
     name = "int8" if way == "inputs cut twice" else "nf4"
-    spec, adapters, want = launch_of(name)
+    spec, trainable, want = launch_of(name)
     params = base(name)[0]
     place, extraction = WAYS[way]
     if place is not None:
         mesh = make_mesh((2, 2, 2))
         params = jax.device_put(params, NamedSharding(mesh, place))
-    assert_launched_alike(launch(params, adapters, spec, extraction=extraction), want)
+    assert_launched_alike(launch(params, trainable, spec, extraction=extraction), want)
     store = extraction.store
     if isinstance(store, Memory):
         # Named by the bits of the floats: those serve the same store.
         held = len(store.kept)
         assert held == SHAPE[0]
-        launch(base(name)[1], adapters, spec, extraction=extraction)
+        launch(base(name)[1], trainable, spec, extraction=extraction)
         assert len(store.kept) == held
 
 
 def test_launched_sets_are_those_of_a_full_svd():
-    spec, adapters, (*_, report) = launch_of("nf4")
+    spec, trainable, (*_, report) = launch_of("nf4")
     floats = np.asarray(base("nf4")[1]["k"], np.float64)
-    a, b = (np.asarray(x, np.float64) for x in (adapters["k"].a, adapters["k"].b))
+    a, b = (
+        np.asarray(x, np.float64)
+        for x in (trainable.adapters["k"].a, trainable.adapters["k"].b)
+    )
     for n in range(SHAPE[0]):
         want = core_directions(floats[n], spec.kernels[0].scale * a[n] @ b[n])
         found = np.asarray(report["k"].indices[n])
@@ -203,19 +207,19 @@ def test_one_matrix_alone_and_its_store():
     how = Quantization(format="nf4", tile=4)
     params = quantize(alone, how, "k")
     spec = small_spec("dash", shape=SHAPE[1:], layout=Layout())
-    adapters = trained(1, spec)[0]
+    trainable = trained(1, spec)[0]
     store = Memory()
     extraction = Extraction(store=store)
-    got = launch(params, adapters, spec, extraction=extraction)
+    got = launch(params, trainable, spec, extraction=extraction)
     plain = {"k": dequantize(params["k"])}
-    assert_launched_alike(got, launch(plain, adapters, spec, extraction=extraction))
+    assert_launched_alike(got, launch(plain, trainable, spec, extraction=extraction))
     assert len(store.kept) == 1
 
 
 @pytest.mark.usefixtures("optimized")
 def test_of_a_stack_a_chunk_alone_becomes_floats():
     leaf = base("int8")[0]["k"]
-    plan = plan_chunks(leaf, STACKED, memory_budget=1)
+    plan = plan_chunks(leaf, STACKED, matrices_per_device=1)
     assert plan.width == 1
     take = jax.jit(lambda kernel, start: plan.matrices(kernel, start))
     text = take.lower(leaf, np.int32(0)).compile().as_text() or ""
@@ -230,13 +234,15 @@ def test_launch_leaves_the_function_while_a_requantized_residual_does_not(method
     """PiSSA's way, Q(K - A B) + A B, against an untouched base and an offset."""
     quantized, plain = base("nf4")
     spec = small_spec(method, shape=SHAPE, layout=STACKED, rank=3, directions=4)
-    adapters, directions, _ = launch(quantized, trained(0, spec)[0], spec)
+    trainable, directions, _ = launch(quantized, trained(0, spec)[0], spec)
     whole = np.asarray(plain["k"], np.float64)
-    ours = np.asarray(merge(quantized, adapters, directions)["k"], np.float64)
+    ours = np.asarray(merge(quantized, trainable, directions)["k"], np.float64)
     error = np.linalg.norm(ours - whole) / np.linalg.norm(whole)
     assert error < 1e-5
-    scale = adapters["k"].kernel.scale
-    taken = scale * np.asarray(adapters["k"].a @ adapters["k"].b, np.float64)
+    scale = trainable.adapters["k"].kernel.scale
+    taken = scale * np.asarray(
+        trainable.adapters["k"].a @ trainable.adapters["k"].b, np.float64
+    )
     how = Quantization(format="nf4", tile=4)
     rest = how.quantize(jnp.asarray(whole - taken, jnp.float32)).unbox()
     theirs = np.asarray(rest, np.float64) + taken

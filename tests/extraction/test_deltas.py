@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
-from tests.helpers.trees import small_spec, trained
-from tsd_jax.core.errors import InputError
-from tsd_jax.core.layout import Layout
 from tsd_jax.extraction.blocked import BlockedMatrix
-from tsd_jax.extraction.deltas import DenseDelta, DoraDelta, LowRankDelta, learned_delta
-from tsd_jax.extraction.launch import Extraction, launch
-from tsd_jax.extraction.ranking import rank_delta, rank_directions
+from tsd_jax.extraction.deltas import (
+    DenseDelta,
+    DoraDelta,
+    LowRankDelta,
+    learned_delta,
+    matrix_norms,
+)
+from tsd_jax.extraction.ranking import RankSettings, rank_delta, rank_directions
 from tsd_jax.extraction.tridiagonal import tridiagonalize
 
 SHAPES = {"square": (20, 20), "wide": (20, 33), "tall": (33, 20)}
@@ -33,7 +35,9 @@ def test_a_full_change_is_ranked_as_defined(shape, solver):
     kernel, change = problem(shape)
     with jax.enable_x64(True):
         got = rank_delta(
-            jnp.asarray(kernel), DenseDelta(jnp.asarray(change)), count=6, solver=solver
+            jnp.asarray(kernel),
+            DenseDelta(jnp.asarray(change)),
+            RankSettings(count=6, solver=solver),
         )
     want = core_directions(kernel, change)
     top = want.order[:6]
@@ -51,9 +55,11 @@ def test_both_kinds_of_a_change_say_the_same(shape):
     b = jnp.asarray(rng.normal(size=(3, shape[1])), jnp.float32)
     with jax.enable_x64(True):
         full = DenseDelta(2.0 * a.astype(jnp.float64) @ b.astype(jnp.float64))
-        one = rank_delta(jnp.asarray(kernel), full, count=5)
+        one = rank_delta(jnp.asarray(kernel), full, RankSettings(count=5))
         other = rank_directions(jnp.asarray(kernel), a, b, scale=2.0, count=5)
-        third = rank_delta(jnp.asarray(kernel), LowRankDelta(a, b, 2.0), count=5)
+        third = rank_delta(
+            jnp.asarray(kernel), LowRankDelta(a, b, 2.0), RankSettings(count=5)
+        )
     np.testing.assert_array_equal(one.indices, other.indices)
     np.testing.assert_allclose(one.rates, other.rates, rtol=1e-7)
     np.testing.assert_allclose(one.moved, other.moved, rtol=1e-7)
@@ -65,45 +71,9 @@ def test_a_full_change_cannot_be_seen_without_all_vectors():
     with jax.enable_x64(True):
         few = tridiagonalize(BlockedMatrix(jnp.asarray(kernel)).gram())
         with pytest.raises(TypeError, match="dense spectrum"):
-            DenseDelta(jnp.asarray(change)).wide.products(
+            DenseDelta(jnp.asarray(change)).as_float64.products(
                 few, BlockedMatrix(jnp.asarray(kernel))
             )
-
-
-@pytest.mark.parametrize("where", ["devices", "hosts"])
-@pytest.mark.parametrize("method", ["dash", "init", "tsd"])
-def test_launch_by_gradients_of_stored_kernels(method, where):
-    """(out, layers, in): A and B have no say, and the scale has none."""
-    layout = Layout((1,), (2,), (0,), lifted=(1,))
-    spec = small_spec(method, shape=(9, 3, 6), layout=layout)
-    rng = np.random.default_rng(3)
-    kernel = rng.normal(size=(9, 3, 6)).astype(np.float32)
-    gradient = jnp.asarray(rng.normal(size=(9, 3, 6)), jnp.float32)
-    adapters = trained(0, spec)[0]
-    params = {"k": jnp.asarray(kernel)}
-    extraction = Extraction(where=where)
-    new, frozen, report = launch(
-        params, adapters, spec, deltas={"k": gradient}, extraction=extraction
-    )
-    again = launch(params, adapters, spec, deltas={"k": -7.0 * gradient})[2]
-    count = spec.kernels[0].ranked
-    for layer in range(3):
-        want = core_directions(kernel[:, layer].T, np.asarray(gradient)[:, layer].T)
-        top = want.order[:count]
-        np.testing.assert_array_equal(report["k"].indices[layer], top)
-        np.testing.assert_array_equal(again["k"].indices[layer], top)
-        np.testing.assert_allclose(report["k"].rates[layer], want.rates, rtol=1e-4)
-        ours = np.asarray(frozen["k"].left[layer] @ frozen["k"].right[layer].T)
-        np.testing.assert_allclose(ours, want.P[:, top] @ want.Q[:, top].T, atol=1e-5)
-    if method == "dash":
-        assert new["k"].a is adapters["k"].a
-
-
-def test_methods_that_make_nothing_of_a_gradient():
-    spec = small_spec("pissa", shape=(6, 9))
-    params = {"k": jnp.ones((6, 9))}
-    with pytest.raises(InputError, match="'pissa' ranks by 'largest', which looks"):
-        launch(params, trained(0, spec)[0], spec, deltas=params)
 
 
 def rescaled(shape):
@@ -121,7 +91,9 @@ def test_the_change_of_dora_is_ranked_as_defined(shape):
     kernel, a, b, c, change = rescaled(shape)
     with jax.enable_x64(True):
         parts = DoraDelta.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
-        got = rank_delta(jnp.asarray(kernel), parts, count=6, solver="tridiagonal")
+        got = rank_delta(
+            jnp.asarray(kernel), parts, RankSettings(count=6, solver="tridiagonal")
+        )
     want = core_directions(kernel, change)
     np.testing.assert_array_equal(got.indices, want.order[:6])
     np.testing.assert_allclose(got.rates, want.rates, rtol=1e-6)
@@ -136,7 +108,7 @@ def test_more_directions_than_are_looked_at_together(shape):
     change = (kernel + 2 * a @ b) * c - kernel
     with jax.enable_x64(True):
         parts = DoraDelta.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
-        got = rank_delta(jnp.asarray(kernel), parts, count=6)
+        got = rank_delta(jnp.asarray(kernel), parts, RankSettings(count=6))
     want = core_directions(kernel, change)
     np.testing.assert_allclose(got.rates, want.rates, rtol=1e-6, atol=1e-9)
 
@@ -162,3 +134,15 @@ def test_the_change_of_dora_cannot_be_seen_without_all_vectors():
         parts = DoraDelta.of(jnp.asarray(a), jnp.asarray(b), 2.0, jnp.asarray(c))
         with pytest.raises(TypeError, match="dense spectrum"):
             parts.products(few, BlockedMatrix(jnp.asarray(kernel)))
+
+
+@pytest.mark.parametrize("shape", [(70, 200), (200, 70)], ids=["wide", "tall"])
+def test_norms_in_float64(shape):
+    rng = np.random.default_rng(1)
+    kernel = rng.normal(size=shape).astype(np.float32)
+    down, up = rng.normal(size=(shape[0], 3)), rng.normal(size=(3, shape[1]))
+    with jax.enable_x64(True):
+        got = matrix_norms(jnp.asarray(kernel), jnp.asarray(down), jnp.asarray(up))
+        assert got.dtype == jnp.float64
+    want = np.linalg.norm(kernel.astype(np.float64) + down @ up, axis=0)
+    np.testing.assert_allclose(got, want, rtol=1e-13)

@@ -1,233 +1,96 @@
 from __future__ import annotations
 
-import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
-from tests.helpers.trees import small_spec, trained
-from tsd_jax.core.adapter import delta, init, merge
+from tests.extraction.test_matrix_launch import launched, problem
+from tests.helpers.oracle import core_directions
+from tests.helpers.trees import STACKED, small_spec, trained
+from tsd_jax.core.adapter import Trainable, delta, init
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
-from tsd_jax.extraction.knee import knee
-from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.chunks import plan_chunks
+from tsd_jax.extraction.launch import Operands, _launch_chunk, _spread_chunk, launch
+from tsd_jax.extraction.settings import Extraction
+from tsd_jax.training.sharding import make_mesh
 
-METHODS = ["dash", "init", "tsd", "init+keep", "tsd+keep"]
-methods = pytest.mark.parametrize("method", METHODS)
-cases = pytest.mark.parametrize(
-    ("shape", "rank", "directions"),
-    [((6, 9), 2, 4), ((9, 6), 3, 2), ((3, 6, 9), 2, 4)],
-    ids=["wide", "tall", "stack"],
+MESH = (2, 2, 2)
+SHAPE = (5, 16, 24)
+
+
+def random_problem(method="tsd+keep"):
+    spec = small_spec(method, shape=SHAPE, layout=STACKED, rank=3, directions=4)
+    kernel = np.random.default_rng(3).normal(size=SHAPE).astype(np.float32)
+    return spec, kernel, trained(0, spec)[0]
+
+
+@pytest.mark.parametrize("where", ["devices", "hosts"])
+@pytest.mark.parametrize(
+    "spec", [P(None, "fsdp"), P(None, "fsdp", "tensor"), P()], ids=str
 )
+def test_a_launch_does_not_depend_on_where_it_runs(spec, where):
+    adapters_spec, kernel, trainable = random_problem()
+    want = launch({"k": jnp.asarray(kernel)}, trainable, adapters_spec)
+    mesh = make_mesh(MESH)
+    sharded = {"k": jax.device_put(kernel, NamedSharding(mesh, spec))}
+    extraction = Extraction(where=where, memory_budget=1)
+    got = launch(sharded, trainable, adapters_spec, extraction=extraction)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
 
 
-def problem(method, shape, rank=2, directions=4, dtype=jnp.float32, auto=False):
-    """Return kernels of falling spectra, and trained A and B beside them."""
-    *batch, m, n = shape
-    spec = small_spec(
-        method,
-        shape=shape,
-        layout=Layout((0,), (1,), (2,), lifted=(0,)) if batch else Layout(),
-        rank=rank,
-        directions=directions,
-        auto=auto,
+@pytest.mark.usefixtures("optimized")
+def test_hosts_leave_nothing_to_decompose_to_the_devices():
+    """What is compiled for the devices spreads matrices; it solves nothing."""
+    spec, kernel, trainable = random_problem()
+    sharding = NamedSharding(make_mesh(MESH), P(None, "fsdp", "tensor"))
+    kernel = jax.device_put(kernel, sharding)
+    plan = plan_chunks(kernel, spec.kernels[0].layout, matrices_per_device=1)
+    adapter = trainable.adapters["k"]
+    noise = np.zeros((5, 16), np.float32)
+    operands = Operands(kernel, adapter.a, adapter.b, None, noise, None)
+    lowered = _spread_chunk.lower(operands, np.int32(0), plan=plan)
+    text = lowered.compile().as_text() or ""
+    assert "custom-call" not in text
+    assert "f64" not in text
+
+
+def test_progress_is_told_chunk_by_chunk():
+    spec, kernel, trainable = random_problem()
+    seen = []
+    launch(
+        {"k": jnp.asarray(kernel)},
+        trainable,
+        spec,
+        extraction=Extraction(memory_budget=16 * 24 * 4 * 2),
+        progress=lambda done, total: seen.append((done, total)),
     )
-    kernels = [
-        spectrum_kernel(seed, (m, n), geometric(min(m, n)))[0]
-        for seed in range(math.prod(batch))
-    ]
-    params = {"k": jnp.asarray(np.reshape(kernels, shape), dtype)}
-    return spec, params, trained(0, spec)[0]
+    assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
-def oracle(params, adapters, epsilon=1e-6):
-    """Decompose every matrix of the stack: {index: core directions}."""
-    kernel = np.asarray(params["k"].astype(jnp.float32), np.float64)
-    adapter = adapters["k"]
-    a, b = np.asarray(adapter.a, np.float64), np.asarray(adapter.b, np.float64)
-    change = adapter.kernel.scale * (a @ b)
-    return {
-        index: core_directions(kernel[index], change[index], epsilon)
-        for index in np.ndindex(kernel.shape[:-2])
-    }
-
-
-@functools.cache
-def launched(method, shape, rank=2, directions=4):
-    """Return a problem and its launch, computed once for all tests."""
-    spec, params, adapters = problem(method, shape, rank, directions)
-    return spec, params, adapters, *launch(params, adapters, spec)
-
-
-@cases
-@methods
-def test_what_is_launched(method, shape, rank, directions):
-    """Every new leaf against its definition; signs of the directions are free."""
-    spec, params, adapters, new, frozen, report = launched(
-        method, shape, rank, directions
-    )
-    restart, keep = spec.method.restart, spec.method.keep
-    ranked = max(directions * spec.method.gains, rank * restart)
-    for index, want in oracle(params, adapters).items():
-        top = want.order[:ranked]
-        np.testing.assert_array_equal(report["k"].indices[index], top)
-        np.testing.assert_allclose(report["k"].sigma[index], want.sigma, rtol=1e-5)
-        np.testing.assert_allclose(report["k"].rates[index], want.rates, rtol=1e-5)
-
-        left, right = frozen["k"].left[index], frozen["k"].right[index]
-        outer = np.einsum("ic,oc->cio", left[:, :ranked], right[:, :ranked])
-        expected = np.einsum("ic,oc->cio", want.P[:, top], want.Q[:, top])
-        np.testing.assert_allclose(outer, expected, atol=1e-6)
-
-        sigma = want.sigma[top[:rank]] * restart
-        offset = np.zeros(ranked)
-        offset[: len(sigma)] = -sigma
-        offset = [*offset, *np.ones(rank * keep)]
-        np.testing.assert_allclose(frozen["k"].offset[index], offset, rtol=1e-6)
-
-        gamma = new["k"].kernel.scale
-        product = gamma * np.asarray(new["k"].a[index] @ new["k"].b[index])
-        old = gamma * np.asarray(adapters["k"].a[index] @ adapters["k"].b[index])
-        if keep:
-            kept = np.asarray(left[:, ranked:] @ right[:, ranked:].T)
-            np.testing.assert_allclose(kept, old, atol=1e-7)
-        if restart:
-            first = np.einsum("c,cio->io", sigma, expected[:rank])
-            np.testing.assert_allclose(product, first, atol=1e-5)
-            root = np.sqrt(want.sigma[top[:rank]] / gamma)
-            norms = np.linalg.norm(new["k"].a[index], axis=0)
-            np.testing.assert_allclose(norms, root, rtol=1e-5)
-            norms = np.linalg.norm(new["k"].b[index], axis=1)
-            np.testing.assert_allclose(norms, root, rtol=1e-5)
-
-
-@methods
-def test_leaves_keep_shapes_and_types(method):
-    """No shape changes at launch, and no float64 leaves it."""
-    spec, _, _, new, frozen, report = launched(method, (3, 6, 9))
-    before = jax.eval_shape(lambda: init(jax.random.key(0), spec))
-
-    def kinds(tree):
-        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
-    assert kinds((new, frozen)) == kinds(before)
-    assert {report["k"].sigma.dtype, report["k"].rates.dtype} == {jnp.dtype("float32")}
-    assert report["k"].indices.dtype == jnp.int32
-
-
-@pytest.mark.parametrize("method", ["dash", "tsd", "tsd+keep"])
-@pytest.mark.parametrize("rank", [2, 4])
-def test_every_matrix_uses_what_stands_before_its_knee(method, rank):
-    """Gains behind the gate, and directions that nothing needs, are zero."""
-    spec, params, adapters = problem(method, (3, 9, 12), rank, 4, auto=True)
-    fixed, _, _ = problem(method, (3, 9, 12), rank, 4)
-    new, frozen, report = launch(params, adapters, spec)
-    _, whole, plain = launch(params, adapters, fixed)
-    assert plain["k"].used is None
-    assert whole["k"].gate is None
-    np.testing.assert_array_equal(report["k"].indices, plain["k"].indices)
-    used = np.asarray(report["k"].used)
-    assert used.shape == (3, 1)
-    for (layer,), want in oracle(params, adapters).items():
-        count = int(knee(jnp.asarray(want.rates), 4))
-        assert used[layer, 0] == count
-        np.testing.assert_array_equal(frozen["k"].gate[layer], np.arange(4) < count)
-        live = max(count, rank * spec.method.restart)
-        ranked = spec.kernels[0].ranked
-        for got, full in (("left", whole["k"].left), ("right", whole["k"].right)):
-            columns = np.asarray(getattr(frozen["k"], got)[layer])
-            np.testing.assert_array_equal(columns[:, live:ranked], 0)
-            np.testing.assert_array_equal(columns[:, :live], full[layer][:, :live])
-            np.testing.assert_array_equal(columns[:, ranked:], full[layer][:, ranked:])
-    np.testing.assert_array_equal(frozen["k"].offset, whole["k"].offset)
-    assert used.min() < 4, "otherwise this tests nothing"
-    start = jax.eval_shape(lambda: init(jax.random.key(0), spec))
-    assert jax.tree.map(jnp.shape, (new, frozen)) == jax.tree.map(jnp.shape, start)
-
-
-@pytest.mark.parametrize("method", ["dash", "tsd"])
-def test_gains_behind_the_gate_have_no_gradient(method):
-    spec, params, adapters = problem(method, (3, 9, 12), 4, 4, auto=True)
-    new, frozen, report = launch(params, adapters, spec)
-
-    def size(gain):
-        return jnp.sum(delta(new["k"].replace(gain=gain), frozen["k"]) ** 2)
-
-    grads = np.asarray(jax.grad(size)(new["k"].gain + 0.5))
-    behind = np.arange(4) >= np.asarray(report["k"].used)
-    assert behind.any()
-    assert (grads[behind] == 0).all()
-    assert (grads[~behind] != 0).all()
+def test_one_program_serves_all_kernels_of_a_shape():
+    spec, kernel, trainable = random_problem("dash")
+    program: Any = _launch_chunk
+    before = program._cache_size()
+    for seed in range(2):
+        value = jnp.asarray(kernel + seed)
+        launch({"k": value}, trainable, spec, extraction=Extraction(memory_budget=1))
+    assert program._cache_size() == before + 1
 
 
 def test_dash_leaves_a_and_b_alone():
-    spec, _, adapters, new, frozen, _ = launched("dash", (6, 9))
-    assert new["k"].a is adapters["k"].a
-    assert new["k"].b is adapters["k"].b
+    spec, _, trainable, new, frozen, _ = launched("dash", (6, 9))
+    assert new.adapters["k"].a is trainable.adapters["k"].a
+    assert new.adapters["k"].b is trainable.adapters["k"].b
     np.testing.assert_array_equal(frozen["k"].offset, 0)
-    before = delta(adapters["k"], init(jax.random.key(0), spec)[1]["k"])
-    np.testing.assert_array_equal(delta(new["k"], frozen["k"]), before)
-
-
-def delta_of(adapters):
-    adapter = adapters["k"]
-    return np.asarray(adapter.kernel.scale) * np.matmul(adapter.a, adapter.b)
-
-
-@methods
-def test_gains_start_at_zero(method):
-    spec, params, adapters = problem(method, (6, 9))
-    if spec.method.gains:  # even if somebody trained them
-        gain = jnp.ones_like(adapters["k"].gain)
-        adapters = {"k": adapters["k"].replace(gain=gain)}
-    new, _, _ = launch(params, adapters, spec)
-    gain = new["k"].gain
-    assert (gain is None) if not spec.method.gains else (np.asarray(gain) == 0).all()
-
-
-@cases
-@methods
-def test_the_kernel_seen_after_launch(method, shape, rank, directions):
-    """dash, keep: as before; init, tsd: the pretrained one."""
-    spec, params, adapters, new, frozen, _ = launched(method, shape, rank, directions)
-    before = np.asarray(params["k"]) + delta_of(adapters)
-    dropped = spec.method.restart and not spec.method.keep
-    want = np.asarray(params["k"]) if dropped else before
-    after = merge(params, new, frozen)["k"]
-    np.testing.assert_allclose(after, want, atol=5e-6)
-    assert np.abs(before - np.asarray(params["k"])).max() > 1e-2
-
-
-@methods
-def test_a_bfloat16_kernel_is_ranked_as_the_matrix_it_is(method):
-    spec, params, adapters = problem(method, (6, 9), dtype=jnp.bfloat16)
-    new, frozen, report = launch(params, adapters, spec)
-    (want,) = oracle(params, adapters).values()
-    count = spec.kernels[0].ranked
-    np.testing.assert_array_equal(report["k"].indices, want.order[:count])
-    np.testing.assert_allclose(report["k"].sigma, want.sigma, rtol=1e-5)
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves((new, frozen))}
-    assert dtypes == {jnp.dtype("float32")}
-
-
-@pytest.mark.parametrize("method", ["tsd", "tsd+keep"])
-def test_degenerate_kernels_give_finite_numbers(method):
-    """A zero matrix, one of rank 2, and a sound one, in one stack."""
-    spec, params, adapters = problem(method, (3, 6, 9))
-    kernel = np.array(params["k"])
-    kernel[0] = 0
-    kernel[1] = np.outer(kernel[2, :, 0], kernel[2, 0]) + np.eye(6, 9)[0][None]
-    params = {"k": jnp.asarray(kernel)}
-    new, frozen, report = launch(params, adapters, spec)
-    for leaf in jax.tree.leaves((new, frozen, report)):
-        assert np.isfinite(leaf).all()
-    kept = delta_of(adapters) * spec.method.keep
-    after = merge(params, new, frozen)["k"]
-    np.testing.assert_allclose(after, kernel + kept, atol=1e-5)
+    before = delta(trainable.adapters["k"], init(jax.random.key(0), spec)[1]["k"])
+    np.testing.assert_array_equal(delta(new.adapters["k"], frozen["k"]), before)
 
 
 def test_axes_of_a_kernel_are_taken_from_its_layout():
@@ -236,37 +99,27 @@ def test_axes_of_a_kernel_are_taken_from_its_layout():
     spec = small_spec("tsd", shape=(2, 3, 6, 4), layout=layout)
     plain = small_spec("tsd", shape=(6, 8))
     kernel = np.random.default_rng(0).normal(size=(2, 3, 6, 4)).astype(np.float32)
-    adapters = trained(0, spec)[0]
-    new, frozen, report = launch({"k": jnp.asarray(kernel)}, adapters, spec)
+    trainable = trained(0, spec)[0]
+    new, frozen, report = launch({"k": jnp.asarray(kernel)}, trainable, spec)
     for layer in range(3):
-        one = jax.tree.map(lambda x, n=layer: x[n], adapters["k"])
+        one = jax.tree.map(lambda x, n=layer: x[n], trainable.adapters["k"])
         matrix = kernel[:, layer].transpose(1, 2, 0).reshape(6, 8)
         single = launch(
             {"k": jnp.asarray(matrix)},
-            {"k": one.replace(kernel=plain.kernels[0])},
+            Trainable(adapters={"k": one.replace(kernel=plain.kernels[0])}),
             plain,
         )
         got = jax.tree.map(
-            lambda x, n=layer: x[n], (new["k"], frozen["k"], report["k"])
+            lambda x, n=layer: x[n], (new.adapters["k"], frozen["k"], report["k"])
         )
-        want = tuple(tree["k"] for tree in single)
+        want = (single[0].adapters["k"], single[1]["k"], single[2]["k"])
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_epsilon_is_a_setting():
-    spec, params, adapters = problem("dash", (6, 9))
-    _, _, report = launch(params, adapters, spec, epsilon=5.0)
-    (want,) = oracle(params, adapters, epsilon=5.0).values()
-    (usual,) = oracle(params, adapters).values()
-    np.testing.assert_allclose(report["k"].rates, want.rates, rtol=1e-5)
-    np.testing.assert_array_equal(report["k"].indices, want.order[:4])
-    assert want.order[:4].tolist() != usual.order[:4].tolist()
-
-
 def test_runs_inside_jit_and_leaves_the_settings_alone():
-    spec, params, adapters = problem("tsd", (3, 6, 9))
-    inside = jax.jit(lambda p, a: launch(p, a, spec))(params, adapters)
+    spec, params, trainable = problem("tsd", (3, 6, 9))
+    inside = jax.jit(lambda p, a: launch(p, a, spec))(params, trainable)
     outside = launched("tsd", (3, 6, 9))[3:]
     assert jnp.asarray(0.5).dtype == jnp.float32
     for x, y in zip(jax.tree.leaves(inside), jax.tree.leaves(outside), strict=True):
@@ -274,9 +127,45 @@ def test_runs_inside_jit_and_leaves_the_settings_alone():
 
 
 def test_errors():
-    spec, params, adapters = problem("tsd", (6, 9))
+    spec, params, trainable = problem("tsd", (6, 9))
     with pytest.raises(InputError, match="no 'k'"):
-        launch({"other": params["k"]}, adapters, spec)
+        launch({"other": params["k"]}, trainable, spec)
     lora = small_spec("lora", shape=(6, 9))
     with pytest.raises(InputError, match="'lora' has no launch"):
-        launch(params, adapters, lora)
+        launch(params, trainable, lora)
+
+
+@pytest.mark.parametrize("where", ["devices", "hosts"])
+@pytest.mark.parametrize("method", ["dash", "init", "tsd"])
+def test_launch_by_gradients_of_stored_kernels(method, where):
+    """(out, layers, in): A and B have no say, and the scale has none."""
+    layout = Layout((1,), (2,), (0,), lifted=(1,))
+    spec = small_spec(method, shape=(9, 3, 6), layout=layout)
+    rng = np.random.default_rng(3)
+    kernel = rng.normal(size=(9, 3, 6)).astype(np.float32)
+    gradient = jnp.asarray(rng.normal(size=(9, 3, 6)), jnp.float32)
+    trainable = trained(0, spec)[0]
+    params = {"k": jnp.asarray(kernel)}
+    extraction = Extraction(where=where)
+    new, frozen, report = launch(
+        params, trainable, spec, deltas={"k": gradient}, extraction=extraction
+    )
+    again = launch(params, trainable, spec, deltas={"k": -7.0 * gradient})[2]
+    count = spec.kernels[0].ranked
+    for layer in range(3):
+        want = core_directions(kernel[:, layer].T, np.asarray(gradient)[:, layer].T)
+        top = want.order[:count]
+        np.testing.assert_array_equal(report["k"].indices[layer], top)
+        np.testing.assert_array_equal(again["k"].indices[layer], top)
+        np.testing.assert_allclose(report["k"].rates[layer], want.rates, rtol=1e-4)
+        ours = np.asarray(frozen["k"].left[layer] @ frozen["k"].right[layer].T)
+        np.testing.assert_allclose(ours, want.P[:, top] @ want.Q[:, top].T, atol=1e-5)
+    if method == "dash":
+        assert new.adapters["k"].a is trainable.adapters["k"].a
+
+
+def test_methods_that_make_nothing_of_a_gradient():
+    spec = small_spec("pissa", shape=(6, 9))
+    params = {"k": jnp.ones((6, 9))}
+    with pytest.raises(InputError, match="'pissa' ranks by 'largest', which looks"):
+        launch(params, trained(0, spec)[0], spec, deltas=params)

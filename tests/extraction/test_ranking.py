@@ -8,15 +8,24 @@ import numpy as np
 import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
-from tsd_jax.extraction.ranking import Ranked, decompose, rank_directions
-from tsd_jax.extraction.spectra import Dense, null_threshold
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.methods import RANKINGS
+from tsd_jax.extraction.deltas import LowRankDelta
+from tsd_jax.extraction.ranking import (
+    SCORES,
+    Ranked,
+    RankSettings,
+    rank_directions,
+    top_directions,
+)
+from tsd_jax.extraction.spectra import DenseSpectrum, decompose, null_threshold
 
 SCALE, EPSILON = 2.0, 1e-6
 SHAPES = {"square": (40, 40), "wide": (40, 72), "tall": (72, 40)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "solver"))
+@functools.partial(jax.jit, static_argnames=("count", "epsilon", "solver"))
 def _rank(kernel, a, b, *, count, epsilon, solver="auto"):
     return rank_directions(
         kernel, a, b, scale=SCALE, count=count, epsilon=epsilon, solver=solver
@@ -35,7 +44,7 @@ def rank(kernel, a, b, count=8, epsilon=EPSILON, solver="auto") -> Ranked:
 def _rank_stored(kernel, a, b):
     """Rank by eigenvectors rounded to float32, as a store gives them."""
     values, vectors = decompose(kernel)
-    stored = Dense(values, vectors.astype(jnp.float32))
+    stored = DenseSpectrum(values, vectors.astype(jnp.float32))
     return rank_directions(kernel, a, b, scale=SCALE, count=8, spectrum=stored)
 
 
@@ -170,6 +179,38 @@ def test_refuses_to_work_in_float32():
         rank_directions(kernel, a, b, scale=SCALE, count=2, epsilon=EPSILON)
 
 
+def test_there_is_a_score_for_every_ranking():
+    assert tuple(SCORES) == RANKINGS
+
+
+def test_settings_are_refused_by_name():
+    with pytest.raises(InputError, match="unknown ranking 'best'; choose one of rates"):
+        RankSettings(count=2, ranking="best")
+    with pytest.raises(InputError, match="unknown solver 'qr'; choose one of auto, de"):
+        RankSettings(count=2, solver="qr")
+    kernel, a, b = problem(0, (8, 8), geometric(8))
+    with (
+        jax.enable_x64(True),
+        pytest.raises(InputError, match="'random' needs noise="),
+    ):
+        rank_directions(kernel, a, b, scale=SCALE, count=2, ranking="random")
+
+
+@shapes
+@pytest.mark.parametrize("ranking", ["rates", "largest", "smallest"])
+def test_the_top_directions_are_those_of_the_ranking(shape, ranking):
+    kernel, a, b = problem(1, shape, geometric(40))
+    settings = RankSettings(count=6, ranking=ranking)
+    with jax.enable_x64(True):
+        delta = LowRankDelta(a, b, SCALE)
+        got = top_directions(kernel, delta, decompose(kernel), settings)
+    want = oracle(kernel, a, b)
+    order = {"rates": want.order, "largest": np.arange(40)}
+    order["smallest"] = order["largest"][::-1]
+    np.testing.assert_array_equal(got, order[ranking][:6])
+    assert got.dtype == jnp.int32
+
+
 WAYS = {
     "dense": functools.partial(rank, solver="dense"),
     "tridiagonal": functools.partial(rank, solver="tridiagonal"),
@@ -216,17 +257,6 @@ def test_sets_and_vectors_are_exact(way, sigma, shape):
     np.testing.assert_allclose(ours, theirs, atol=1e-7)
     moved = np.diag(want.P.T @ (SCALE * np.asarray(a, float) @ np.asarray(b)) @ want.Q)
     np.testing.assert_allclose(got.moved, moved[order[:8]], rtol=1e-6)
-
-
-def test_small_directions_of_a_wide_kernel_are_not_null():
-    """What task-specific directions are: small, and not the rounding of large ones."""
-    sigma = jnp.asarray(geometric(4096, 10, 1e-4), jnp.float32)
-    assert null_threshold(sigma, (4096, 11008), 2.0**-23) < 1e-4
-    assert null_threshold(sigma, (4096, 11008), 2.0**-8) < 1e-4
-    one = jnp.asarray(np.eye(1, 96)[0], jnp.float32)
-    rounded = np.outer(np.linspace(1, 2, 96), np.linspace(3, 5, 150)).astype("f4")
-    noise = np.linalg.svd(rounded.astype(float))[1]
-    assert 0 < noise[1] / noise[0] < null_threshold(one, (96, 150), 2.0**-23)
 
 
 @ways

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from tests.helpers.trees import small_spec, trained
 from tsd_jax.core.layout import Layout
 from tsd_jax.extraction import spectra_cache
-from tsd_jax.extraction.launch import Extraction, launch
+from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.extraction.spectra_cache import fingerprint
 from tsd_jax.training.sharding import make_mesh
 
@@ -56,13 +57,13 @@ def test_a_second_launch_decomposes_nothing(spec, where):
     extraction = Extraction(where=where, store=store)
     saved = []
     for method, rank in (("tsd", 3), ("dash", 2)):
-        kernel_spec, kernel, adapters = problem(method, rank=rank)
+        kernel_spec, kernel, trainable = problem(method, rank=rank)
         params = {"k": jnp.asarray(kernel)}
-        want = launch(params, adapters, kernel_spec)
+        want = launch(params, trainable, kernel_spec)
         if spec is not None:
             sharding = NamedSharding(make_mesh((2, 2, 2)), spec)
             params = {"k": jax.device_put(kernel, sharding)}
-        got = launch(params, adapters, kernel_spec, extraction=extraction)
+        got = launch(params, trainable, kernel_spec, extraction=extraction)
         assert_same(got, want)
         assert len(store.kept) == 5
         saved.append(store.saved)
@@ -73,10 +74,10 @@ def test_a_second_launch_decomposes_nothing(spec, where):
 def test_another_base_is_decomposed_anew():
     store = Memory()
     for seed in (3, 4):
-        spec, kernel, adapters = problem(seed=seed)
+        spec, kernel, trainable = problem(seed=seed)
         params = {"k": jnp.asarray(kernel)}
-        got = launch(params, adapters, spec, extraction=Extraction(store=store))
-        assert_same(got, launch(params, adapters, spec))
+        got = launch(params, trainable, spec, extraction=Extraction(store=store))
+        assert_same(got, launch(params, trainable, spec))
     assert len(store.kept) == store.saved == 10
 
 

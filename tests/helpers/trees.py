@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tsd_jax.core.adapter import Adapter, Directions, init_kernel
+from tsd_jax.core.adapter import Adapter, Directions, Trainable, init_kernel
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method, get_method
 from tsd_jax.core.spec import KernelSpec, Rule, Spec, build_spec
@@ -77,23 +77,23 @@ def random_pair(
     return filled(seed, pair_shapes(kernel), scale)
 
 
-def random_all(seed: int, spec: Spec, scale: float = 1.0):
+def random_all(
+    seed: int, spec: Spec, scale: float = 1.0
+) -> tuple[Trainable, dict[str, Directions]]:
     """Fill the adapters and directions of a whole spec."""
     pairs = {
         kernel.path: random_pair(seed + n, kernel, scale)
         for n, kernel in enumerate(spec.kernels)
     }
-    return (
-        {path: pair[0] for path, pair in pairs.items()},
-        {path: pair[1] for path, pair in pairs.items()},
-    )
+    trainable = Trainable(adapters={path: pair[0] for path, pair in pairs.items()})
+    return trainable, {path: pair[1] for path, pair in pairs.items()}
 
 
 def trained(seed: int, spec: Spec, scale: float = 0.1):
     """Fill A and B alone: what stands before launch, gains and directions zero."""
-    adapters, directions = random_all(seed, spec, scale)
+    trainable, directions = random_all(seed, spec, scale)
     adapters = {
         path: adapter.replace(gain=zeros(adapter.gain))
-        for path, adapter in adapters.items()
+        for path, adapter in trainable.adapters.items()
     }
-    return adapters, zeros(directions)
+    return Trainable(adapters=adapters), zeros(directions)

@@ -48,17 +48,17 @@ def launched(where: str, store: str | None, axes: tuple) -> list[list[float]]:
     from tsd_jax.core.adapter import delta
     from tsd_jax.training.sharding import make_mesh
 
-    spec, kernel, adapters = problem()
+    spec, kernel, trainable = problem()
     place = NamedSharding(make_mesh((1, 2, 2)), PartitionSpec(*axes))
     whole = jax.make_array_from_callback(SHAPE, place, lambda index: kernel[index])
     extraction = tsd.Extraction(
         where=where, memory_budget=1, store=tsd.SpectraFolder(store) if store else None
     )
     new, frozen, report = tsd.launch(
-        {"k": whole}, adapters, spec, extraction=extraction
+        {"k": whole}, trainable, spec, extraction=extraction
     )
-    change = jax.jit(delta)(new["k"], frozen["k"])
-    found = (report["k"].indices, report["k"].sigma, new["k"].a, change)
+    change = jax.jit(delta)(new.adapters["k"], frozen["k"])
+    found = (report["k"].indices, report["k"].sigma, new.adapters["k"].a, change)
     gathered = [
         np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         for leaf in found

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers.trees import random_all, small_spec
+from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.spec import Spec
@@ -69,8 +70,8 @@ def parts(*paths: str) -> dict[str, FullParam]:
 
 
 def trees(*paths: str) -> tuple[Any, Any]:
-    adapters, directions = random_all(0, small_spec("tsd"))
-    return adapters | parts(*paths), directions
+    trainable, directions = random_all(0, small_spec("tsd"))
+    return trainable.replace(full=parts(*paths)), directions
 
 
 def test_tensors_lie_as_torch_has_them():
@@ -166,14 +167,14 @@ def test_peft_gets_whole_modules(tmp_path):
 
 
 def test_a_part_beside_an_adapter_is_refused(tmp_path):
-    adapters, directions = random_all(0, small_spec("tsd"))
-    kernel = {"k/kernel": adapters["k"]}, {"k/kernel": directions["k"]}
+    trainable, directions = random_all(0, small_spec("tsd"))
+    adapters = {"k/kernel": trainable.adapters["k"]}
     bias = FullParam(jnp.ones(7), FullSpec(path="k/bias", shape=(7,)))
     with pytest.raises(InputError, match="k/bias trains whole and the kernel beside"):
         to_peft(
             tmp_path,
-            {**kernel[0], "k/bias": bias},
-            kernel[1],
+            Trainable(adapters=adapters, full={"k/bias": bias}),
+            {"k/kernel": directions["k"]},
             lambda path, index: "m",
             base_model="b",
         )
@@ -183,11 +184,10 @@ def test_a_part_beside_an_adapter_is_refused(tmp_path):
 def test_experts_are_refused(tmp_path):
     path = "layers/mlp/experts/up_proj/kernel"
     part = FullParam(jnp.ones((2, 3, 4, 5)), FullSpec(path=path, shape=(2, 3, 4, 5)))
-    adapters, directions = trees("layers/norm/scale")
+    trainable, directions = trees("layers/norm/scale")
+    trainable = trainable.replace(full={**trainable.full, path: part})
     with pytest.raises(InputError, match="fuses the experts of a mixture"):
-        to_peft(
-            tmp_path, {**adapters, path: part}, directions, module_name, base_model="b"
-        )
+        to_peft(tmp_path, trainable, directions, module_name, base_model="b")
 
 
 PLACES = {"model.k": ("k", None)} | {
@@ -211,9 +211,9 @@ def test_parts_are_read_back(tmp_path):
     for path, leaf in flat.items():
         *above, module, name = path.split("/")
         (params["layers"] if above else params)[module] = {name: leaf}
-    adapters, _ = found.start(jax.random.key(0), spec, params=params)
+    trainable, _ = found.start(jax.random.key(0), spec, params=params)
     for path, part in parts().items():
-        np.testing.assert_array_equal(adapters[path].value, part.value)
+        np.testing.assert_array_equal(trainable.full[path].value, part.value)
     with pytest.raises(InputError, match="changes lm_head/kernel, which the"):
         found.start(jax.random.key(0), base)
     with pytest.raises(InputError, match="whole, and the model has no such tensor"):
@@ -266,13 +266,13 @@ def test_a_merged_checkpoint_grows(tmp_path, tied):
         tokenizer_folder=tmp_path / "new",
     )
     found = load_file(out / "model.safetensors")
-    table = np.concatenate([old[TABLE], pair[0]["embed_tokens/embedding"].value])
+    table = np.concatenate([old[TABLE], pair[0].full["embed_tokens/embedding"].value])
     np.testing.assert_array_equal(found[TABLE], table)
     new = parts()["lm_head/kernel"].value.T
     head = table if tied else np.concatenate([old[HEAD], new])
     np.testing.assert_array_equal(found[HEAD], head)
     np.testing.assert_array_equal(
-        found["model.layers.1.norm.weight"], pair[0]["layers/norm/scale"].value[1]
+        found["model.layers.1.norm.weight"], pair[0].full["layers/norm/scale"].value[1]
     )
     config = json.loads((out / "config.json").read_text())
     assert config["vocab_size"] == V + 2

@@ -65,17 +65,17 @@ def trees(scale: float = 1.0):
     return random_all(0, small_spec("tsd"), scale)
 
 
-def dense(adapters, directions, place: tuple[str, int | None]) -> np.ndarray:
+def dense(trainable, directions, place: tuple[str, int | None]) -> np.ndarray:
     """dK^T of one module, in float64."""
     path, layer = place
-    one, two = adapters[path], directions[path]
+    one, two = trainable.adapters[path], directions[path]
     a, b, gain = (np.asarray(x, np.float64) for x in (one.a, one.b, one.gain))
     left, right, offset = (
         np.asarray(x, np.float64) for x in (two.left, two.right, two.offset)
     )
     coordinates = offset.copy()
     coordinates[..., : gain.shape[-1]] += gain
-    change = adapters[path].kernel.scale * a @ b
+    change = trainable.adapters[path].kernel.scale * a @ b
     change = change + (left * coordinates[..., None, :]) @ right.swapaxes(-1, -2)
     return (change if layer is None else change[layer]).T
 
@@ -105,8 +105,10 @@ def test_every_change_goes_into_its_weight(tmp_path, shards):
 def test_rows_are_scaled_to_their_magnitudes(tmp_path):
     """DoRA: m o (W + dK^T) / ||W + dK^T||; one row that is zero stays so."""
     spec = small_spec("tsd", dora=True)
-    adapters, directions = random_all(0, spec)
-    adapters["k"] = adapters["k"].replace(b=adapters["k"].b.at[:, 2].set(0))
+    trainable, directions = random_all(0, spec)
+    trainable.adapters["k"] = trainable.adapters["k"].replace(
+        b=trainable.adapters["k"].b.at[:, 2].set(0)
+    )
     none = directions["k"].right.at[2].set(0)
     directions["k"] = directions["k"].replace(right=none)
     base(tmp_path / "base")
@@ -115,11 +117,11 @@ def test_rows_are_scaled_to_their_magnitudes(tmp_path):
     before["lm_head.weight"][2] = 0
     save_file(before, file, {"format": "pt"})
     out = tmp_path / "out"
-    to_merged(out, adapters, directions, module_name, base_folder=tmp_path / "base")
+    to_merged(out, trainable, directions, module_name, base_folder=tmp_path / "base")
     after = load_file(out / "model.safetensors")
     for name, (path, layer) in MODULES.items():
-        total = before[f"{name}.weight"] + dense(adapters, directions, (path, layer))
-        magnitude = np.asarray(adapters[path].magnitude, np.float64)
+        total = before[f"{name}.weight"] + dense(trainable, directions, (path, layer))
+        magnitude = np.asarray(trainable.adapters[path].magnitude, np.float64)
         magnitude = magnitude if layer is None else magnitude[layer]
         norms = np.linalg.norm(total, axis=1)
         scale = magnitude / np.where(norms > 0, norms, 1)
@@ -299,7 +301,8 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path):
     pair = random_all(0, small_spec("tsd", shape=(8, 7)))
     refused(r"has 'lm_head.weight' of shape \(7, 6\)")
     pair = trees()
-    pair[0]["k"] = pair[0]["k"].replace(a=pair[0]["k"].a * np.inf)
+    adapter = pair[0].adapters["k"]
+    pair[0].adapters["k"] = adapter.replace(a=adapter.a * np.inf)
     refused("holds values that are not finite")
     with pytest.raises(InputError, match="does not exist"):
         to_merged(tmp_path / "out", *trees(), name, base_folder=tmp_path / "none")

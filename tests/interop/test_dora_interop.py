@@ -21,7 +21,7 @@ from tests.interop.test_peft_interop import (
     torch_logits,
 )
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import init, merge
+from tsd_jax.core.adapter import Trainable, init, merge
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch
@@ -83,10 +83,10 @@ def base(tmp_path_factory):
     return folder
 
 
-def moved(adapters, seed):
+def moved(trainable, seed):
     """Move every leaf as training does; magnitudes by a fifth."""
     made = {}
-    for n, (path, adapter) in enumerate(adapters.items()):
+    for n, (path, adapter) in enumerate(trainable.adapters.items()):
         plain = adapter.replace(magnitude=None)
         step = randomised(plain, seed + n)
         rng = np.random.default_rng(seed + n)
@@ -94,18 +94,18 @@ def moved(adapters, seed):
         made[path] = jax.tree.map(jnp.add, plain, step).replace(
             magnitude=jnp.asarray(adapter.magnitude * share, jnp.float32)
         )
-    return made
+    return Trainable(adapters=made)
 
 
 def trained(model, params, method, *, launched=True, rules=DORA[:1]):
     """Adapters as after a run: moved, launched, and moved again."""
     spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method=method)
-    adapters, directions = init(jax.random.key(0), spec, params=params)
-    adapters = moved(adapters, 1)
+    trainable, directions = init(jax.random.key(0), spec, params=params)
+    trainable = moved(trainable, 1)
     if spec.method.launches and launched:
-        adapters, directions, _ = launch(params, adapters, spec)
-        adapters = moved(adapters, 20)
-    return spec, adapters, directions
+        trainable, directions, _ = launch(params, trainable, spec)
+        trainable = moved(trainable, 20)
+    return spec, trainable, directions
 
 
 def close(ours, theirs):
@@ -117,25 +117,30 @@ def close(ours, theirs):
 def test_logits_are_ours(base, tmp_path, method, launched, rank):
     model, params = our_model(base)
     rules = [DORA[rank < 7]]  # some with alpha / r, some with alpha / sqrt(r)
-    _, adapters, directions = trained(
+    _, trainable, directions = trained(
         model, params, method, launched=launched, rules=rules
     )
     written = to_peft(
-        tmp_path, adapters, directions, module_name, base_model=str(base), params=params
+        tmp_path,
+        trainable,
+        directions,
+        module_name,
+        base_model=str(base),
+        params=params,
     )
     assert written.rank == rank
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"]
     theirs, modules = torch_logits(base, tmp_path)
     assert modules == 3 * 7
-    close(our_logits(model, params, adapters, directions), theirs)
+    close(our_logits(model, params, trainable, directions), theirs)
     assert np.abs(torch_logits(base)[0] - theirs).max() > 1
 
 
 def test_gradients_are_those_of_peft(base, tmp_path):
     """Of A, B and m of one module in the middle, through all that lies behind it."""
     model, params = our_model(base)
-    _, adapters, directions = trained(model, params, "lora")
-    to_peft(tmp_path, adapters, directions, module_name, base_model=str(base))
+    _, trainable, directions = trained(model, params, "lora")
+    to_peft(tmp_path, trainable, directions, module_name, base_model=str(base))
     stock = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -143,18 +148,18 @@ def test_gradients_are_those_of_peft(base, tmp_path):
     (stock(torch.from_numpy(TOKENS)).logits ** 2).sum().backward()
     theirs = dict(stock.named_parameters())
 
-    def loss(adapters):
-        variables = {"params": bind(params, adapters, directions)}
+    def loss(trainable):
+        variables = {"params": bind(params, trainable, directions)}
         return jnp.sum(adapted(model.apply)(variables, TOKENS) ** 2)
 
-    grads = jax.jit(jax.grad(loss))(adapters)
+    grads = jax.jit(jax.grad(loss))(trainable)
     for path, name in (
         ("layers/self_attn/q_proj/kernel", "self_attn.q_proj"),
         ("layers/mlp/down_proj/kernel", "mlp.down_proj"),
     ):
-        ours = jax.tree.map(lambda x: np.asarray(x[1]), grads[path])
+        ours = jax.tree.map(lambda x: np.asarray(x[1]), grads.adapters[path])
         # There gamma is in lora_B: B has 1 / gamma of its gradient.
-        gamma = grads[path].kernel.scale
+        gamma = grads.adapters[path].kernel.scale
         for got, leaf in (
             (ours.magnitude, "lora_magnitude_vector.default.weight"),
             (ours.a.T, "lora_A.default.weight"),
@@ -169,23 +174,25 @@ def test_gradients_are_those_of_peft(base, tmp_path):
 def test_a_compressed_adapter_keeps_its_magnitudes(base, tmp_path):
     """m o (K + dK') / ||K + dK'||, dK' of rank 3; PEFT says the same of it."""
     model, params = our_model(base)
-    _, adapters, directions = trained(model, params, "lora")
+    _, trainable, directions = trained(model, params, "lora")
     export = to_peft(
-        tmp_path, adapters, directions, module_name, base_model=str(base), max_rank=3
+        tmp_path, trainable, directions, module_name, base_model=str(base), max_rank=3
     )
     assert export.rank == 3
     assert 0.01 < export.error < 0.9
     found = from_peft(tmp_path, module_paths(params))
     path = "layers/mlp/up_proj/kernel"
     for layer, module in found.kernels[path].items():
-        np.testing.assert_array_equal(module.magnitude, adapters[path].magnitude[layer])
+        np.testing.assert_array_equal(
+            module.magnitude, trainable.adapters[path].magnitude[layer]
+        )
     theirs, _ = torch_logits(base, tmp_path)
     spec = make_spec(
         model.apply, {"params": params}, found.rules(), TOKENS, method="lora"
     )
     pairs = found.start(jax.random.key(0), spec, params=params)
     close(our_logits(model, params, *pairs), theirs)
-    ours = our_logits(model, params, adapters, directions)
+    ours = our_logits(model, params, trainable, directions)
     assert np.abs(theirs - ours).max() < np.abs(torch_logits(base)[0] - ours).max()
 
 
@@ -211,14 +218,14 @@ def test_adapters_made_by_peft_start_ours(base, tmp_path, settings):
     rules = found.rules(directions=3)
     assert all(rule.dora for rule in rules)
     spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method="tsd")
-    adapters, directions = found.start(jax.random.key(0), spec, params=params)
-    close(our_logits(model, params, adapters, directions), theirs)
+    trainable, directions = found.start(jax.random.key(0), spec, params=params)
+    close(our_logits(model, params, trainable, directions), theirs)
     assert np.abs(torch_logits(base)[0] - theirs).max() > 0.1
     pretrained = our_logits(
         model, params, *init(jax.random.key(0), spec, params=params)
     )
-    adapters, directions, _ = launch(params, adapters, spec)
-    close(our_logits(model, params, adapters, directions), pretrained)
+    trainable, directions, _ = launch(params, trainable, spec)
+    close(our_logits(model, params, trainable, directions), pretrained)
 
 
 def test_a_plain_adapter_goes_on_with_dora(base, tmp_path):
@@ -228,21 +235,21 @@ def test_a_plain_adapter_goes_on_with_dora(base, tmp_path):
     model, params = our_model(base)
     found = from_peft(tmp_path, module_paths(params))
     spec = make_spec(model.apply, {"params": params}, DORA[:1], TOKENS, method="dash")
-    adapters, directions = found.start(jax.random.key(0), spec, params=params)
-    close(our_logits(model, params, adapters, directions), theirs)
+    trainable, directions = found.start(jax.random.key(0), spec, params=params)
+    close(our_logits(model, params, trainable, directions), theirs)
 
 
 def test_merged_checkpoints_and_saved_adapters_are_the_same_model(base, tmp_path):
     model, params = our_model(base)
-    spec, adapters, directions = trained(model, params, get_method("tsd", keep=True))
-    ours = our_logits(model, params, adapters, directions)
-    to_merged(tmp_path / "merged", adapters, directions, module_name, base_folder=base)
+    spec, trainable, directions = trained(model, params, get_method("tsd", keep=True))
+    ours = our_logits(model, params, trainable, directions)
+    to_merged(tmp_path / "merged", trainable, directions, module_name, base_folder=base)
     close(ours, torch_logits(tmp_path / "merged")[0])
-    whole = merge(params, adapters, directions)
+    whole = merge(params, trainable, directions)
     close(np.asarray(model.apply({"params": whole}, TOKENS)), ours)
     file = tmp_path / "adapter.safetensors"
-    save_adapter(file, adapters, directions, spec, launched=True)
+    save_adapter(file, trainable, directions, spec, launched=True)
     saved = load_adapter(file)
     assert saved.spec == spec
-    again = our_logits(model, params, saved.adapters, saved.directions)
+    again = our_logits(model, params, saved.trainable, saved.directions)
     np.testing.assert_array_equal(again, ours)

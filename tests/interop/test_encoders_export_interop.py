@@ -20,7 +20,7 @@ from tsd_jax import huggingface
 from tsd_jax.app.export import main
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import init
-from tsd_jax.core.full_params import Full, parts_in
+from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Rule
 from tsd_jax.huggingface.peft.read import from_peft
 from tsd_jax.huggingface.peft.write import to_peft
@@ -144,8 +144,8 @@ def test_stock_peft_gives_our_logits_and_we_read_it_back(tmp_path, name):
         back = Ours(base, name, found.rules(directions=2))
         assert back.spec.whole == our.spec.whole
         start = found.start(jax.random.key(1), back.spec, params=back.params)
-        for path, part in parts_in(trees[0]).items():
-            np.testing.assert_array_equal(start[0][path].value, part.value)
+        for path, part in trees[0].full.items():
+            np.testing.assert_array_equal(start[0].full[path].value, part.value)
         np.testing.assert_allclose(back.logits(start), expected, atol=TOLERANCE)
 
 

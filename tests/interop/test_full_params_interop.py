@@ -19,7 +19,7 @@ from tests.helpers.trees import filled
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import init
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import Full, kernels_in, parts_in
+from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Rule, Spec
 from tsd_jax.huggingface import (
     grow,
@@ -164,7 +164,7 @@ def test_stock_peft_gives_our_logits(bases, tmp_path, name):
     theirs = logits_of(model, grows)
     np.testing.assert_allclose(our_logits(our, trees, grows), theirs, atol=3e-4)
     # Not by the adapters of kernels alone.
-    kernels = kernels_in(trees[0]), trees[1]
+    kernels = trees[0].replace(full={}), trees[1]
     assert np.abs(our_logits(our, kernels, grows) - theirs).max() > 0.5
     assert np.abs(before - theirs).max() > 1
 
@@ -197,8 +197,8 @@ def test_our_own_adapter_is_read_back(bases, tmp_path, name):
     again = ours(bases[tied], found.rules(directions=2), grows)
     assert again.spec.whole == our.spec.whole
     back = found.start(jax.random.key(0), again.spec, params=our.params)
-    for path, part in parts_in(trees[0]).items():
-        np.testing.assert_array_equal(back[0][path].value, part.value)
+    for path, part in trees[0].full.items():
+        np.testing.assert_array_equal(back[0].full[path].value, part.value)
     np.testing.assert_allclose(
         our_logits(again, back, grows), our_logits(our, trees, grows), atol=3e-4
     )

@@ -15,7 +15,7 @@ from tests.helpers.oracle import core_directions
 from tsd_jax import huggingface
 from tsd_jax.binding.linen import make_spec
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import init
+from tsd_jax.core.adapter import Trainable, init
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch
 from tsd_jax.models.encoder import Encoder
@@ -77,19 +77,20 @@ def test_launch_finds_the_directions_of_a_float64_svd_in_every_kernel(loaded):
     tokens = np.ones((1, 4), int)
     rules = [Rule(pattern=KERNELS, rank=8, directions=8)]
     spec = make_spec(model.apply, {"params": params}, rules, tokens, method="dash")
-    adapters, _ = init(jax.random.key(0), spec)
+    trainable, _ = init(jax.random.key(0), spec)
     rng = np.random.default_rng(0)
     adapters = {
         path: each.replace(
             b=jnp.asarray(rng.normal(size=each.b.shape) / 100, jnp.float32)
         )
-        for path, each in adapters.items()
+        for path, each in trainable.adapters.items()
     }
-    _, directions, rankings = launch(params, adapters, spec)
+    trainable = Trainable(adapters=adapters)
+    _, directions, rankings = launch(params, trainable, spec)
     kernels, count = paths.select(params, spec.paths), 0
     for kernel in spec.kernels:
         stack = np.asarray(kernels[kernel.path])
-        adapter, frozen = adapters[kernel.path], directions[kernel.path]
+        adapter, frozen = trainable.adapters[kernel.path], directions[kernel.path]
         indices = np.asarray(rankings[kernel.path].indices)
         for layer, matrix in enumerate(stack):
             a, b = (np.asarray(x[layer], np.float64) for x in (adapter.a, adapter.b))

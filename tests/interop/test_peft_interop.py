@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import init
+from tsd_jax.core.adapter import Trainable, init
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule
@@ -89,17 +89,17 @@ def our_model(base, *, scan_layers=True):
 def trained(model, params, rules, method):
     """Adapters as after a run: random A and B, launch, random A, B and gains."""
     spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method=method)
-    adapters, directions = init(jax.random.key(0), spec)
-    adapters = randomised(adapters, 1)
+    trainable, directions = init(jax.random.key(0), spec)
+    trainable = randomised(trainable, 1)
     if spec.method.launches:
-        adapters, directions, _ = launch(params, adapters, spec)
-        moved = randomised(adapters, 2)
-        adapters = jax.tree.map(lambda x, y: x + y, adapters, moved)
-    return adapters, directions
+        trainable, directions, _ = launch(params, trainable, spec)
+        moved = randomised(trainable, 2)
+        trainable = jax.tree.map(lambda x, y: x + y, trainable, moved)
+    return trainable, directions
 
 
-def our_logits(model, params, adapters, directions):
-    variables = {"params": bind(params, adapters, directions)}
+def our_logits(model, params, trainable, directions):
+    variables = {"params": bind(params, trainable, directions)}
     return np.asarray(adapted(model.apply)(variables, TOKENS))
 
 
@@ -117,12 +117,17 @@ def our_logits(model, params, adapters, directions):
 )
 def test_logits_are_ours(base, tmp_path, method, rank):
     model, params = our_model(base)
-    adapters, directions = trained(model, params, ALL, method)
+    trainable, directions = trained(model, params, ALL, method)
     written = to_peft(
-        tmp_path, adapters, directions, module_name, base_model=str(base), params=params
+        tmp_path,
+        trainable,
+        directions,
+        module_name,
+        base_model=str(base),
+        params=params,
     )
     assert written.rank == rank
-    ours = our_logits(model, params, adapters, directions)
+    ours = our_logits(model, params, trainable, directions)
     theirs, modules = torch_logits(base, tmp_path)
     assert modules == 3 * 7
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
@@ -145,50 +150,56 @@ def test_only_what_was_adapted_is_adapted_there(base, tmp_path):
             pattern=r"lm_head/kernel", rank=1, alpha=1, directions=1, scaling="rslora"
         ),
     )
-    adapters, directions = trained(model, params, rules, "tsd")
+    trainable, directions = trained(model, params, rules, "tsd")
     to_peft(
-        tmp_path, adapters, directions, module_name, base_model=str(base), params=params
+        tmp_path,
+        trainable,
+        directions,
+        module_name,
+        base_model=str(base),
+        params=params,
     )
     theirs, modules = torch_logits(base, tmp_path)
     assert modules == 5
-    ours = our_logits(model, params, adapters, directions)
+    ours = our_logits(model, params, trainable, directions)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
 
 
 def test_full_names_serve_as_well_as_short_ones(base, tmp_path):
     model, params = our_model(base)
-    adapters, directions = trained(model, params, ALL, "tsd")
-    to_peft(tmp_path, adapters, directions, module_name, base_model=str(base))
+    trainable, directions = trained(model, params, ALL, "tsd")
+    to_peft(tmp_path, trainable, directions, module_name, base_model=str(base))
     theirs, modules = torch_logits(base, tmp_path)
     assert modules == 3 * 7
-    ours = our_logits(model, params, adapters, directions)
+    ours = our_logits(model, params, trainable, directions)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
 
 
 def test_an_adapter_before_launch_is_a_plain_lora(base, tmp_path):
     model, params = our_model(base)
     spec = make_spec(model.apply, {"params": params}, ALL, TOKENS, method="tsd")
-    adapters, directions = init(jax.random.key(0), spec)
+    trainable, directions = init(jax.random.key(0), spec)
     adapters = {
         path: adapter.replace(b=randomised(adapter.b, n))
-        for n, (path, adapter) in enumerate(adapters.items())
+        for n, (path, adapter) in enumerate(trainable.adapters.items())
     }
-    export = to_peft(tmp_path, adapters, directions, module_name, base_model=str(base))
+    trainable = Trainable(adapters=adapters)
+    export = to_peft(tmp_path, trainable, directions, module_name, base_model=str(base))
     assert export.rank == 4
     theirs, _ = torch_logits(base, tmp_path)
-    ours = our_logits(model, params, adapters, directions)
+    ours = our_logits(model, params, trainable, directions)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
 
 
 def test_a_compressed_adapter_loads_and_loses_what_it_says(base, tmp_path):
     model, params = our_model(base)
-    adapters, directions = trained(model, params, ALL, "tsd")
-    saved = (adapters, directions, module_name)
+    trainable, directions = trained(model, params, ALL, "tsd")
+    saved = (trainable, directions, module_name)
     export = to_peft(tmp_path, *saved, base_model=str(base), params=params, max_rank=5)
     assert export.rank == 5
     assert len(export.errors) == 3 * 7
     assert 0.01 < export.error < 0.9
-    ours = our_logits(model, params, adapters, directions)
+    ours = our_logits(model, params, trainable, directions)
     plain, _ = torch_logits(base)
     theirs, modules = torch_logits(base, tmp_path)
     assert modules == 3 * 7
@@ -258,13 +269,13 @@ def test_adapters_made_by_peft_start_ours(base, tmp_path, settings, scan_layers)
         TOKENS,
         method="tsd",
     )
-    adapters, directions = found.start(jax.random.key(0), spec)
-    ours = our_logits(model, params, adapters, directions)
+    trainable, directions = found.start(jax.random.key(0), spec)
+    ours = our_logits(model, params, trainable, directions)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
     assert np.abs(torch_logits(base)[0] - theirs).max() > 0.1
     # From here on it is an adapter like any other.
-    adapters, directions, _ = launch(params, adapters, spec)
-    assert np.isfinite(our_logits(model, params, adapters, directions)).all()
+    trainable, directions, _ = launch(params, trainable, spec)
+    assert np.isfinite(our_logits(model, params, trainable, directions)).all()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient:FutureWarning")
@@ -292,8 +303,8 @@ def test_adapters_on_a_changed_base_are_refused_until_converted(base, tmp_path, 
     found = from_peft(converted, module_paths(params))
     variables = {"params": params}
     spec = make_spec(ours.apply, variables, found.rules(), TOKENS, method="lora")
-    adapters, directions = found.start(jax.random.key(0), spec)
-    logits = our_logits(ours, params, adapters, directions)
+    trainable, directions = found.start(jax.random.key(0), spec)
+    logits = our_logits(ours, params, trainable, directions)
     np.testing.assert_allclose(logits, theirs, atol=2e-4, rtol=0)
 
 
@@ -316,8 +327,8 @@ def test_a_merged_checkpoint_is_the_adapted_model(tmp_path, shard, tied):
     stock = transformers.LlamaForCausalLM(config)
     stock.save_pretrained(folder, max_shard_size=shard)
     model, params = our_model(folder)
-    adapters, directions = trained(model, params, ALL, "tsd")
-    to_merged(merged, adapters, directions, module_name, base_folder=folder)
+    trainable, directions = trained(model, params, ALL, "tsd")
+    to_merged(merged, trainable, directions, module_name, base_folder=folder)
     assert len(list(merged.glob("*.safetensors"))) == len(
         list(folder.glob("*.safetensors"))
     )
@@ -327,7 +338,7 @@ def test_a_merged_checkpoint_is_the_adapted_model(tmp_path, shard, tied):
     )
     assert not any(info.values()), info
     theirs, _ = torch_logits(merged)
-    ours = our_logits(model, params, adapters, directions)
+    ours = our_logits(model, params, trainable, directions)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
     assert np.abs(torch_logits(folder)[0] - theirs).max() > 1
 
@@ -337,14 +348,14 @@ def test_a_bfloat16_base_is_merged_exactly_into_float32(base, tmp_path):
     stock.save_pretrained(tmp_path / "base")
     model, params = our_model(tmp_path / "base")
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    adapters, directions = trained(model, params, ALL, "dash")
+    trainable, directions = trained(model, params, ALL, "dash")
     where = {"base_folder": tmp_path / "base"}
-    tree = (adapters, directions, module_name)
+    tree = (trainable, directions, module_name)
     wide = to_merged(tmp_path / "wide", *tree, **where, dtype="float32")
     narrow = to_merged(tmp_path / "narrow", *tree, **where)
     assert wide.error == 0 < 1e-4 < narrow.error
     theirs, _ = torch_logits(tmp_path / "wide")
-    ours = our_logits(model, params, adapters, directions)
+    ours = our_logits(model, params, trainable, directions)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "narrow")
     assert again.dtype == torch.bfloat16

@@ -83,8 +83,8 @@ def our_model(base):
     return Decoder(config), huggingface.load_params(base, config)
 
 
-def our_logits(model, params, adapters, directions):
-    variables = {"params": bind(params, adapters, directions)}
+def our_logits(model, params, trainable, directions):
+    variables = {"params": bind(params, trainable, directions)}
     apply = jax.jit(adapted(model.apply), compiler_options=QUICK)
     return np.asarray(apply(variables, TOKENS))
 
@@ -92,10 +92,10 @@ def our_logits(model, params, adapters, directions):
 def launched(model, params, rules, method):
     """Adapters as after a run: random A and B, launch, and random steps after it."""
     spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method=method)
-    adapters, _ = init(jax.random.key(0), spec)
-    adapters, directions, _ = launch(params, filled(1, adapters, 0.2), spec)
-    moved = filled(2, adapters, 0.1)
-    return jax.tree.map(jnp.add, adapters, moved), directions
+    trainable, _ = init(jax.random.key(0), spec)
+    trainable, directions, _ = launch(params, filled(1, trainable, 0.2), spec)
+    moved = filled(2, trainable, 0.1)
+    return jax.tree.map(jnp.add, trainable, moved), directions
 
 
 @pytest.mark.parametrize(("family", "method"), RUNS)

@@ -16,7 +16,7 @@ from tests.helpers.decoders import GOLDEN_COLUMNS, PUBLISHED, inputs, write_deco
 from tests.helpers.trees import method_of, random_all
 from tsd_jax import huggingface
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.core.adapter import init, merge
+from tsd_jax.core.adapter import Trainable, init, merge
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch
 from tsd_jax.huggingface import names
@@ -185,16 +185,17 @@ def test_experts_are_launched_each_on_its_own(loaded):
     path = "layers/mlp/experts/up_proj/kernel"
     rules = [Rule(pattern=path, rank=2, directions=3)]
     spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method="tsd")
-    adapters, _ = init(jax.random.key(0), spec)
+    trainable, _ = init(jax.random.key(0), spec)
     rng = np.random.default_rng(0)
     adapters = {
         path: each.replace(b=jnp.asarray(rng.normal(size=each.b.shape), jnp.float32))
-        for path, each in adapters.items()
+        for path, each in trainable.adapters.items()
     }
-    adapters, directions, _ = launch(params, adapters, spec)
+    trainable = Trainable(adapters=adapters)
+    trainable, directions, _ = launch(params, trainable, spec)
     kernel = params["layers"]["mlp"]["experts"]["up_proj"]["kernel"]
-    assert adapters[path].a.shape == (4, 5, 32, 2)
-    after = merge(params, adapters, directions)
+    assert trainable.adapters[path].a.shape == (4, 5, 32, 2)
+    after = merge(params, trainable, directions)
     moved = after["layers"]["mlp"]["experts"]["up_proj"]["kernel"] - kernel
     assert jnp.abs(moved).max() < 1e-4  # the pretrained function, to rounding
     # The directions of one expert are singular vectors of its own matrix.

@@ -53,15 +53,15 @@ def rewrite(file, **facts):
 @pytest.mark.parametrize("method", METHODS)
 def test_round_trip_is_exact(tmp_path, method, dtype):
     spec = small_spec(method, dora=method != "dash")
-    adapters, directions = random_all(1, spec)
-    adapters, directions = jax.tree.map(
-        lambda x: x.astype(dtype), (adapters, directions)
+    trainable, directions = random_all(1, spec)
+    trainable, directions = jax.tree.map(
+        lambda x: x.astype(dtype), (trainable, directions)
     )
     file = tmp_path / "one.safetensors"
-    save_adapter(file, adapters, directions, spec, launched=False)
+    save_adapter(file, trainable, directions, spec, launched=False)
     for given in (None, spec):
         found = load_adapter(file, given)
-        same(found.adapters, adapters)
+        same(found.trainable, trainable)
         same(found.directions, directions)
         assert found.spec == spec
         assert (found.launched, found.indices, found.base_model) == (False, None, None)
@@ -89,13 +89,16 @@ def test_adapters_of_one_spec_are_swapped_without_a_new_trace(tmp_path):
 
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def changes(adapters, directions):
-        return {path: delta(adapters[path], directions[path]) for path in adapters}
+    def changes(trainable, directions):
+        return {
+            path: delta(trainable.adapters[path], directions[path])
+            for path in trainable.adapters
+        }
 
     for n, pair in enumerate(pairs):
         found = load_adapter(tmp_path / f"{n}")
         chex.assert_trees_all_equal(
-            changes(found.adapters, found.directions), changes(*pair)
+            changes(found.trainable, found.directions), changes(*pair)
         )
 
 
@@ -114,7 +117,7 @@ def test_dropout_may_differ_and_is_then_the_given_one(saved):
         tuple(dataclasses.replace(k, dropout=0.5) for k in spec.kernels), spec.method
     )
     found = load_adapter(file, other)
-    assert {a.kernel.dropout for a in found.adapters.values()} == {0.5}
+    assert {a.kernel.dropout for a in found.trainable.adapters.values()} == {0.5}
     assert found.spec == other
 
 
@@ -233,7 +236,7 @@ def test_a_type_jax_would_round_is_refused(saved):
         load_adapter(file)
     with jax.enable_x64(True):
         found = load_adapter(file)
-    assert found.adapters["k"].a.dtype == jnp.float64
+    assert found.trainable.adapters["k"].a.dtype == jnp.float64
 
 
 PARTS = (
@@ -245,31 +248,30 @@ PARTS = (
 def with_parts(seed: int = 0) -> tuple[Spec, Any, Any]:
     """Return a spec with parts, and trees of random numbers for it."""
     spec = small_spec("tsd")
-    adapters: Any
-    adapters, directions = random_all(seed, spec)
+    trainable, directions = random_all(seed, spec)
     rng = np.random.default_rng(seed)
     for part in PARTS:
         value = jnp.asarray(rng.normal(size=part.value_shape), jnp.float32)
-        adapters[part.path] = FullParam(value, part)
-    return Spec(spec.kernels, spec.method, PARTS), adapters, directions
+        trainable.full[part.path] = FullParam(value, part)
+    return Spec(spec.kernels, spec.method, PARTS), trainable, directions
 
 
 def test_parts_come_back_bit_for_bit(tmp_path):
-    spec, adapters, directions = with_parts()
+    spec, trainable, directions = with_parts()
     file = tmp_path / "one.safetensors"
-    save_adapter(file, adapters, directions, spec, launched=True)
+    save_adapter(file, trainable, directions, spec, launched=True)
     stored = load_file(file)
     assert stored["embed/embedding/value"].shape == (2, 3)
     for given in (None, spec):
         found = load_adapter(file, given)
         assert found.spec == spec
-        same((found.adapters, found.directions), (adapters, directions))
+        same((found.trainable, found.directions), (trainable, directions))
 
 
 def test_a_spec_of_other_parts_is_refused(tmp_path):
-    spec, adapters, directions = with_parts()
+    spec, trainable, directions = with_parts()
     file = tmp_path / "one.safetensors"
-    save_adapter(file, adapters, directions, spec, launched=True)
+    save_adapter(file, trainable, directions, spec, launched=True)
     fewer = Spec(spec.kernels, spec.method, PARTS[:1])
     with pytest.raises(InputError, match="the spec has no part 'embed/embedding'"):
         load_adapter(file, fewer)
@@ -278,7 +280,7 @@ def test_a_spec_of_other_parts_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"rows is \(4, 6\), the spec has \(5, 7\)"):
         load_adapter(file, other)
     with pytest.raises(InputError, match="embed/embedding/value is"):
-        save_adapter(file, adapters, directions, small_spec("tsd"), launched=True)
+        save_adapter(file, trainable, directions, small_spec("tsd"), launched=True)
 
 
 def test_files_of_the_first_version_are_read(saved):
@@ -291,4 +293,4 @@ def test_files_of_the_first_version_are_read(saved):
     before = load_adapter(file)
     save_file(load_file(file), file, old)
     found = load_adapter(file, spec)
-    same((found.adapters, found.directions), (before.adapters, before.directions))
+    same((found.trainable, found.directions), (before.trainable, before.directions))

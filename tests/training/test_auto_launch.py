@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
+from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, Spec, build_spec
@@ -95,9 +96,9 @@ def problem(shape: tuple[int, int], dora: bool = False) -> tuple[Spec, Any]:
     return spec, {"k": np.asarray(kernels, np.float32)}
 
 
-def wanted(spec: Spec, params: Any, adapters: Any) -> np.ndarray:
+def wanted(spec: Spec, params: Any, trainable: Any) -> np.ndarray:
     """The top sets of all layers, by full SVD."""
-    kernel, adapter = params["k"], adapters["k"]
+    kernel, adapter = params["k"], trainable.adapters["k"]
     a, b = np.asarray(adapter.a, np.float64), np.asarray(adapter.b, np.float64)
     change = spec.kernels[0].scale * a @ b
     if adapter.magnitude is not None:
@@ -132,7 +133,7 @@ def test_a_check_finds_the_sets_of_the_full_svd(shape, spread):
     watcher = DirectionMonitor(placed, spec, CONFIG)
     one = watcher(settling, first)
     two = watcher(one, second)
-    tops = [wanted(spec, params, adapters) for adapters in (first, second)]
+    tops = [wanted(spec, params, trainable) for trainable in (first, second)]
     for got, top in zip((one, two), tops, strict=True):
         np.testing.assert_array_equal(np.sort(got.sets["k"], -1), top)
     shares = [len(set(x) & set(y)) / 4 for x, y in zip(*tops, strict=True)]
@@ -165,26 +166,30 @@ def test_what_could_never_be_decided(settings, message):
 
 def test_magnitudes_count_in_what_has_settled():
     spec, params = problem((6, 9), dora=True)
-    adapters = trained(0, spec)[0]
+    trainable = trained(0, spec)[0]
     magnitude = np.random.default_rng(1).uniform(1, 9, size=(3, 9))
-    moved = adapters["k"].replace(magnitude=jnp.asarray(magnitude, jnp.float32))
+    moved = trainable.adapters["k"].replace(
+        magnitude=jnp.asarray(magnitude, jnp.float32)
+    )
     placed = {"k": jnp.asarray(params["k"])}
     seen = DirectionMonitor(placed, spec, CONFIG)(
-        init_monitor(spec, CONFIG), {"k": moved}
+        init_monitor(spec, CONFIG), Trainable(adapters={"k": moved})
     )
-    want = wanted(spec, params, {"k": moved})
+    want = wanted(spec, params, Trainable(adapters={"k": moved}))
     np.testing.assert_array_equal(np.sort(seen.sets["k"], -1), want)
-    plain = wanted(spec, params, {"k": moved.replace(magnitude=None)})
+    plain = wanted(
+        spec, params, Trainable(adapters={"k": moved.replace(magnitude=None)})
+    )
     assert (want != plain).any()
 
 
 def test_devices_without_float64_are_watched_from_the_host(monkeypatch):
     spec, params = problem((6, 9))
-    adapters = trained(0, spec)[0]
+    trainable = trained(0, spec)[0]
     monkeypatch.setattr(auto_launch, "has_float64", lambda platform: False)
     settling = init_monitor(spec, CONFIG)
     seen = DirectionMonitor({"k": jnp.asarray(params["k"])}, spec, CONFIG)(
-        settling, adapters
+        settling, trainable
     )
-    want = wanted(spec, params, adapters)
+    want = wanted(spec, params, trainable)
     np.testing.assert_array_equal(np.sort(seen.sets["k"], -1), want)

@@ -168,7 +168,9 @@ def test_a_step_that_is_there_is_left_alone(saved, state, tmp_path):
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(7, number(5, abstract()))
     got = restored(folder, placed(abstract(), None))
-    np.testing.assert_array_equal(got.adapters["k"].b, state.adapters["k"].b)
+    np.testing.assert_array_equal(
+        got.trainable.adapters["k"].b, state.trainable.adapters["k"].b
+    )
 
 
 def test_only_the_newest_are_kept(state, tmp_path):

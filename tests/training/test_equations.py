@@ -117,7 +117,7 @@ def library_run(method: str) -> Trace:
                 change(adapter, state.directions[path]),
                 np.zeros(0) if adapter.gain is None else np.asarray(adapter.gain),
             )
-            for path, adapter in state.adapters.items()
+            for path, adapter in state.trainable.adapters.items()
         }
 
     figures, states, seen = [], [], {}
@@ -143,7 +143,7 @@ def reference_run(method: str) -> Trace:
         Layer(
             params[path.split("/")[0]]["kernel"],
             params[path.split("/")[0]]["bias"],
-            start.adapters[path].a,
+            start.trainable.adapters[path].a,
             gamma=GAMMAS[path],
             s=rule.directions * how.gains,
         )

@@ -20,7 +20,7 @@ import pytest
 from tests.helpers.mlp import RULES, Mlp, mlp_batch, mlp_params
 from tsd_jax.binding.linen import adapted, make_spec
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import Full, kernels_in, parts_in
+from tsd_jax.core.full_params import Full
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.training.auto_launch import AutoLaunchConfig, DirectionMonitor
 from tsd_jax.training.checkpoint import Checkpoints
@@ -68,7 +68,7 @@ def build(auto_launch: AutoLaunchConfig | None = None) -> Setup:
 
     def settle(state: TrainState) -> TrainState:
         assert watcher is not None
-        return state.replace(monitor=watcher(state.monitor, state.adapters))
+        return state.replace(monitor=watcher(state.monitor, state.trainable))
 
     chex.clear_trace_counter()  # it tells functions apart by their source
     loss_fn = chex.assert_max_traces(next_token_loss(adapted(Mlp().apply)), n=1)
@@ -171,12 +171,12 @@ def test_launch_happens_between_two_steps(whole, setup):
     state = whole[0]
     assert state.step == STEPS
     assert state.launched
-    for path, part in parts_in(state.adapters).items():
-        assert (part.value != setup.start.adapters[path].value).all()
-    for path, adapter in kernels_in(state.adapters).items():
+    for path, part in state.trainable.full.items():
+        assert (part.value != setup.start.trainable.full[path].value).all()
+    for path, adapter in state.trainable.adapters.items():
         assert (adapter.gain != 0).all()
         assert np.abs(state.directions[path].left).sum() > 0
-        assert not np.array_equal(adapter.a, setup.start.adapters[path].a)
+        assert not np.array_equal(adapter.a, setup.start.trainable.adapters[path].a)
 
 
 class Crash(Exception):  # noqa: N818

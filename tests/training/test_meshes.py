@@ -179,16 +179,16 @@ def test_state_stays_where_it_was_put(shape):
     )
     for leaf, sharding in pairs:
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    q = placed.state.adapters["layers/self_attn/q_proj/kernel"]
+    q = placed.state.trainable.adapters["layers/self_attn/q_proj/kernel"]
     data, fsdp, tensor = shape
     del data
     assert q.a.addressable_shards[0].data.shape == (2, 16 // fsdp, 3)
     assert q.b.addressable_shards[0].data.shape == (2, 3, 16 // tensor)
-    up = placed.state.adapters["layers/mlp/up_proj/kernel"].value
+    up = placed.state.trainable.full["layers/mlp/up_proj/kernel"].value
     assert up.addressable_shards[0].data.shape == (2, 16 // fsdp, 24 // tensor)
-    rows = placed.state.adapters["embed_tokens/embedding"].value
+    rows = placed.state.trainable.full["embed_tokens/embedding"].value
     assert rows.addressable_shards[0].data.shape == (4, 16 // fsdp)
-    down = placed.state.adapters["layers/mlp/down_proj/kernel"]
+    down = placed.state.trainable.adapters["layers/mlp/down_proj/kernel"]
     assert down.magnitude.addressable_shards[0].data.shape == (2, 16 // fsdp)
 
 
@@ -208,9 +208,9 @@ def test_no_program_talks_to_the_host(shape):
     placed = finished.placed
     with jax.enable_x64(True), optimized():
         launching = jax.jit(
-            lambda params, adapters: launch(params, adapters, placed.spec)
+            lambda params, trainable: launch(params, trainable, placed.spec)
         )
-        program = launching.lower(placed.params, placed.state.adapters).compile()
+        program = launching.lower(placed.params, placed.state.trainable).compile()
     for compiled in (finished.program, text(program)):
         assert not HOST.search(compiled)
     called = re.findall(r'custom_call_target="([^"]*)"', text(program))

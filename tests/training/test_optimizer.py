@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from tests.helpers.trees import filled, method_of, pair_shapes, small_spec, zeros
+from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.methods import get_method
@@ -78,16 +79,21 @@ SPEC = small_spec("tsd", shape=(3, 4), rank=2, directions=2)
 RATE, GAIN_RATE = 1e-2, 3e-1
 
 
+def of(adapter: Any) -> Any:
+    """Return what trains where there is one adapter and nothing else."""
+    return Trainable(adapters={"k": adapter})
+
+
 def tree(seed: int | None) -> Any:
-    """Return {"k": Adapter} of random numbers, or of zeros."""
-    shapes = {"k": pair_shapes(SPEC.kernels[0])[0]}
+    """Return an adapter of random numbers, or of zeros."""
+    shapes = of(pair_shapes(SPEC.kernels[0])[0])
     return zeros(shapes) if seed is None else filled(seed, shapes)
 
 
 def without_gains(grads: Any) -> Any:
     """Return the gradients before launch, where L = R = 0."""
-    adapter = grads["k"]
-    return {"k": adapter.replace(gain=jnp.zeros_like(adapter.gain))}
+    adapter = grads.adapters["k"]
+    return of(adapter.replace(gain=jnp.zeros_like(adapter.gain)))
 
 
 @functools.cache
@@ -104,7 +110,7 @@ def run(update, state, gradients, params=None):
     for grads in gradients:
         step, state = update(grads, state, tree(None) if params is None else params)
         updates.append(
-            {f: np.asarray(getattr(step["k"], f)) for f in ("a", "b", "gain")}
+            {f: np.asarray(getattr(step.adapters["k"], f)) for f in ("a", "b", "gain")}
         )
     return updates, state
 
@@ -120,13 +126,13 @@ def before_launch() -> Any:
 
 
 def test_groups():
-    labels = group_labels(tree(None))["k"]
+    labels = group_labels(tree(None)).adapters["k"]
     assert (labels.a, labels.b, labels.gain) == ("lora", "lora", "gain")
-    lora = {"k": tree(None)["k"].replace(gain=None)}
-    assert group_labels(lora)["k"].gain is None
+    lora = of(tree(None).adapters["k"].replace(gain=None))
+    assert group_labels(lora).adapters["k"].gain is None
     assert labels.magnitude is None
-    dora = {"k": tree(None)["k"].replace(magnitude=jnp.zeros(4))}
-    assert group_labels(dora)["k"].magnitude == "lora"
+    dora = of(tree(None).adapters["k"].replace(magnitude=jnp.zeros(4)))
+    assert group_labels(dora).adapters["k"].magnitude == "lora"
 
 
 def test_each_group_has_its_learning_rate():
@@ -135,7 +141,7 @@ def test_each_group_has_its_learning_rate():
     grads = tree(5)
     (step,), _ = run(update, made.init(tree(None)), [grads])
     for field, rate in (("a", RATE), ("b", RATE), ("gain", GAIN_RATE)):
-        sign = np.sign(getattr(grads["k"], field))
+        sign = np.sign(getattr(grads.adapters["k"], field))
         np.testing.assert_allclose(step[field], -rate * sign, rtol=1e-5)
 
 
@@ -149,7 +155,7 @@ def test_gains_stand_still_before_launch():
 def test_gains_start_as_a_fresh_adam_does(method):
     _, state = before_launch()
     updates, _ = run(optimizer()[1], reset_moments(state, method_of(method)), AFTER)
-    want = -GAIN_RATE * np.sign(AFTER[0]["k"].gain)
+    want = -GAIN_RATE * np.sign(AFTER[0].adapters["k"].gain)
     for step in updates:
         np.testing.assert_allclose(step["gain"], want, rtol=1e-4)
 
@@ -179,7 +185,7 @@ def test_restarting_methods_forget_the_moments_of_a_and_b(method):
     updates, _ = run(optimizer()[1], reset_moments(state, method_of(method)), AFTER[:3])
     for step in updates:
         for field in ("a", "b"):
-            want = -RATE * np.sign(getattr(AFTER[0]["k"], field))
+            want = -RATE * np.sign(getattr(AFTER[0].adapters["k"], field))
             np.testing.assert_allclose(step[field], want, rtol=1e-4)
 
 
@@ -193,7 +199,7 @@ def test_schedules_read_on_over_the_launch():
     for step, moved in enumerate(updates, start=100):
         share = hugging_face("linear", step, 20, 200)
         for field, peak in (("a", RATE), ("b", RATE), ("gain", GAIN_RATE)):
-            want = -share * peak * np.sign(getattr(AFTER[0]["k"], field))
+            want = -share * peak * np.sign(getattr(AFTER[0].adapters["k"], field))
             np.testing.assert_allclose(moved[field], want, rtol=1e-4)
 
 
@@ -206,7 +212,9 @@ def test_weight_decay_is_decoupled_and_spares_the_gains():
         ("b", RATE, 0.1),
         ("gain", GAIN_RATE, 0.0),
     ):
-        want = np.sign(getattr(grads["k"], field)) + decay * getattr(params["k"], field)
+        want = np.sign(getattr(grads.adapters["k"], field)) + decay * getattr(
+            params.adapters["k"], field
+        )
         np.testing.assert_allclose(step[field], -rate * want, rtol=1e-4)
 
 
@@ -242,8 +250,8 @@ def adamw_chain(names: tuple[str, str]) -> Any:
     schedule = optax.linear_schedule(0.0, 1.0, 10)
     labels = {"lora": lora, "gain": gain}
 
-    def label(adapters):
-        return jax.tree.map(labels.__getitem__, group_labels(adapters))
+    def label(trainable):
+        return jax.tree.map(labels.__getitem__, group_labels(trainable))
 
     return optax.chain(
         optax.zero_nans(),
@@ -262,7 +270,7 @@ def test_a_chain_of_your_own(wrap):
     _, state = run(update, made.init(tree(None)), BEFORE[:4])
     state = reset_moments(state, get_method("tsd"), labels)
     (step,), _ = run(update, state, AFTER[:1])
-    sign = {f: np.sign(getattr(AFTER[0]["k"], f)) for f in ("a", "gain")}
+    sign = {f: np.sign(getattr(AFTER[0].adapters["k"], f)) for f in ("a", "gain")}
     np.testing.assert_allclose(step["a"], -0.4 * sign["a"], rtol=1e-3)
     np.testing.assert_allclose(step["gain"], -0.1 * sign["gain"], rtol=1e-4)
 
@@ -290,13 +298,13 @@ PART = FullSpec(path="norm", shape=(4,))
 def both(seed: int) -> Any:
     """Return an adapter and a part of random numbers."""
     value = jax.ShapeDtypeStruct((4,), np.float32)
-    return {**tree(seed), "norm": FullParam(filled(seed + 9, value), PART)}
+    return tree(seed).replace(full={"norm": FullParam(filled(seed + 9, value), PART)})
 
 
 def test_parts_are_a_group_of_their_own():
     labels = group_labels(both(0))
-    assert labels["norm"] == FullParam("whole", PART)
-    assert labels["k"].a == labels["k"].b == "lora"
+    assert labels.full["norm"] == FullParam("whole", PART)
+    assert labels.adapters["k"].a == labels.adapters["k"].b == "lora"
     assert set(jax.tree.leaves(group_labels(tree(0)))) == {"lora", "gain"}
 
 
@@ -304,12 +312,12 @@ def test_parts_are_a_group_of_their_own():
 def test_parts_have_a_rate_of_their_own_and_the_decay_of_a_and_b(rate, used):
     """The first step of AdamW is -rate (g / (|g| + eps) + decay value)."""
     made = make_optimizer(RATE, GAIN_RATE, full_learning_rate=rate, weight_decay=0.3)
-    adapters, grads = both(0), both(1)
+    trainable, grads = both(0), both(1)
     updates: Any
-    updates, _ = made.update(grads, made.init(adapters), adapters)
-    direction = np.sign(np.asarray(grads["norm"].value))
-    wanted = -used * (direction + 0.3 * np.asarray(adapters["norm"].value))
-    np.testing.assert_allclose(updates["norm"].value, wanted, rtol=1e-5)
+    updates, _ = made.update(grads, made.init(trainable), trainable)
+    direction = np.sign(np.asarray(grads.full["norm"].value))
+    wanted = -used * (direction + 0.3 * np.asarray(trainable.full["norm"].value))
+    np.testing.assert_allclose(updates.full["norm"].value, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dash", "init", "tsd"])

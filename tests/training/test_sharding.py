@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers.trees import method_of, small_spec
-from tsd_jax.core.adapter import init
+from tsd_jax.core.adapter import Trainable, init
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, kernel_spec
@@ -216,8 +216,8 @@ def test_moments_lie_beside_what_they_are_of(mesh, method):
         (): P(),
     }
     pairs = zip(
-        jax.tree.leaves((got.adapters, got.opt_state)),
-        jax.tree.leaves((state.adapters, state.opt_state)),
+        jax.tree.leaves((got.trainable, got.opt_state)),
+        jax.tree.leaves((state.trainable, state.opt_state)),
         strict=True,
     )
     count = 0
@@ -239,12 +239,14 @@ def test_launch_gives_its_results_the_shardings_of_the_adapter(mesh, sizes, axes
     spec = small_spec("tsd", shape=sizes, layout=layout)
     kernel = np.random.default_rng(0).normal(size=sizes).astype(np.float32)
     want = adapter_shardings(spec.kernels[0], NamedSharding(mesh, axes))
-    adapters, directions = init(jax.random.key(0), spec)
-    put = jax.device_put((adapters["k"], directions["k"]), want)
+    trainable, directions = init(jax.random.key(0), spec)
+    put = jax.device_put((trainable.adapters["k"], directions["k"]), want)
     whole = jax.device_put(kernel, NamedSharding(mesh, P()))
-    got = launch({"k": whole}, {"k": put[0]}, spec)
+    got = launch({"k": whole}, Trainable(adapters={"k": put[0]}), spec)
     for leaf, sharding in zip(
-        jax.tree.leaves((got[0]["k"], got[1]["k"])), jax.tree.leaves(want), strict=True
+        jax.tree.leaves((got[0].adapters["k"], got[1]["k"])),
+        jax.tree.leaves(want),
+        strict=True,
     ):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 

@@ -15,10 +15,10 @@ def test_a_new_state():
     assert (state.step.dtype, state.step.shape, int(state.step)) == (np.int32, (), 0)
     assert (state.launched.dtype, state.launched.shape) == (bool, ())
     assert not state.launched
-    adapters, directions = init(key, spec)
+    trainable, directions = init(key, spec)
     for ours, theirs in zip(
-        jax.tree.leaves((state.adapters, state.directions)),
-        jax.tree.leaves((adapters, directions)),
+        jax.tree.leaves((state.trainable, state.directions)),
+        jax.tree.leaves((trainable, directions)),
         strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)

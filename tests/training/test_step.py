@@ -29,9 +29,9 @@ KEY = jax.random.key(0)
 @functools.cache
 def filled_state() -> TrainState:
     """Return a state in which every leaf of both trees counts."""
-    adapters, directions = random_all(0, mlp_spec(PARAMS, "tsd+keep"), 0.3)
+    trainable, directions = random_all(0, mlp_spec(PARAMS, "tsd+keep"), 0.3)
     step, launched = np.zeros((), np.int32), np.ones((), bool)
-    return TrainState(step, launched, adapters, directions, opt_state=())
+    return TrainState(step, launched, trainable, directions, opt_state=())
 
 
 accumulate = jax.jit(functools.partial(accumulate_gradients, LOSS))
@@ -82,19 +82,19 @@ def test_the_gradient_is_of_the_mean_over_counted_targets():
 
     @jax.jit
     @jax.value_and_grad
-    def mean(adapters):
-        variables = {"params": merge(PARAMS, adapters, state.directions)}
+    def mean(trainable):
+        variables = {"params": merge(PARAMS, trainable, state.directions)}
         logits = Mlp().apply(variables, batch["tokens"][0])
         likelihood = jax.nn.log_softmax(jnp.asarray(logits))
         hot = jax.nn.one_hot(batch["targets"][0], CLASSES)
         each = jnp.sum(likelihood * hot, -1) * batch["weights"][0]
         return -jnp.sum(each) / batch["weights"].sum()
 
-    loss, want = mean(state.adapters)
+    loss, want = mean(state.trainable)
     grads, got, _ = accumulate(state, PARAMS, split(batch, 3), None)
     np.testing.assert_allclose(got, loss, rtol=1e-5)
     assert distance(grads, want) < 1e-5
-    assert jax.tree.structure(grads) == jax.tree.structure(state.adapters)
+    assert jax.tree.structure(grads) == jax.tree.structure(state.trainable)
 
 
 def test_the_mean_of_means_would_be_another_gradient():
@@ -142,7 +142,7 @@ def test_the_state_is_donated_and_the_base_is_not():
     optimizer = make_optimizer(1e-2, 1e-2)
     state, _ = new_state("dash", optimizer)
     make_train_step(LOSS, optimizer)(state, PARAMS, mlp_batch(0), KEY)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.adapters))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(PARAMS))
 
 
@@ -173,10 +173,10 @@ def dropout_loss(dropout: bool):
     step = make_train_step(LOSS, optimizer, dropout=dropout)
 
     def loss(key: int, at: int = 0, micro_batches: int = 2) -> float:
-        adapters, directions = random_all(0, spec, 0.3)
-        opt_state = optimizer.init(adapters)  # pyright: ignore[reportArgumentType]
+        trainable, directions = random_all(0, spec, 0.3)
+        opt_state = optimizer.init(trainable)  # pyright: ignore[reportArgumentType]
         state = create_state(KEY, spec, optimizer).replace(
-            adapters=adapters,
+            trainable=trainable,
             directions=directions,
             opt_state=opt_state,
             step=jnp.asarray(at, jnp.int32),

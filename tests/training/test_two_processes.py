@@ -57,10 +57,10 @@ def said(tmp_path_factory):
 
 
 def test_both_see_what_one_process_sees(said):
-    spec, kernel, adapters = problem()
-    new, frozen, report = launch({"k": jnp.asarray(kernel)}, adapters, spec)
-    change = jax.jit(delta)(new["k"], frozen["k"])
-    leaves = (report["k"].indices, report["k"].sigma, new["k"].a, change)
+    spec, kernel, trainable = problem()
+    new, frozen, report = launch({"k": jnp.asarray(kernel)}, trainable, spec)
+    change = jax.jit(delta)(new.adapters["k"], frozen["k"])
+    leaves = (report["k"].indices, report["k"].sigma, new.adapters["k"].a, change)
     want = [np.abs(np.asarray(leaf)).sum(axis=0).reshape(-1) for leaf in leaves]
     for process in said:
         for way, got in {**process["results"], "again": process["again"]}.items():

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
+from tsd_jax.core.adapter import Directions, Trainable, low_rank_factors
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import FullParam, kernels_in
 
 Row = Mapping[str, Any]
 _NO_ARCHIVE = (LookupError, ValueError, TypeError, EOFError, zipfile.BadZipFile)
@@ -153,16 +152,16 @@ def subspace_overlap(
 
 
 def learned_overlap(
-    adapters: Mapping[str, Adapter | FullParam], directions: Mapping[str, Directions]
+    trainable: Trainable, directions: Mapping[str, Directions]
 ) -> dict[str, np.ndarray]:
     """Return every launched kernel's `subspace_overlap`: {kernel path: (matrices,)}.
 
     Args:
-      adapters: {path: Adapter or FullParam}, trained, on this host; parts are left out.
+      trainable: trained, on this host; its `full` parameters are left out.
       directions: {kernel path: Directions}; kernels that have none are left out.
     """
     overlaps = {}
-    for path, adapter in kernels_in(adapters).items():
+    for path, adapter in trainable.adapters.items():
         left = directions[path].left
         if left is not None:
             down, up = low_rank_factors(adapter, directions[path])

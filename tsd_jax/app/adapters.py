@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from tsd_jax import huggingface
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import parts_in
 from tsd_jax.huggingface.factors import Factors, ModuleName, module_factors
 from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors, neighbours
 from tsd_jax.huggingface.merge import MergedExport, merge_factors, to_merged
@@ -80,7 +79,7 @@ class RunAdapter:
         """Write it in PEFT's format."""
         return to_peft(
             out,
-            self.saved.adapters,
+            self.saved.trainable,
             self.saved.directions,
             _module_name(base),
             base_model=base,
@@ -95,7 +94,7 @@ class RunAdapter:
         """Write a decoder's checkpoint with the adapter merged into it."""
         return to_merged(
             out,
-            self.saved.adapters,
+            self.saved.trainable,
             self.saved.directions,
             _module_name(str(base)),
             base_folder=base,
@@ -107,8 +106,8 @@ class RunAdapter:
         """Return what is merged into an encoder."""
         saved, name = self.saved, _module_name(str(base))
         return Trained(
-            module_factors(saved.adapters, saved.directions, name),
-            full_tensors(parts_in(saved.adapters), name),
+            module_factors(saved.trainable.adapters, saved.directions, name),
+            full_tensors(saved.trainable.full, name),
         )
 
     def _params(self, base: str) -> Any:
@@ -119,11 +118,11 @@ class RunAdapter:
         """
         if not _is_here(base):
             return None
-        adapters = self.saved.adapters
-        stacked = any(path.startswith("layers/") for path in adapters)
+        paths_here = self.saved.trainable.paths
+        stacked = any(path.startswith("layers/") for path in paths_here)
         config = huggingface.read_config(base)
         shapes = huggingface.abstract_params(config, scan_layers=stacked)
-        if not neighbours(parts_in(adapters), paths.flatten(shapes)):
+        if not neighbours(self.saved.spec.whole, paths.flatten(shapes)):
             return shapes
         return huggingface.load_params(base, config, scan_layers=stacked)
 

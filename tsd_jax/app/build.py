@@ -29,7 +29,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn
-from tsd_jax.extraction.chunks import host_device
+from tsd_jax.extraction.devices import host_device
 from tsd_jax.extraction.launch import Extraction
 from tsd_jax.huggingface.full_tensors import check_modules
 from tsd_jax.training import sharding
@@ -162,7 +162,7 @@ def adapted_spec(settings: Settings, base: Base) -> Spec:
     tokens = jax.ShapeDtypeStruct((1, settings.data.length), jnp.int32)
     variables, method = {"params": base.params}, settings.method.method()
     spec = make_spec(base.network.apply, variables, rules, tokens, method=method)
-    check_modules({param.path: param for param in spec.whole}, spec.paths)
+    check_modules(spec.whole, spec.paths)
     return spec
 
 

@@ -89,7 +89,7 @@ class SettleCheck:
             self._monitor = DirectionMonitor(
                 self._params, self._spec, self._config, epsilon=self._epsilon
             )
-        return state.replace(monitor=self._monitor(state.monitor, state.adapters))
+        return state.replace(monitor=self._monitor(state.monitor, state.trainable))
 
     def release(self) -> None:
         """Free the spectra: after the launch there is nothing to check."""
@@ -167,6 +167,6 @@ def state_evaluation(
     """Return the function that scores the base with a state's adapters."""
 
     def evaluate_state(state: TrainState) -> Figures:
-        return evaluate({"params": bind(params, state.adapters, state.directions)})
+        return evaluate({"params": bind(params, state.trainable, state.directions)})
 
     return evaluate_state

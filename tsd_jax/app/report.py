@@ -18,7 +18,6 @@ from tsd_jax.app.adapters import ADAPTER
 from tsd_jax.app.evaluation import Figures
 from tsd_jax.app.model import Base
 from tsd_jax.core import paths
-from tsd_jax.core.full_params import kernels_in, parts_in
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.scoring import fetch
 from tsd_jax.huggingface.full_tensors import neighbours
@@ -77,13 +76,13 @@ def write(
       recorder: where its figures were recorded.
     """
     state = on_host(outcome.state)
-    rest = neighbours(parts_in(state.adapters), paths.flatten(params))
+    rest = neighbours(spec.whole, paths.flatten(params))
     rest = on_host(rest)
     if jax.process_index() != 0:
         return
     save_adapter(
         workdir / ADAPTER,
-        state.adapters,
+        state.trainable,
         state.directions,
         spec,
         launched=bool(state.launched),
@@ -118,7 +117,7 @@ def write_peft(
     """
     export = to_peft(
         folder,
-        state.adapters,
+        state.trainable,
         state.directions,
         base.module_name,
         base_model=base.name,
@@ -197,7 +196,7 @@ def gains_used(state: TrainState) -> dict[str, list[int]]:
       state: on the host; methods without gains give an empty dict.
     """
     used = {}
-    for path, adapter in kernels_in(state.adapters).items():
+    for path, adapter in state.trainable.adapters.items():
         gate = state.directions[path].gate
         if adapter.gain is not None:
             shape = adapter.gain.shape[:-1]
@@ -239,5 +238,5 @@ def write_plots(
         plots.plot_spectra(spectra, folder / "spectra.png")
         if any(spectrum.used is not None for spectrum in spectra.values()):
             maps.plot_gains(spectra, folder / "gains.png")
-        overlaps = arrays.learned_overlap(state.adapters, state.directions)
+        overlaps = arrays.learned_overlap(state.trainable, state.directions)
         maps.plot_overlap(overlaps, folder / "overlap.png")

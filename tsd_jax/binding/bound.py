@@ -15,7 +15,6 @@ from tsd_jax.binding.calls import Call, Owner
 from tsd_jax.binding.contraction import low_rank, spread_outputs
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors, output_scale
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import FullParam, kernels_in
 from tsd_jax.core.spec import KernelSpec
 
 SUFFIX = "_tsd"
@@ -71,7 +70,7 @@ def _dropout_keys(key: jax.Array, kernel: KernelSpec) -> jax.Array:
 
 def bound_leaves(
     base: Mapping[str, Any],
-    adapters: Mapping[str, Adapter | FullParam],
+    adapters: Mapping[str, Adapter],
     directions: Mapping[str, Directions],
     dropout_key: jax.Array | None,
 ) -> dict[str, Bound]:
@@ -79,11 +78,11 @@ def bound_leaves(
 
     Args:
       base: {path: parameter} of all that is adapted.
-      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
+      adapters: {path: Adapter}. directions: {path: Directions}.
       dropout_key: a typed key, or None.
     """
     bound = {}
-    for path, adapter in kernels_in(adapters).items():
+    for path, adapter in adapters.items():
         kernel = adapter.kernel
         down, up = low_rank_factors(adapter, directions[path])
         key = None

@@ -54,8 +54,27 @@ class Directions(struct.PyTreeNode):
     gate: Leaf = None
 
 
-Adapters = dict[str, Any]
-"""{path: Adapter of a kernel, or `FullParam` of a parameter that trains whole}."""
+class Trainable(struct.PyTreeNode):
+    """All that trains, as one pytree of two named parts.
+
+    Attributes:
+      adapters: {kernel path: Adapter}.
+      full: {parameter path: FullParam}, of the parameters that train whole.
+    """
+
+    adapters: dict[str, Adapter] = struct.field(default_factory=dict)
+    full: dict[str, FullParam] = struct.field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the parameters that it changes."""
+        return (*self.adapters, *self.full)
+
+    def __contains__(self, path: object) -> bool:
+        """Return whether the parameter trains; Flax's own `TrainState` asks it."""
+        return path in self.adapters or path in self.full
+
+
 AllDirections = dict[str, Directions]
 
 
@@ -102,8 +121,8 @@ def init(
     dtype: jnp.dtype = jnp.float32,
     *,
     params: Mapping[str, Any] | None = None,
-) -> tuple[Adapters, AllDirections]:
-    """Create the adapters and directions of a spec; the function does not change.
+) -> tuple[Trainable, AllDirections]:
+    """Create what trains and the directions of a spec; the function does not change.
 
     Each kernel's key is folded from its path, so that its start does not depend on
     which other kernels are adapted.
@@ -116,7 +135,7 @@ def init(
         is not needed.
 
     Returns:
-      ({path: Adapter or FullParam}, {path: Directions}).
+      what trains, and {kernel path: Directions}.
 
     Raises:
       InputError: the spec trains parameters whole or has DoRA, and `params` is missing,
@@ -131,16 +150,19 @@ def init(
         k.path: init_kernel(keys[k.path], k, dtype, bases.get(k.path))
         for k in spec.kernels
     }
-    adapters: Adapters = {path: pair[0] for path, pair in pairs.items()}
-    if spec.whole:
-        adapters |= _start_parts(spec, params, dtype)
-    return adapters, {path: pair[1] for path, pair in pairs.items()}
+    trainable = Trainable(
+        adapters={path: pair[0] for path, pair in pairs.items()},
+        full=_start_parts(spec, params, dtype),
+    )
+    return trainable, {path: pair[1] for path, pair in pairs.items()}
 
 
 def _start_parts(
     spec: Spec, params: Mapping[str, Any] | None, dtype: jnp.dtype
 ) -> dict[str, FullParam]:
     """Start what trains whole at the base's own values."""
+    if not spec.whole:
+        return {}
     if params is None:
         raise InputError(
             f"{spec.whole[0].path} trains whole and starts from the base: give params"
@@ -246,7 +268,7 @@ def delta(
 
 def merge(
     params: Mapping,
-    adapters: Mapping[str, Adapter | FullParam],
+    trainable: Trainable,
     directions: Mapping[str, Directions],
     dtype: jnp.dtype | None = None,
 ) -> dict:
@@ -258,7 +280,7 @@ def merge(
 
     Args:
       params: the parameter tree.
-      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
+      trainable: what trained. directions: {kernel path: Directions}.
       dtype: of the merged leaves; None keeps each one's own.
 
     Returns:
@@ -268,15 +290,14 @@ def merge(
     Raises:
       InputError: a kernel is not in the tree.
     """
-    kernels = paths.select(params, tuple(adapters))
-    merged = {}
-    for path, kernel in kernels.items():
-        adapter = adapters[path]
-        if isinstance(adapter, FullParam):
-            merged[path] = place_full(kernel, adapter, dtype)
-            continue
-        _, total = _adapted_matrices(adapter, directions[path], kernel)
+    base = paths.select(params, trainable.paths)
+    merged = {
+        path: place_full(base[path], part, dtype)
+        for path, part in trainable.full.items()
+    }
+    for path, adapter in trainable.adapters.items():
+        _, total = _adapted_matrices(adapter, directions[path], base[path])
         spec = adapter.kernel
         whole = spec.layout.from_matrices(total, spec.shape)
-        merged[path] = whole.astype(dtype or kernel.dtype)
+        merged[path] = whole.astype(dtype or base[path].dtype)
     return paths.update(params, merged)

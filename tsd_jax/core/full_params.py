@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,17 +172,3 @@ def _check_shape(leaf: jax.Array, part: FullSpec) -> None:
             f"{part.path} has shape {tuple(leaf.shape)}, and the spec was made for "
             f"{part.shape}"
         )
-
-
-def parts_in(adapters: Mapping[str, Any]) -> dict[str, FullParam]:
-    """Return the entries that are parameters trained whole."""
-    return {
-        path: each for path, each in adapters.items() if isinstance(each, FullParam)
-    }
-
-
-def kernels_in(adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that are adapters of kernels."""
-    return {
-        path: each for path, each in adapters.items() if not isinstance(each, FullParam)
-    }

@@ -1,31 +1,34 @@
 """Eigenvalues of a symmetric tridiagonal matrix by bisection on Sturm counts.
 
 `jax.scipy.linalg.eigh_tridiagonal` does the same with a division in every step of its
-recurrence. The polynomial form below has none, and one count of many shifts at once
-takes the place of the first bisections: half the time, to the same last digit.
+recurrence. The polynomial form used here has none, and one count of many shifts at once
+replaces the first bisections: half the time, equal to the last digit.
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float, Int
 
-_SHIFTS = 1024  # counted at a time: what a recurrence carries stays in the cache
-_ROWS = 16  # of the recurrence in one turn of its loop
-# Least pivot, in units of the norm; below it rounding decides the sign anyway. Minors
-# may shrink by as much in every row, so that products of two need rescaling each 8.
+_SHIFTS = 1024  # counted at a time, so that the recurrence's carry stays in the cache
+_ROWS = 16  # rows of the recurrence in one iteration of its loop
+# Smallest pivot, in units of the norm; below it rounding decides the sign anyway. A
+# minor may shrink by this much in every row, so products of two are rescaled every 8.
 _LEAST, _RESCALE = 1e-17, 8
 
 
-def eigenvalues(diagonal: jax.Array, off: jax.Array) -> jax.Array:
-    """Return all eigenvalues of T to a rounding of ||T||.
+def eigenvalues(
+    diagonal: Float[Array, "n"], off: Float[Array, "n-1"]
+) -> Float[Array, "n"]:
+    """Return all eigenvalues of T, to a rounding error of ||T||.
 
     Args:
-      diagonal: of T, (n,), float64. off: beside it, (n - 1,).
+      diagonal: diagonal of T, (n,), float64.
+      off: subdiagonal of T, (n - 1,), float64.
 
     Returns:
-      Eigenvalues, ascending, (n,).
+      Eigenvalues, ascending, (n,), float64.
     """
     beside = jnp.abs(off)
     radius = jnp.pad(beside, (1, 0)) + jnp.pad(beside, (0, 1))
@@ -35,12 +38,12 @@ def eigenvalues(diagonal: jax.Array, off: jax.Array) -> jax.Array:
     eps = float(jnp.finfo(diagonal.dtype).eps)
     wanted = jnp.arange(len(diagonal))
 
-    # Gershgorin: all of them lie in [-1, 1].
+    # By Gershgorin's theorem all of them lie in [-1, 1].
     grid = jnp.linspace(-1 - eps, 1 + 2 * eps, len(wanted) + 1)
     counts = count_below(diagonal, squares, grid)
     above = jnp.clip(jnp.searchsorted(counts, wanted, side="right"), 1, len(wanted))
 
-    def halve(step: jax.Array, bracket: tuple[jax.Array, jax.Array]):
+    def halve(step: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         del step
         low, high = bracket
         middle = (low + high) / 2
@@ -55,31 +58,35 @@ def eigenvalues(diagonal: jax.Array, off: jax.Array) -> jax.Array:
 
 
 def count_below(
-    diagonal: jax.Array, squares: jax.Array, shifts: jax.Array
-) -> jax.Array:
-    """Count the eigenvalues of T below every shift, (c,).
+    diagonal: Float[Array, "n"],
+    squares: Float[Array, "n"],
+    shifts: Float[Array, "c"],
+) -> Int[Array, "c"]:
+    """Return the number of eigenvalues of T below each shift, (c,), int32.
 
-    Changes of sign in the sequence of leading principal minors of T - x,
+    Counts the sign changes in the sequence of leading principal minors of T - x,
 
         p_k = (d_k - x) p_{k-1} - e_{k-1}^2 p_{k-2},
 
-    rescaled now and then.
+    which is rescaled every few rows.
 
     Args:
-      diagonal: d, (n,), with ||T|| <= 1. squares: 0 and e^2, (n,). shifts: x, (c,).
+      diagonal: d, (n,), float64, with ||T|| <= 1.
+      squares: 0 and then e^2, (n,), float64.
+      shifts: x, (c,), float64.
 
     Source: Barth, Martin and Wilkinson, "Calculation of the eigenvalues of a symmetric
     tridiagonal matrix by the method of bisection", Numer. Math. 9 (1967).
     """
-    rows = -len(diagonal) % _ROWS
-    # Rows that are added have eigenvalue 2, which is below no shift.
+    padding = -len(diagonal) % _ROWS
+    # The padding rows have eigenvalue 2, which is below no shift.
     rows = (
-        jnp.pad(diagonal, (0, rows), constant_values=2.0).reshape(-1, _ROWS),
-        jnp.pad(squares, (0, rows)).reshape(-1, _ROWS),
+        jnp.pad(diagonal, (0, padding), constant_values=2.0).reshape(-1, _ROWS),
+        jnp.pad(squares, (0, padding)).reshape(-1, _ROWS),
     )
 
-    def count(x: jax.Array) -> jax.Array:
-        def some(carry, rows):
+    def count(x: Array) -> Array:
+        def block(carry, rows):
             last, before, changes = carry
             for row, (d, square) in enumerate(zip(*rows, strict=True)):
                 if row % _RESCALE == 0:
@@ -88,13 +95,13 @@ def count_below(
                 minor = (d - x) * last - square * before
                 least = -_LEAST * last
                 minor = jnp.where(jnp.abs(minor) < jnp.abs(least), least, minor)
-                # Counted as numbers: the loop is then over one type, and quicker.
+                # Counted in floats: a loop over a single type is faster.
                 changes = changes + jnp.where(minor * last < 0, 1.0, 0.0)
                 last, before = minor, last
             return (last, before, changes), None
 
         one, zero = jnp.ones_like(x), jnp.zeros_like(x)
-        return lax.scan(some, (one, zero, zero), rows)[0][2]
+        return lax.scan(block, (one, zero, zero), rows)[0][2]
 
     width = min(_SHIFTS, len(shifts))
     padded = jnp.pad(shifts, (0, -len(shifts) % width), mode="edge")

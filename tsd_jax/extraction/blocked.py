@@ -1,28 +1,29 @@
-"""A kernel seen from its short side, widened to float64 a block at a time."""
+"""A matrix seen from its short side and read as float64, one block at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float, Int
 
-_GRAM, _SKINNY = 2048, 64  # columns, or stored rows, widened at a time
-_ROWS = 512  # least rows of a block of the Gram matrix
+_GRAM, _SKINNY = 2048, 64  # columns, or stored rows, converted at a time
+_ROWS = 512  # fewest rows in a block of the Gram matrix
 
 
 class BlockedMatrix(NamedTuple):
-    """See a matrix K of any float type as (n, m), n <= m, in float64.
+    """A matrix K of any float type as (n, m), n <= m, in float64.
 
-    Products widen some of it at a time, so that all of K is never held in float64.
+    Products convert one block of K at a time, so that the whole of K never exists in
+    float64. K is the stored matrix, or its transpose where the output side is shorter.
 
     Attributes:
-      stored: K, (in, out), as it lies.
+      stored: the matrix as stored, (in, out), any float type.
     """
 
-    stored: jax.Array
+    stored: Float[Array, "in out"]
 
     @property
     def tall(self) -> bool:
@@ -31,55 +32,39 @@ class BlockedMatrix(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, m), the short side first."""
+        """Shape (n, m), the short side first."""
         short, long = sorted(self.stored.shape)
         return short, long
 
-    def times(self, columns: jax.Array) -> jax.Array:
-        """Return K columns, (n, c), for columns (m, c)."""
+    def times(self, columns: Float[Array, "m c"]) -> Float[Array, "n c"]:
+        """Return K @ columns, (n, c), float64.
+
+        Args:
+          columns: (m, c), float64.
+        """
         return self._gathered(columns) if self.tall else self._mapped(columns)
 
-    def transposed_times(self, columns: jax.Array) -> jax.Array:
-        """Return K^T columns, (m, c), for columns (n, c)."""
+    def transposed_times(self, columns: Float[Array, "n c"]) -> Float[Array, "m c"]:
+        """Return K^T @ columns, (m, c), float64.
+
+        Args:
+          columns: (n, c), float64.
+        """
         return self._mapped(columns) if self.tall else self._gathered(columns)
 
-    def _mapped(self, columns: jax.Array) -> jax.Array:
-        """Return stored @ columns, some rows after the other."""
+    def output_squares(self) -> Float[Array, "out"]:
+        """Return the squared norms of the columns of the stored matrix, (out,)."""
 
-        def put(whole: jax.Array, start: jax.Array, size: int) -> jax.Array:
-            part = self._rows(start, size) @ columns
-            return lax.dynamic_update_slice_in_dim(whole, part, start, 0)
-
-        zero = jnp.zeros((self.stored.shape[0], columns.shape[1]))
-        return _fold(put, zero, self.stored.shape[0], _SKINNY)
-
-    def _gathered(self, columns: jax.Array) -> jax.Array:
-        """Return stored^T @ columns, the sum over some rows after the other."""
-
-        def add(total: jax.Array, start: jax.Array, size: int) -> jax.Array:
-            part = lax.dynamic_slice_in_dim(columns, start, size)
-            return total + part.T @ self._rows(start, size)
-
-        zero = jnp.zeros((columns.shape[1], self.stored.shape[1]))
-        return _fold(add, zero, self.stored.shape[0], _SKINNY).T
-
-    def _rows(self, start: jax.Array, size: int) -> jax.Array:
-        rows = lax.dynamic_slice_in_dim(self.stored, start, size)
-        return rows.astype(jnp.float64)
-
-    def output_squares(self) -> jax.Array:
-        """Return the squared norms of the columns of K as stored, (out,)."""
-
-        def add(total: jax.Array, start: jax.Array, size: int) -> jax.Array:
+        def add(total: Array, start: Array, size: int) -> Array:
             return total + jnp.sum(self._rows(start, size) ** 2, 0)
 
         zero = jnp.zeros(self.stored.shape[1])
         return _fold(add, zero, self.stored.shape[0], _SKINNY)
 
-    def gram(self) -> jax.Array:
-        """Return the lower triangle of K K^T, (n, n).
+    def gram(self) -> Float[Array, "n n"]:
+        """Return K K^T, (n, n), float64; only the lower triangle is filled in.
 
-        Blocks above the diagonal are left zero, which saves almost half the product.
+        Blocks above the diagonal stay zero, which saves almost half of the product.
         """
         n = self.shape[0]
         height = max(_ROWS, -(-n // 8))
@@ -87,7 +72,7 @@ class BlockedMatrix(NamedTuple):
         for row in range(0, n, height):
             stop = min(row + height, n)
 
-            def add(part: jax.Array, start: jax.Array, size: int) -> jax.Array:
+            def add(part: Array, start: Array, size: int) -> Array:
                 columns = self._block(start, size, stop)  # noqa: B023 - called here
                 return part + columns[row:] @ columns.T  # noqa: B023
 
@@ -95,23 +80,49 @@ class BlockedMatrix(NamedTuple):
             total = lax.dynamic_update_slice(total, part, (row, 0))
         return total
 
-    def _block(self, start: jax.Array, size: int, rows: int | None = None) -> jax.Array:
-        """Widen columns start to start + size of the first rows, (rows, size)."""
-        block = lax.dynamic_slice_in_dim(self.stored, start, size, 1 - self.tall)
+    def _mapped(self, columns: Array) -> Array:
+        """Return stored @ columns, a few rows at a time."""
+
+        def put(product: Array, start: Array, size: int) -> Array:
+            part = self._rows(start, size) @ columns
+            return lax.dynamic_update_slice_in_dim(product, part, start, 0)
+
+        zero = jnp.zeros((self.stored.shape[0], columns.shape[1]))
+        return _fold(put, zero, self.stored.shape[0], _SKINNY)
+
+    def _gathered(self, columns: Array) -> Array:
+        """Return stored^T @ columns, summed over a few rows at a time."""
+
+        def add(total: Array, start: Array, size: int) -> Array:
+            part = lax.dynamic_slice_in_dim(columns, start, size)
+            return total + part.T @ self._rows(start, size)
+
+        zero = jnp.zeros((columns.shape[1], self.stored.shape[1]))
+        return _fold(add, zero, self.stored.shape[0], _SKINNY).T
+
+    def _rows(self, start: Array, size: int) -> Array:
+        """Return stored rows from `start` on as float64, (size, out)."""
+        rows = lax.dynamic_slice_in_dim(self.stored, start, size)
+        return rows.astype(jnp.float64)
+
+    def _block(self, start: Array, size: int, rows: int) -> Array:
+        """Return columns from `start` on of the first rows of K, (rows, size)."""
+        long_axis = 0 if self.tall else 1
+        block = lax.dynamic_slice_in_dim(self.stored, start, size, long_axis)
         block = (block.T if self.tall else block)[:rows]
         return block.astype(jnp.float64)
 
 
 def _fold(
-    step: Callable[[jax.Array, jax.Array, int], jax.Array],
-    carry: jax.Array,
+    step: Callable[[Array, Int[Array, ""], int], Array],
+    carry: Array,
     count: int,
     size: int,
-) -> jax.Array:
-    """Fold `step` over 0 to `count`, `size` at a time and the rest at last."""
-    whole, rest = divmod(count, size)
-    if whole:
+) -> Array:
+    """Fold `step` over 0 to `count`, `size` at a time and the remainder last."""
+    blocks, rest = divmod(count, size)
+    if blocks:
         carry = lax.fori_loop(
-            0, whole, lambda n, total: step(total, n * size, size), carry
+            0, blocks, lambda n, total: step(total, n * size, size), carry
         )
-    return step(carry, jnp.asarray(whole * size), rest) if rest else carry
+    return step(carry, jnp.asarray(blocks * size), rest) if rest else carry

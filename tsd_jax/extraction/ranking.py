@@ -1,47 +1,36 @@
-"""Delta rates of core directions, and the directions ranked first, in float64."""
+"""Change rates of core directions, and the directions ranked first, in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
 
-from tsd_jax.core.errors import check_choice
+from tsd_jax.core.errors import InputError, check_choice
 from tsd_jax.extraction.blocked import BlockedMatrix
 from tsd_jax.extraction.deltas import Delta, LowRankDelta, Spectrum
-from tsd_jax.extraction.spectra import Dense, diagonalize, null_threshold
-from tsd_jax.extraction.tridiagonal import Tridiagonal, tridiagonalize
+from tsd_jax.extraction.refinement import column_signs, complete_null, refine
+from tsd_jax.extraction.spectra import (
+    DenseSpectrum,
+    diagonalize,
+    null_threshold,
+    require_float64,
+)
+from tsd_jax.extraction.tridiagonal import TridiagonalSpectrum, tridiagonalize
 
 EPSILON = 1e-6
-_SPARE = 8  # directions looked at closely beyond those asked for
-_SETTLED, _STEPS = 1e-7, 5  # refinement ends below this correction, or there
+_SPARE = 8  # directions refined beyond those asked for
 _SMALL = 512  # up to here a full decomposition takes no time worth saving
 
+SOLVERS = ("auto", "dense", "tridiagonal")
+"""How the Gram matrix may be decomposed: see `RankSettings.solver`."""
 
-class Ranked(NamedTuple):
-    """Hold what the ranking of one matrix gives; float64.
-
-    Attributes:
-      sigma: all singular values, descending, (k,), k = min(in, out).
-      rates: change rate of every core direction, (k,); 0 in the numerical null space.
-      indices: the directions ranked first, best first, (c,), int32.
-      left: P_I, (in, c). right: Q_I, (out, c); orthonormal, null directions too.
-      chosen: sigma_I, (c,); 0 in the numerical null space.
-      moved: p_I = P_I^T dK Q_I, (c,).
-    """
-
-    sigma: jax.Array
-    rates: jax.Array
-    indices: jax.Array
-    left: jax.Array
-    right: jax.Array
-    chosen: jax.Array
-    moved: jax.Array
-
-
-Score = Callable[[jax.Array, jax.Array, Any], Any]
+Score = Callable[[Array, Array, Any], Any]
 """(sigma, rates, noise) -> what directions are ranked by, highest first; all (k,)."""
 
 SCORES: dict[str, Score] = {
@@ -54,114 +43,284 @@ SCORES: dict[str, Score] = {
     # A control: any directions.
     "random": lambda sigma, rates, noise: noise,
 }
+"""A score for each of `core.methods.RANKINGS`."""
 
 
-def refine(spectrum: Spectrum, kernel: BlockedMatrix, indices: jax.Array) -> jax.Array:
-    """Return eigenvectors (n, c) to the accuracy of K itself, not of its square.
+@dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """How directions are ranked and how many are returned; static under jit.
 
-    Forming G = K K^T rounds by eps sigma_1^2, which turns directions of small sigma
-    into their neighbours by eps sigma_1^2 / gap. The residual K (K^T v) - sigma^2 v
-    has no such error, and G's decomposition solves for the correction, which about
-    squares the error; most often one is enough.
+    Attributes:
+      count: number of directions to return.
+      epsilon: keeps the change rate |p_i| / (sigma_i + epsilon) finite (paper,
+        section 3).
+      ranking: a key of SCORES.
+      solver: one of SOLVERS. "dense" is a full eigendecomposition; "tridiagonal" forms
+        only the eigenvectors asked for, and falls back to "dense" where eigenvalues
+        cannot be told apart; "auto" is the faster of them at this size on a CPU. Only
+        low-rank deltas have the choice; the others always use "dense".
+
+    Raises:
+      InputError: the ranking or the solver is unknown.
+    """
+
+    count: int
+    epsilon: float = EPSILON
+    ranking: str = "rates"
+    solver: str = "auto"
+
+    def __post_init__(self):
+        """Refuse unknown names."""
+        check_choice("ranking", self.ranking, SCORES)
+        check_choice("solver", self.solver, SOLVERS)
+
+
+class Ranked(NamedTuple):
+    """The ranking of one matrix; float64.
+
+    Attributes:
+      sigma: all singular values, descending, (k,), k = min(in, out).
+      rates: change rate of every core direction, (k,); 0 in the numerical null space.
+      indices: the directions ranked first, best first, (c,), int32.
+      left: P_I, (in, c), orthonormal, null directions too.
+      right: Q_I, (out, c), orthonormal, null directions too.
+      chosen: sigma_I, (c,); 0 in the numerical null space.
+      moved: p_I = P_I^T dK Q_I, (c,).
+    """
+
+    sigma: Float[Array, "k"]
+    rates: Float[Array, "k"]
+    indices: Int[Array, "c"]
+    left: Float[Array, "in c"]
+    right: Float[Array, "out c"]
+    chosen: Float[Array, "c"]
+    moved: Float[Array, "c"]
+
+
+class _Problem(NamedTuple):
+    """A matrix and its delta from the short side, with the matrix's storage epsilon."""
+
+    kernel: BlockedMatrix
+    delta: Delta
+    eps: float
+
+
+def _problem(kernel: Float[Array, "in out"], delta: Delta) -> _Problem:
+    require_float64()
+    blocked, delta = BlockedMatrix(kernel), delta.as_float64
+    return _Problem(
+        blocked,
+        delta.transposed if blocked.tall else delta,
+        float(jnp.finfo(kernel.dtype).eps),
+    )
+
+
+def rank_directions(
+    kernel: Float[Array, "in out"],
+    a: Float[Array, "in r"],
+    b: Float[Array, "r out"],
+    *,
+    scale: float,
+    count: int,
+    epsilon: float = EPSILON,
+    ranking: str = "rates",
+    noise: Float[Array, "k"] | None = None,
+    solver: str = "auto",
+    spectrum: DenseSpectrum | None = None,
+) -> Ranked:
+    """Rank a matrix's core directions by change rate and return the first ones.
+
+        K = P diag(sigma) Q^T,  p_i = gamma P_i^T A B Q_i,
+        rho_i = |p_i| / (sigma_i + epsilon)
+
+    Works on the short side's Gram matrix in float64, where squaring still leaves small
+    singular values enough digits; in float32 it would rank noise. The directions that
+    may come first are then refined against K itself. Those with sigma_i <=
+    `null_threshold` come last.
 
     Args:
-      spectrum: of K K^T. kernel: K, (n, m). indices: (c,).
+      kernel: K, (in, out), any float type.
+      a: A, (in, r).
+      b: B, (r, out).
+      scale: gamma.
+      count: number of directions to return.
+      epsilon: see `RankSettings`.
+      ranking: see `RankSettings`.
+      noise: what "random" ranks by, (k,).
+      solver: see `RankSettings`.
+      spectrum: spectrum of the short side's Gram matrix, where it is already known.
+
+    Raises:
+      TypeError: 64-bit types are off, so that float64 would silently be float32.
+      InputError: the ranking or solver is unknown, or "random" has no noise.
+
+    Source: arXiv:2409.01035, definitions 3 and 4.
     """
-
-    def improve(state: tuple[jax.Array, jax.Array, jax.Array]):
-        short, _, step = state
-        long = kernel.transposed_times(short)
-        residual = kernel.times(long) - short * jnp.sum(long**2, 0)[None]
-        change = spectrum.correct(residual, indices)
-        short = short + change
-        short = short / jnp.linalg.norm(short, axis=0)[None]
-        return short, jnp.max(jnp.linalg.norm(change, axis=0)), step + 1
-
-    def unsettled(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return (state[1] > _SETTLED) & (state[2] < _STEPS)
-
-    start = (spectrum.vectors(indices), jnp.asarray(jnp.inf), jnp.asarray(0))
-    short, _, _ = jax.lax.while_loop(unsettled, improve, start)
-    return 1.5 * short - 0.5 * short @ (short.T @ short)  # orthonormal to second order
-
-
-def _signs(vectors: jax.Array) -> jax.Array:
-    """Return what makes the largest entry of every column positive, (1, c)."""
-    negative = -jnp.min(vectors, axis=0) > jnp.max(vectors, axis=0)
-    return jnp.where(negative, -1.0, 1.0)[None]
-
-
-def _complete(
-    spectrum: Dense, kernel: BlockedMatrix, long: jax.Array, null: jax.Array
-) -> jax.Array:
-    """Fill the columns of `long` (m, c) marked null from the null space of K.
-
-    Cosines, less their share in the row space of K, made orthogonal to each other
-    and to the columns before them.
-    """
-    rows, columns = (jnp.arange(size, dtype=long.dtype) for size in long.shape)
-    filler = jnp.cos(jnp.outer(rows + 0.5, columns + 1) * (jnp.pi / len(rows)))
-    values = spectrum.eigenvalues
-    some = values > len(values) * jnp.finfo(values.dtype).eps * values[0]
-    shares = (
-        spectrum.project(kernel.times(filler)) / jnp.where(some, values, 1.0)[:, None]
+    settings = RankSettings(
+        count=count, epsilon=epsilon, ranking=ranking, solver=solver
     )
-    inside = spectrum.combine(jnp.where(some[:, None], shares, 0.0))
-    outside = filler - kernel.transposed_times(inside)
-    orthonormal, _ = jnp.linalg.qr(jnp.where(null[None], outside, long))
-    return jnp.where(null[None], orthonormal, long)
+    delta = LowRankDelta(a, b, scale)
+    return rank_delta(kernel, delta, settings, noise=noise, spectrum=spectrum)
+
+
+def rank_delta(
+    kernel: Float[Array, "in out"],
+    delta: Delta,
+    settings: RankSettings,
+    *,
+    noise: Float[Array, "k"] | None = None,
+    spectrum: DenseSpectrum | None = None,
+) -> Ranked:
+    """Rank by any delta dK: as `rank_directions`, with p_i = P_i^T dK Q_i.
+
+    Args:
+      kernel: K, (in, out), any float type.
+      delta: dK, (in, out).
+      settings: how to rank.
+      noise: what "random" ranks by, (k,).
+      spectrum: spectrum of the short side's Gram matrix, where it is already known.
+
+    Raises:
+      TypeError: 64-bit types are off, so that float64 would silently be float32.
+      InputError: the ranking is "random" and there is no noise.
+    """
+    problem = _problem(kernel, delta)
+    blocked = problem.kernel
+
+    def rank(spectrum: Spectrum) -> Ranked:
+        return _rank_spectrum(spectrum, problem, noise, settings)
+
+    if spectrum is not None:
+        ranked = rank(spectrum)
+    elif _uses_dense(problem, settings):
+        ranked = rank(diagonalize(blocked.gram()))
+    else:
+        tridiagonal = tridiagonalize(blocked.gram())
+        ranked = jax.lax.cond(
+            _trusted(tridiagonal, problem, settings.count),
+            lambda: rank(tridiagonal),
+            lambda: rank(diagonalize(blocked.gram())),
+        )
+    if blocked.tall:
+        ranked = ranked._replace(left=ranked.right, right=ranked.left)
+    return ranked
+
+
+def _uses_dense(problem: _Problem, settings: RankSettings) -> bool:
+    """Return whether the Gram matrix is decomposed in full."""
+    if not isinstance(problem.delta, LowRankDelta):
+        return True
+    if settings.solver == "auto":
+        return problem.kernel.shape[0] <= _SMALL
+    return settings.solver == "dense"
+
+
+def top_directions(
+    kernel: Float[Array, "in out"],
+    delta: Delta,
+    spectrum: DenseSpectrum,
+    settings: RankSettings,
+) -> Int[Array, "c"]:
+    """Return the indices of the directions ranked first, best first, (c,), int32.
+
+    The same ranking without refinement, where the spectrum is known: cheap enough to
+    repeat every few steps.
+
+    Args:
+      kernel: K, (in, out), any float type.
+      delta: dK, (in, out).
+      spectrum: spectrum of the short side's Gram matrix.
+      settings: how to rank; the solver is not used.
+
+    Raises:
+      TypeError: 64-bit types are off, so that float64 would silently be float32.
+      InputError: the ranking is "random", which needs noise.
+    """
+    problem = _problem(kernel, delta)
+    sigma, null, rates = _all_rates(spectrum, problem, settings.epsilon)
+    _, indices = jax.lax.top_k(
+        _scores(settings, sigma, rates, null, None), settings.count
+    )
+    return indices.astype(jnp.int32)
+
+
+def _singular_values(
+    spectrum: Spectrum, problem: _Problem
+) -> tuple[Float[Array, "k"], Bool[Array, "k"]]:
+    """Return sigma, and which of them are null."""
+    sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
+    return sigma, sigma <= null_threshold(sigma, problem.kernel.shape, problem.eps)
 
 
 def _rates(
-    products: jax.Array, sigma: jax.Array, null: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array]:
+    products: Float[Array, "c"],
+    sigma: Float[Array, "c"],
+    null: Bool[Array, "c"],
+    epsilon: float,
+) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
     """Return p_i and rho_i from sigma_i p_i; 0 in the numerical null space."""
     moved = jnp.where(null, 0.0, products / jnp.where(null, 1.0, sigma))
     return moved, jnp.abs(moved) / (sigma + epsilon)
 
 
-def _rank_wide(
+def _all_rates(
+    spectrum: Spectrum, problem: _Problem, epsilon: float
+) -> tuple[Float[Array, "k"], Bool[Array, "k"], Float[Array, "k"]]:
+    """Return sigma, which of them are null, and every change rate, unrefined."""
+    sigma, null = _singular_values(spectrum, problem)
+    products = problem.delta.products(spectrum, problem.kernel)
+    _, rates = _rates(products, sigma, null, epsilon)
+    return sigma, null, rates
+
+
+def _scores(
+    settings: RankSettings,
+    sigma: Float[Array, "k"],
+    rates: Float[Array, "k"],
+    null: Bool[Array, "k"],
+    noise: Float[Array, "k"] | None,
+) -> Float[Array, "k"]:
+    """Return what directions are ranked by, highest first; null ones come last."""
+    scores = SCORES[settings.ranking](sigma, rates, noise)
+    if scores is None:
+        raise InputError(f"ranking {settings.ranking!r} needs noise=, one number each")
+    return jnp.where(null, -jnp.inf, scores)
+
+
+def _rank_spectrum(
     spectrum: Spectrum,
-    kernel: BlockedMatrix,
-    change: Delta,
-    noise: jax.Array | None,
-    *,
-    count: int,
-    epsilon: float,
-    eps: float,
-    ranking: str,
+    problem: _Problem,
+    noise: Float[Array, "k"] | None,
+    settings: RankSettings,
 ) -> Ranked:
     """Rank a matrix (n, m), n <= m, whose K K^T is decomposed.
 
     p_i = P_i^T dK (K^T P_i) / sigma_i for every i from one projection; those that may
     come first are refined and ranked again.
     """
-    sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
-    null = sigma <= null_threshold(sigma, kernel.shape, eps)
-
-    def score(sigma: jax.Array, rates: jax.Array) -> jax.Array:
-        scores = SCORES[ranking](sigma, rates, noise)
-        return jnp.where(null, -jnp.inf, scores)
-
-    _, rates = _rates(change.products(spectrum, kernel), sigma, null, epsilon)
-    spare = min(count + _SPARE, len(sigma))
-    _, near = jax.lax.top_k(score(sigma, rates), spare)
+    kernel = problem.kernel
+    sigma, null, rates = _all_rates(spectrum, problem, settings.epsilon)
+    spare = min(settings.count + _SPARE, len(sigma))
+    _, near = jax.lax.top_k(_scores(settings, sigma, rates, null, noise), spare)
     short = refine(spectrum, kernel, near)
     long = kernel.transposed_times(short)
     norms = jnp.linalg.norm(long, axis=0)
-    products = change.products_of(short, long)
-    moved, close = _rates(products, norms, null[near], epsilon)
-    sigma, rates = sigma.at[near].set(norms), rates.at[near].set(close)
+    products = problem.delta.products_of(short, long)
+    moved, refined = _rates(products, norms, null[near], settings.epsilon)
+    sigma, rates = sigma.at[near].set(norms), rates.at[near].set(refined)
 
-    _, order = jax.lax.top_k(score(sigma, rates)[near], count)
+    scores = _scores(settings, sigma, rates, null, noise)
+    _, order = jax.lax.top_k(scores[near], settings.count)
     indices, empty = near[order], null[near][order]
-    signs = _signs(short[:, order])
+    signs = column_signs(short[:, order])
     short = signs * short[:, order]
     long = signs * long[:, order] / jnp.where(empty, 1.0, norms[order])[None]
-    if isinstance(spectrum, Dense):
+    if isinstance(spectrum, DenseSpectrum):
         dense = spectrum
         long = jax.lax.cond(
-            jnp.any(empty), lambda: _complete(dense, kernel, long, empty), lambda: long
+            jnp.any(empty),
+            lambda: complete_null(dense, kernel, long, empty),
+            lambda: long,
         )
     chosen = jnp.where(empty, 0.0, norms[order])
     return Ranked(
@@ -169,160 +328,10 @@ def _rank_wide(
     )
 
 
-def rank_directions(
-    kernel: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    *,
-    scale: float,
-    count: int,
-    epsilon: float = EPSILON,
-    ranking: str = "rates",
-    noise: jax.Array | None = None,
-    solver: str = "auto",
-    spectrum: Dense | None = None,
-) -> Ranked:
-    """Rank a matrix's core directions by change rate and give the first ones.
-
-        K = P diag(sigma) Q^T,  p_i = gamma P_i^T A B Q_i,
-        rho_i = |p_i| / (sigma_i + epsilon)
-
-    Works on the short side's Gram matrix in float64, where squaring still leaves
-    small singular values enough digits; in float32 it ranks noise. The directions
-    that may come first are then refined against K itself. Those with sigma_i <=
-    `null_threshold` come last.
-
-    Args:
-      kernel: K, (in, out), any float type.
-      a: A, (in, r). b: B, (r, out). scale: gamma.
-      count: how many directions to give.
-      epsilon: keeps the rate finite (paper, section 3).
-      ranking: a name of SCORES. noise: (k,), what "random" ranks by.
-      solver: "dense", a full eigendecomposition; "tridiagonal", which forms only the
-        eigenvectors asked for, and falls back to "dense" where eigenvalues cannot be
-        told apart; "auto", the faster of them at this size on a CPU.
-      spectrum: of the short side's Gram matrix, where it is known already.
-
-    Raises:
-      TypeError: 64-bit types are off, so that float64 would silently be float32.
-      InputError: no such ranking.
-
-    Source: arXiv:2409.01035, definitions 3 and 4.
-    """
-    return rank_delta(
-        kernel,
-        LowRankDelta(a, b, scale),
-        count=count,
-        epsilon=epsilon,
-        ranking=ranking,
-        noise=noise,
-        solver=solver,
-        spectrum=spectrum,
-    )
-
-
-def _check_float64() -> None:
-    if jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
-        raise TypeError("rank_directions needs `with jax.enable_x64(True):` around it")
-
-
-def rank_delta(
-    kernel: jax.Array,
-    change: Delta,
-    *,
-    count: int,
-    epsilon: float = EPSILON,
-    ranking: str = "rates",
-    noise: jax.Array | None = None,
-    solver: str = "auto",
-    spectrum: Dense | None = None,
-) -> Ranked:
-    """Rank by any change dK: as `rank_directions`, with p_i = P_i^T dK Q_i.
-
-    Args:
-      kernel: K, (in, out), any float type.
-      change: dK, (in, out). Only a `LowRankDelta` one has a choice of solvers; the others
-        take the dense one.
-      count, epsilon, ranking, noise, solver, spectrum: see `rank_directions`.
-    """
-    _check_float64()
-    check_choice("ranking", ranking, SCORES)
-    eps = float(jnp.finfo(kernel.dtype).eps)
-    wide, change = BlockedMatrix(kernel), change.wide
-    if wide.tall:
-        change = change.transposed
-
-    def finish(spectrum: Spectrum) -> Ranked:
-        return _rank_wide(
-            spectrum,
-            wide,
-            change,
-            noise,
-            count=count,
-            epsilon=epsilon,
-            eps=eps,
-            ranking=ranking,
-        )
-
-    if not isinstance(change, LowRankDelta):
-        solver = "dense"
-    elif solver == "auto":
-        solver = "tridiagonal" if wide.shape[0] > _SMALL else "dense"
-    if spectrum is not None:
-        ranked = finish(spectrum)
-    elif solver == "dense":
-        ranked = finish(diagonalize(wide.gram()))
-    else:
-        few = tridiagonalize(wide.gram())
-        ranked = jax.lax.cond(
-            _trusted(few, kernel.shape, eps, count),
-            lambda: finish(few),
-            lambda: finish(diagonalize(wide.gram())),
-        )
-    if wide.tall:
-        ranked = ranked._replace(left=ranked.right, right=ranked.left)
-    return ranked
-
-
-def top_directions(
-    kernel: jax.Array,
-    change: Delta,
-    spectrum: Dense,
-    *,
-    count: int,
-    epsilon: float = EPSILON,
-) -> jax.Array:
-    """Return the indices of the `count` largest change rates, (count,) int32, unrefined.
-
-    What remains of a ranking where the spectrum is known: cheap enough to be asked
-    every few steps.
-
-    Args:
-      kernel: K, (in, out). change: dK. spectrum: of the short side's Gram matrix.
-    """
-    _check_float64()
-    eps = float(jnp.finfo(kernel.dtype).eps)
-    wide, change = BlockedMatrix(kernel), change.wide
-    if wide.tall:
-        change = change.transposed
-    sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
-    null = sigma <= null_threshold(sigma, kernel.shape, eps)
-    _, rates = _rates(change.products(spectrum, wide), sigma, null, epsilon)
-    _, indices = jax.lax.top_k(jnp.where(null, -jnp.inf, rates), count)
-    return indices.astype(jnp.int32)
-
-
-def decompose(kernel: jax.Array) -> Dense:
-    """Decompose the short side's Gram matrix of K (in, out) in full, in float64."""
-    _check_float64()
-    return diagonalize(BlockedMatrix(kernel).gram())
-
-
 def _trusted(
-    spectrum: Tridiagonal, shape: tuple[int, ...], eps: float, count: int
-) -> jax.Array:
-    """Return whether the directions to be looked at are not null and stand apart."""
-    sigma = jnp.sqrt(jnp.maximum(spectrum.eigenvalues, 0.0))
-    used = sigma > null_threshold(sigma, shape, eps)
-    enough = jnp.sum(used) >= min(count + _SPARE, len(sigma))
-    return enough & spectrum.distinct(used)
+    spectrum: TridiagonalSpectrum, problem: _Problem, count: int
+) -> Bool[Array, ""]:
+    """Return whether the directions to be refined are not null and stand apart."""
+    sigma, null = _singular_values(spectrum, problem)
+    enough = jnp.sum(~null) >= min(count + _SPARE, len(sigma))
+    return enough & spectrum.distinct(~null)

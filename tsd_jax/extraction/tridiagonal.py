@@ -1,44 +1,49 @@
 """A symmetric matrix as Q T Q^T with T tridiagonal; eigenvectors a few at a time.
 
-Ranking needs what every eigenvector sees of a few columns, and the eigenvectors
-themselves of a few directions only. From the tridiagonal form both cost O(n^2): all of
-LAPACK's work after the reduction, two thirds of a full eigendecomposition, is saved.
+Ranking needs the projection of a few columns on every eigenvector, and only a few of
+the eigenvectors themselves. From the tridiagonal form both cost O(n^2), which saves all
+of LAPACK's work after the reduction, two thirds of a full eigendecomposition.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
 from tsd_jax.extraction.bisection import eigenvalues
 
 _COLUMNS = 256  # eigenvectors of T formed at a time
-_UNROLL = 8  # steps of a recurrence in one turn of its loop
+_UNROLL = 8  # steps of a recurrence in one iteration of its loop
 _DISTINCT = 1e-13  # gaps, in units of the largest eigenvalue, that can be told apart
 
 
-class Tridiagonal(NamedTuple):
-    """Hold G = Q T Q^T = P diag(eigenvalues) P^T, n x n; float64.
+class TridiagonalSpectrum(NamedTuple):
+    """A reduction G = Q T Q^T = P diag(eigenvalues) P^T, n x n, float64.
 
     Attributes:
-      reflectors: Q without its first row and column, which are those of the identity,
-        as LAPACK's sytrd leaves it, (n - 1, n - 1).
-      taus: its factors, (n - 1,).
-      diagonal: of T, (n,). off: beside it, (n - 1,).
+      reflectors: Q as LAPACK's sytrd returns it, (n - 1, n - 1), without its first row
+        and column, which are those of the identity.
+      taus: scalar factors of the reflectors, (n - 1,).
+      diagonal: diagonal of T, (n,).
+      off: subdiagonal of T, (n - 1,).
       eigenvalues: descending, (n,).
     """
 
-    reflectors: jax.Array
-    taus: jax.Array
-    diagonal: jax.Array
-    off: jax.Array
-    eigenvalues: jax.Array
+    reflectors: Float[Array, "n-1 n-1"]
+    taus: Float[Array, "n-1"]
+    diagonal: Float[Array, "n"]
+    off: Float[Array, "n-1"]
+    eigenvalues: Float[Array, "n"]
 
-    def project(self, columns: jax.Array) -> jax.Array:
-        """Return P^T columns, (n, c), without forming P."""
+    def project(self, columns: Float[Array, "n c"]) -> Float[Array, "n c"]:
+        """Return P^T @ columns, (n, c), without forming P.
+
+        Args:
+          columns: (n, c), float64.
+        """
         rotated = self._rotate(columns, transpose=True)
         width = min(_COLUMNS, len(self.diagonal))
         padding = -len(self.diagonal) % width
@@ -49,21 +54,32 @@ class Tridiagonal(NamedTuple):
         )
         return parts.reshape(-1, columns.shape[1])[: len(self.diagonal)]
 
-    def vectors(self, indices: jax.Array) -> jax.Array:
-        """Return eigenvectors P[:, indices], (n, c)."""
+    def vectors(self, indices: Int[Array, "c"]) -> Float[Array, "n c"]:
+        """Return the eigenvectors P[:, indices], (n, c).
+
+        Args:
+          indices: (c,), integers.
+        """
         return self._rotate(self._tridiagonal_vectors(self.eigenvalues[indices]))
 
-    def correct(self, residual: jax.Array, indices: jax.Array) -> jax.Array:
-        """Solve (lambda_i - G) x_i = residual_i for x_i orthogonal to P_i, (n, c)."""
+    def correct(
+        self, residual: Float[Array, "n c"], indices: Int[Array, "c"]
+    ) -> Float[Array, "n c"]:
+        """Solve (lambda_i - G) x_i = residual_i for x_i orthogonal to P_i, (n, c).
+
+        Args:
+          residual: right-hand sides, (n, c), float64.
+          indices: i of each column, (c,), integers.
+        """
         shifts = self.eigenvalues[indices]
         z = self._tridiagonal_vectors(shifts)
 
-        def orthogonal(x: jax.Array) -> jax.Array:
+        def orthogonal(x: Array) -> Array:
             return x - z * jnp.sum(z * x, 0)[None]
 
         right = orthogonal(self._rotate(residual, transpose=True))
-        # Off the eigenvalue by some rounding: no pivot is zero, and what this adds
-        # along z is projected away.
+        # Shifted off the eigenvalue by a few roundings, so that no pivot is zero; what
+        # this adds along z is projected out.
         shifts = shifts + 8 * jnp.finfo(shifts.dtype).eps * self.eigenvalues[0]
         above, below = jnp.pad(-self.off, (0, 1)), jnp.pad(-self.off, (1, 0))
         shape = (len(shifts), len(self.diagonal))
@@ -75,24 +91,28 @@ class Tridiagonal(NamedTuple):
         )[..., 0].T
         return self._rotate(orthogonal(jnp.where(jnp.isfinite(x), x, 0.0)))
 
-    def distinct(self, used: jax.Array) -> jax.Array:
-        """Return whether the eigenvalues marked in `used` (n,) stand apart, bool ()."""
+    def distinct(self, used: Bool[Array, "n"]) -> Bool[Array, ""]:
+        """Return whether the eigenvalues that are used can be told apart, ().
+
+        Args:
+          used: which eigenvalues are asked about, (n,), bool.
+        """
         gaps = self.eigenvalues[:-1] - self.eigenvalues[1:]
         apart = gaps > _DISTINCT * self.eigenvalues[0]
         return jnp.all(apart | ~used[1:]) & (self.eigenvalues[0] > 0)
 
-    def _rotate(self, columns: jax.Array, *, transpose: bool = False) -> jax.Array:
-        """Return Q columns, or Q^T columns."""
+    def _rotate(self, columns: Array, *, transpose: bool = False) -> Array:
+        """Return Q @ columns, or Q^T @ columns."""
         rest = lax.linalg.ormqr(
             self.reflectors, self.taus, columns[1:], transpose=transpose
         )
         return jnp.concatenate([columns[:1], rest])
 
-    def _tridiagonal_vectors(self, shifts: jax.Array) -> jax.Array:
+    def _tridiagonal_vectors(self, shifts: Array) -> Array:
         """Return unit eigenvectors of T for eigenvalues (c,), as columns (n, c).
 
-        Twisted factorisation: eliminate from both ends, and start the vector where
-        the two meet with the smallest pivot, which is where it is largest.
+        Twisted factorization: eliminate from both ends, and start the vector where the
+        two meet with the smallest pivot, which is where its entry is largest.
 
         Source: Dhillon and Parlett, "Orthogonal eigenvectors and relative gaps",
         SIAM J. Matrix Anal. Appl. 25 (2004), section 2.
@@ -122,10 +142,8 @@ class Tridiagonal(NamedTuple):
         _, z = lax.scan(below, zero, (rows, before, up, z), unroll=_UNROLL)
         return z / jnp.linalg.norm(z, axis=0)[None]
 
-    def _pivots(
-        self, neighbours: jax.Array, shifts: jax.Array, *, reverse: bool
-    ) -> jax.Array:
-        """Eliminate T - shift from one end: pivots, (n, c), none of them zero."""
+    def _pivots(self, neighbours: Array, shifts: Array, *, reverse: bool) -> Array:
+        """Return the nonzero pivots of eliminating T - shift from one end, (n, c)."""
         tiny = jnp.finfo(shifts.dtype).tiny
         least = 4 * tiny * jnp.maximum(1.0, jnp.max(neighbours**2))
 
@@ -140,8 +158,12 @@ class Tridiagonal(NamedTuple):
         return lax.scan(step, start, rows, reverse=reverse, unroll=_UNROLL)[1]
 
 
-def tridiagonalize(gram: jax.Array) -> Tridiagonal:
-    """Reduce a symmetric matrix (n, n), n >= 2; only its lower triangle is read."""
+def tridiagonalize(gram: Float[Array, "n n"]) -> TridiagonalSpectrum:
+    """Return a symmetric matrix in tridiagonal form.
+
+    Args:
+      gram: the matrix, (n, n), n >= 2, float64; only its lower triangle is read.
+    """
     reflectors, diagonal, off, taus = lax.linalg.tridiagonal(gram, lower=True)
     descending = eigenvalues(diagonal, off)[::-1]
-    return Tridiagonal(reflectors[1:, :-1], taus, diagonal, off, descending)
+    return TridiagonalSpectrum(reflectors[1:, :-1], taus, diagonal, off, descending)

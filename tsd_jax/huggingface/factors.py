@@ -9,7 +9,6 @@ import numpy as np
 
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import FullParam, kernels_in
 
 StackIndex = int | tuple[int, ...] | None
 """Which matrix of a stack: its number along one axis, numbers along several, None."""
@@ -57,23 +56,21 @@ class Compressed(NamedTuple):
 
 
 def module_factors(
-    adapters: Mapping[str, Adapter | FullParam],
+    adapters: Mapping[str, Adapter],
     directions: Mapping[str, Directions],
     module_name: ModuleName,
 ) -> dict[str, Factors]:
     """Return the float32 factors of every torch module, stacked kernels layer by layer.
 
-    Parts trained whole are left out, and so are columns of `down` that are zero, but
-    for one: a rank is needed.
+    Columns of `down` that are zero are left out, but for one: a rank is needed.
 
     Raises:
       InputError: there is no adapter, or two kernels go by the name of one module.
     """
-    kernels = kernels_in(adapters)
-    if not kernels:
+    if not adapters:
         raise InputError("there are no adapters to export")
     factors: dict[str, Factors] = {}
-    for path, adapter in kernels.items():
+    for path, adapter in adapters.items():
         modules = _modules(path, adapter, directions[path], module_name)
         twice = modules.keys() & factors.keys()
         if twice:

@@ -126,35 +126,33 @@ def _tensors(
     return found
 
 
-def neighbours(
-    whole: Mapping[str, FullParam | FullSpec], every: Mapping[str, Any]
-) -> dict[str, Any]:
+def neighbours(whole: Collection[FullSpec], every: Mapping[str, Any]) -> dict[str, Any]:
     """Return what else the modules own that have a parameter trained in full.
 
     PEFT saves modules, not parameters: a bias goes along with its weight.
 
     Args:
-      whole: {path: what trains whole}. every: the tree, flat by path.
+      whole: what trains whole. every: the tree, flat by path.
     """
-    owners = {_owner(path) for path, each in whole.items() if _spec(each).rows is None}
+    trained = {part.path for part in whole}
+    owners = {_owner(part.path) for part in whole if part.rows is None}
     return {
         path: leaf
         for path, leaf in every.items()
-        if _owner(path) in owners and path not in whole
+        if _owner(path) in owners and path not in trained
     }
 
 
-def check_modules(
-    whole: Mapping[str, FullParam | FullSpec], adapted: Collection[str]
-) -> None:
+def check_modules(whole: Collection[FullSpec], adapted: Collection[str]) -> None:
     """Raise InputError where PEFT's format has no place for a part.
 
     Args:
-      whole: {path: what trains whole}. adapted: paths of the adapted kernels.
+      whole: what trains whole. adapted: paths of the adapted kernels.
     """
     owners = {_owner(path) for path in adapted}
-    for path, each in whole.items():
-        torch_rows(_spec(each))
+    for part in whole:
+        path = part.path
+        torch_rows(part)
         if "/experts/" in path:
             raise InputError(
                 f"{path} trains whole, and transformers fuses the experts of a mixture "
@@ -221,7 +219,3 @@ def _fits(here: np.ndarray, one: np.ndarray, part: FullSpec, each: FullTensor) -
 
 def _owner(path: str) -> str:
     return path.rpartition("/")[0]
-
-
-def _spec(each: FullParam | FullSpec) -> FullSpec:
-    return each.part if isinstance(each, FullParam) else each

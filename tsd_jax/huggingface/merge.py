@@ -22,9 +22,8 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from tsd_jax.core.adapter import Adapter, Directions
+from tsd_jax.core.adapter import Directions, Trainable
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import FullParam, parts_in
 from tsd_jax.huggingface.factors import (
     Factors,
     ModuleName,
@@ -78,7 +77,7 @@ class MergedExport:
 
 def to_merged(
     folder: str | Path,
-    adapters: Mapping[str, Adapter | FullParam],
+    trainable: Trainable,
     directions: Mapping[str, Directions],
     module_name: ModuleName,
     *,
@@ -97,7 +96,7 @@ def to_merged(
 
     Args:
       folder: new, or empty.
-      adapters: {path: Adapter or FullParam}, on this host.
+      trainable: on this host.
       directions: {kernel path: Directions}.
       module_name: (path, layer of a stacked leaf or None) -> name of the torch
         module; a kernel's `weight` is (out, in).
@@ -111,13 +110,13 @@ def to_merged(
         quantized or lacks a weight; a weight is shared with another (tied), or has
         another shape.
     """
-    factors = module_factors(adapters, directions, module_name)
+    factors = module_factors(trainable.adapters, directions, module_name)
     return merge_factors(
         folder,
         factors,
         base_folder=base_folder,
         dtype=dtype,
-        whole=full_tensors(parts_in(adapters), module_name),
+        whole=full_tensors(trainable.full, module_name),
         tokenizer_folder=tokenizer_folder,
     )
 

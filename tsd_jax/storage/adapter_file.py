@@ -24,9 +24,9 @@ import numpy as np
 
 from tsd_jax.core.adapter import (
     Adapter,
-    Adapters,
     AllDirections,
     Directions,
+    Trainable,
     init_kernel,
 )
 from tsd_jax.core.errors import InputError
@@ -50,14 +50,14 @@ class SavedAdapter:
     """Hold what an adapter file holds.
 
     Attributes:
-      adapters: {path: Adapter or FullParam}. directions: {kernel path: Directions}.
+      trainable: what trains. directions: {kernel path: Directions}.
       spec: of the file, or the one given to `load_adapter`.
       launched: whether launch has happened.
       indices: {kernel path: launched directions, (*batch, c), int32}, or None.
       base_model: name or path of the base, or None.
     """
 
-    adapters: Adapters
+    trainable: Trainable
     directions: AllDirections
     spec: Spec
     launched: bool
@@ -67,7 +67,7 @@ class SavedAdapter:
 
 def save_adapter(
     file: str | Path,
-    adapters: Mapping[str, Adapter | FullParam],
+    trainable: Trainable,
     directions: Mapping[str, Directions],
     spec: Spec,
     *,
@@ -82,7 +82,7 @@ def save_adapter(
 
     Args:
       file: by convention NAME.safetensors; its folder must be there.
-      adapters: {path: Adapter or FullParam}, on this host.
+      trainable: on this host.
       directions: {kernel path: Directions}.
       spec: of `make_spec`.
       launched: whether `launch` has been called on them.
@@ -93,7 +93,7 @@ def save_adapter(
       InputError: adapters or directions are not those of the spec, or the file
         cannot be written.
     """
-    tensors = dict(_leaves(adapters, directions))
+    tensors = dict(_leaves(trainable, directions))
     for path, kept in (indices or {}).items():
         tensors[f"{path}/{_INDICES}"] = np.asarray(kept, np.int32)
     _check(tensors, spec, "the adapters do not fit the spec")
@@ -165,10 +165,10 @@ def _fields(kind: type) -> list[str]:
 
 
 def _leaves(
-    adapters: Mapping[str, Adapter | FullParam], directions: Mapping[str, Directions]
+    trainable: Trainable, directions: Mapping[str, Directions]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Return every leaf there is by its name in the file."""
-    for trees in (adapters, directions):
+    for trees in (trainable.adapters, trainable.full, directions):
         for path, tree in trees.items():
             for name in _fields(type(tree)):
                 leaf = getattr(tree, name)
@@ -277,7 +277,7 @@ def _first_difference(
 
 def _trees(
     file: Path, tensors: Mapping[str, np.ndarray], spec: Spec
-) -> tuple[Adapters, AllDirections]:
+) -> tuple[Trainable, AllDirections]:
     """Put the leaves together again."""
 
     def leaf(path: str, name: str) -> jax.Array | None:
@@ -291,9 +291,8 @@ def _trees(
             )
         return jnp.asarray(stored)
 
-    adapters: Adapters = {
-        part.path: FullParam(leaf(part.path, "value"), part) for part in spec.whole
-    }
+    full = {part.path: FullParam(leaf(part.path, "value"), part) for part in spec.whole}
+    adapters: dict[str, Adapter] = {}
     directions: AllDirections = {}
     for kernel in spec.kernels:
         trained, frozen = (
@@ -302,7 +301,7 @@ def _trees(
         )
         adapters[kernel.path] = Adapter(**trained, kernel=kernel)
         directions[kernel.path] = Directions(**frozen)
-    return adapters, directions
+    return Trainable(adapters=adapters, full=full), directions
 
 
 def _indices(

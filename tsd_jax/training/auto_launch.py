@@ -25,13 +25,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapters
+from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import stored
 from tsd_jax.core.spec import KernelSpec, Spec
-from tsd_jax.extraction.chunks import has_float64, host_device, plan_chunks
+from tsd_jax.extraction.chunks import plan_chunks
 from tsd_jax.extraction.deltas import learned_delta
-from tsd_jax.extraction.ranking import EPSILON, decompose, top_directions
+from tsd_jax.extraction.devices import has_float64, host_device
+from tsd_jax.extraction.ranking import EPSILON, RankSettings, top_directions
+from tsd_jax.extraction.spectra import decompose
 
 Sample = tuple[tuple[KernelSpec, tuple[int, ...]], ...]
 """Kernels, and which matrices of their stacks."""
@@ -179,7 +181,7 @@ def _matrices(
     kernel: jax.Array, spec: KernelSpec, indices: tuple[int, ...]
 ) -> jax.Array:
     """Return some matrices (n, in, out) of a stored kernel, moving no more than a few."""
-    plan = plan_chunks(kernel, spec.layout, memory_budget=1)
+    plan = plan_chunks(kernel, spec.layout, matrices_per_device=1)
     take = jax.jit(
         lambda kernel, start: plan.matrices(kernel, start)[0],
         out_shardings=_replicated(stored(kernel)),
@@ -188,7 +190,7 @@ def _matrices(
 
 
 @functools.partial(jax.jit, static_argnames=("chosen", "place"))
-def _pick(adapters: Adapters, *, chosen: Sample, place: NamedSharding | None):
+def _pick(trainable: Trainable, *, chosen: Sample, place: NamedSharding | None):
     """Return {path: (A, B, m or None)} of the watched matrices, whole on every device."""
 
     def rows(x: Any, indices: tuple[int, ...], rank: int = 2) -> Any:
@@ -197,7 +199,7 @@ def _pick(adapters: Adapters, *, chosen: Sample, place: NamedSharding | None):
         some = x.reshape(-1, *x.shape[-rank:])[np.asarray(indices)]
         return some if place is None else lax.with_sharding_constraint(some, place)
 
-    pairs = {kernel.path: adapters[kernel.path] for kernel, _ in chosen}
+    pairs = {kernel.path: trainable.adapters[kernel.path] for kernel, _ in chosen}
     return {
         kernel.path: (
             rows(pairs[kernel.path].a, indices),
@@ -221,9 +223,8 @@ def _top(matrices: Any, spectra: Any, factors: Any, *, chosen: Sample, epsilon: 
         def one(parts):
             matrix, spectrum, a, b, magnitude = parts
             change = learned_delta(matrix, a, b, kernel.scale, magnitude)
-            return top_directions(
-                matrix, change, spectrum, count=kernel.ranked, epsilon=epsilon
-            )
+            settings = RankSettings(count=kernel.ranked, epsilon=epsilon)
+            return top_directions(matrix, change, spectrum, settings)
 
         path = kernel.path
         return lax.map(one, (matrices[path], spectra[path], *factors[path]))
@@ -260,11 +261,11 @@ class DirectionMonitor:
         with jax.enable_x64(True):
             self._spectra = {p: _decompose(m) for p, m in self._matrices.items()}
 
-    def __call__(self, settling: MonitorState, adapters: Adapters) -> MonitorState:
+    def __call__(self, settling: MonitorState, trainable: Trainable) -> MonitorState:
         """Check once; give what the next check needs, where the old one lies."""
         chosen = self._sample
-        place = _replicated(jax.tree.leaves(adapters)[0])
-        factors = jax.tree.map(_here, _pick(adapters, chosen=chosen, place=place))
+        place = _replicated(jax.tree.leaves(trainable)[0])
+        factors = jax.tree.map(_here, _pick(trainable, chosen=chosen, place=place))
         with jax.enable_x64(True):
             sets = _top(
                 self._matrices,

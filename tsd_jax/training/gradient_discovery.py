@@ -95,7 +95,7 @@ class KernelGradients(Mapping):
         def gradients(kernels, total, state, params, batch):
             def loss(kernels, micro):
                 base = paths.update(params, kernels)
-                bound = bind(base, state.adapters, state.directions)
+                bound = bind(base, state.trainable, state.directions)
                 return self._loss_fn({"params": bound}, micro)[0]
 
             def add(total, micro):

@@ -10,15 +10,14 @@ count included, while the schedules outside it read on from the global step.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from tsd_jax.core.adapter import Adapter
+from tsd_jax.core.adapter import Adapter, Trainable
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import FullParam
 from tsd_jax.core.methods import Method
 
 GROUPS = ("lora", "gain")
@@ -72,20 +71,20 @@ def make_schedule(
     )
 
 
-def _labels(adapter: Adapter | FullParam) -> Adapter | FullParam:
-    if isinstance(adapter, FullParam):
-        return adapter.replace(value="whole")
+def _labels(adapter: Adapter) -> Adapter:
     gain = None if adapter.gain is None else "gain"
     magnitude = None if adapter.magnitude is None else "lora"
     return adapter.replace(a="lora", b="lora", gain=gain, magnitude=magnitude)
 
 
-def group_labels(adapters: Mapping[str, Adapter | FullParam]) -> dict[str, Any]:
+def group_labels(trainable: Trainable) -> Trainable:
     """Label every leaf with its optimizer group, for `optax.partition`.
 
     "lora" (A, B and m), "gain", and, where parts train whole, "whole".
     """
-    return {path: _labels(adapter) for path, adapter in adapters.items()}
+    adapters = {path: _labels(each) for path, each in trainable.adapters.items()}
+    full = {path: each.replace(value="whole") for path, each in trainable.full.items()}
+    return Trainable(adapters=adapters, full=full)
 
 
 def make_optimizer(
@@ -127,7 +126,7 @@ def make_optimizer(
     clip = (
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     )
-    return optax.chain(clip, optax.partition(groups, group_labels))
+    return optax.chain(clip, optax.partition(groups, cast(Any, group_labels)))
 
 
 def reset_moments(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Adapters, Directions
+from tsd_jax.core.adapter import Adapter, Directions, Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.quantization import cut_shape
@@ -20,7 +20,6 @@ from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.state import TrainState
 
 AXES = ("data", "fsdp", "tensor")
-_TRAINED = ("a", "b", "gain", "magnitude", "value")  # leaves of adapters and parts
 BATCH = PartitionSpec(None, ("data", "fsdp"), None)
 """Axes of a batch array: micro-batch, example, position."""
 
@@ -157,27 +156,44 @@ def state_shardings(
     """
     kernels = paths.select(params, spec.paths)
     pairs = {k.path: adapter_shardings(k, kernels[k.path]) for k in spec.kernels}
-    adapters: Adapters = {path: pair[0] for path, pair in pairs.items()}
     leaves = paths.select(params, tuple(part.path for part in spec.whole))
-    adapters |= {p.path: full_sharding(p, leaves[p.path]) for p in spec.whole}
+    trainable = Trainable(
+        adapters={path: pair[0] for path, pair in pairs.items()},
+        full={p.path: full_sharding(p, leaves[p.path]) for p in spec.whole},
+    )
     replicated = NamedSharding(mesh, PartitionSpec())
-
-    def like_adapter(keys, leaf) -> NamedSharding:
-        del leaf
-        names = [getattr(key, "key", getattr(key, "name", None)) for key in keys]
-        for path, field in itertools.pairwise(names):
-            if path in adapters and field in _TRAINED:
-                return getattr(adapters[path], field)
-        return replicated
 
     return TrainState(
         step=replicated,
         launched=replicated,
-        adapters=adapters,
+        trainable=trainable,
         directions={path: pair[1] for path, pair in pairs.items()},
-        opt_state=jax.tree_util.tree_map_with_path(like_adapter, state.opt_state),
+        opt_state=_moment_shardings(state.opt_state, trainable, replicated),
         monitor=jax.tree.map(lambda _: replicated, state.monitor),
     )
+
+
+def _moment_shardings(
+    opt_state: optax.OptState, trainable: Trainable, others: NamedSharding
+) -> Any:
+    """Shard every moment as what it is of, and all else by `others`."""
+
+    def at(moment: Any, sharding: NamedSharding) -> Any:
+        return moment if _is_masked(moment) else sharding  # of another group
+
+    def node(each: Any) -> Any:
+        if not isinstance(each, Trainable):
+            return others
+        return jax.tree.map(at, each, trainable, is_leaf=_is_masked)
+
+    def is_trainable(each: Any) -> bool:
+        return isinstance(each, Trainable)
+
+    return jax.tree.map(node, opt_state, is_leaf=is_trainable)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def check_batch(examples: int, mesh: Mesh) -> None:

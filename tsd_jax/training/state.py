@@ -21,15 +21,15 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: optimizer steps taken, int32 ().
       launched: whether launch has happened, bool ().
-      adapters: what trains. directions: what is frozen beside it.
-      opt_state: of the optimizer, over `adapters` alone.
+      trainable: what trains. directions: what is frozen beside it.
+      opt_state: of the optimizer, over `trainable` alone.
       monitor: what was seen of the directions so far, where that decides when to
         launch; None otherwise.
     """
 
     step: Any
     launched: Any
-    adapters: Any
+    trainable: Any
     directions: Any
     opt_state: Any
     monitor: Any = None
@@ -47,17 +47,17 @@ def create_state(
 
     Args:
       key: a JAX random key.
-      spec: of `make_spec`. optimizer: over the adapters.
+      spec: of `make_spec`. optimizer: over what trains.
       auto_launch: when directions have settled, where that decides when to launch.
       params: the base's tree, needed where the spec trains parameters whole or has
         DoRA.
     """
-    adapters, directions = init(key, spec, params=params)
+    trainable, directions = init(key, spec, params=params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         launched=jnp.zeros((), bool),
-        adapters=adapters,
+        trainable=trainable,
         directions=directions,
-        opt_state=optimizer.init(cast(Any, adapters)),
+        opt_state=optimizer.init(cast(Any, trainable)),
         monitor=None if auto_launch is None else init_monitor(spec, auto_launch),
     )

@@ -32,29 +32,29 @@ def accumulate_gradients(
 
     Args:
       loss_fn: summed loss and count of one micro-batch.
-      state: its adapters are differentiated, and nothing else.
+      state: its `trainable` is differentiated, and nothing else.
       params: the base's tree.
       batch: leaves (micro-batches, examples, positions).
       key: for dropout, or None.
 
     Returns:
-      gradients like `state.adapters`, mean loss (), counted targets ().
+      gradients like `state.trainable`, mean loss (), counted targets ().
     """
 
-    def summed(adapters: Any, micro: Mapping[str, jax.Array], key):
-        bound = bind(params, adapters, state.directions, key)
+    def summed(trainable: Any, micro: Mapping[str, jax.Array], key):
+        bound = bind(params, trainable, state.directions, key)
         return loss_fn({"params": bound}, micro)
 
     def add(carry, micro_and_index):
         micro, index = micro_and_index
         own = None if key is None else jax.random.fold_in(key, index)
         (loss, count), grads = jax.value_and_grad(summed, has_aux=True)(
-            state.adapters, micro, own
+            state.trainable, micro, own
         )
         return jax.tree.map(jnp.add, carry, (grads, loss, count)), None
 
     micro_batches = jax.tree.leaves(batch)[0].shape[0]
-    zeros = jax.tree.map(jnp.zeros_like, state.adapters)
+    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
     start = (zeros, jnp.zeros(()), jnp.zeros(()))
     (grads, loss, count), _ = jax.lax.scan(
         add, start, (dict(batch), jnp.arange(micro_batches))
@@ -79,7 +79,7 @@ def make_train_step(
 
     Args:
       loss_fn: (variables, micro-batch) -> (summed loss, counted targets).
-      optimizer: over the adapters.
+      optimizer: over what trains.
       dropout: whether keys are drawn for it; `key` is folded with the step.
       state_shardings: a TrainState of shardings, or None.
       param_shardings: of the base. batch_shardings: of a batch's arrays.
@@ -92,7 +92,7 @@ def make_train_step(
     def train_step(state: TrainState, params, batch, key):
         own = jax.random.fold_in(key, state.step) if dropout else None
         grads, loss, count = accumulate_gradients(loss_fn, state, params, batch, own)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
@@ -100,7 +100,7 @@ def make_train_step(
         }
         new = state.replace(
             step=state.step + 1,
-            adapters=optax.apply_updates(state.adapters, updates),
+            trainable=optax.apply_updates(state.trainable, updates),
             opt_state=opt_state,
         )
         return new, metrics
@@ -138,9 +138,9 @@ def launch_state(
     Returns:
       The state with `launched` set, and {path: Ranking}.
     """
-    adapters, directions, report = launch(
+    trainable, directions, report = launch(
         params,
-        state.adapters,
+        state.trainable,
         spec,
         epsilon=epsilon,
         seed=seed,
@@ -150,7 +150,7 @@ def launch_state(
     )
     new = state.replace(
         launched=jnp.ones_like(state.launched),
-        adapters=adapters,
+        trainable=trainable,
         directions=directions,
         opt_state=reset_moments(state.opt_state, spec.method),
     )

@@ -31,29 +31,29 @@ def test_factored_is_merged_in_outputs_and_gradients(lift):
     model, params, spec = net(lift, EVERYTHING, pattern=pattern)
     assert len(spec.kernels) == (5 if lift in PLAIN else 2)
     x = inputs(lift)
-    adapters, directions = random_all(3, spec, scale=0.3)
+    trainable, directions = random_all(3, spec, scale=0.3)
     apply = adapted(model.apply)
 
-    def factored(adapters):
-        return apply({"params": bind(params, adapters, directions)}, x)
+    def factored(trainable):
+        return apply({"params": bind(params, trainable, directions)}, x)
 
-    def merged(adapters):
-        return model.apply({"params": merge(params, adapters, directions)}, x)
+    def merged(trainable):
+        return model.apply({"params": merge(params, trainable, directions)}, x)
 
-    def differentiate(forward, adapters):
-        def loss(adapters):
-            y = forward(adapters)
+    def differentiate(forward, trainable):
+        def loss(trainable):
+            y = forward(trainable)
             return jnp.sum(y**3), y
 
-        return jax.value_and_grad(loss, has_aux=True)(adapters)
+        return jax.value_and_grad(loss, has_aux=True)(trainable)
 
     @jax.jit
-    def both(adapters):
-        return differentiate(factored, adapters), differentiate(merged, adapters)
+    def both(trainable):
+        return differentiate(factored, trainable), differentiate(merged, trainable)
 
-    ((_, y), gradients), ((_, want_y), want) = both(adapters)
+    ((_, y), gradients), ((_, want_y), want) = both(trainable)
     np.testing.assert_allclose(y, want_y, rtol=2e-5, atol=2e-5)
-    assert jax.tree.structure(gradients) == jax.tree.structure(adapters)
+    assert jax.tree.structure(gradients) == jax.tree.structure(trainable)
     for ours, theirs in zip(
         jax.tree.leaves(gradients), jax.tree.leaves(want), strict=True
     ):
@@ -107,13 +107,13 @@ def test_the_dense_change_is_never_formed():
     x = jnp.ones((4, 200))
     rules = [Rule(pattern="kernel", rank=2, directions=2)]
     spec = make_spec(model.apply, {"params": params}, rules, x, method="tsd")
-    adapters, directions = random_all(0, spec)
+    trainable, directions = random_all(0, spec)
 
-    def loss(adapters):
-        bound = bind(params, adapters, directions)
+    def loss(trainable):
+        bound = bind(params, trainable, directions)
         return jnp.sum(adapted(model.apply)({"params": bound}, x) ** 2)
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters)
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable)
     sizes = [v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars]  # pyright: ignore[reportAttributeAccessIssue]
     assert max(sizes) < 200 * 300
 
@@ -140,9 +140,9 @@ def test_the_sum_is_rounded_once():
     params = model.init(jax.random.key(1), x)["params"]
     rules = [Rule(pattern="kernel", rank=4, directions=4)]
     spec = make_spec(model.apply, {"params": params}, rules, x, method=EVERYTHING)
-    adapters, directions = random_all(0, spec)
-    y = adapted(model.apply)({"params": bind(params, adapters, directions)}, x)
-    down_up = merge({"kernel": jnp.zeros((8, 8))}, adapters, directions)["kernel"]
+    trainable, directions = random_all(0, spec)
+    y = adapted(model.apply)({"params": bind(params, trainable, directions)}, x)
+    down_up = merge({"kernel": jnp.zeros((8, 8))}, trainable, directions)["kernel"]
     base = np.asarray(model.apply({"params": params}, x), np.float64)
     exact = base + np.asarray(x, np.float64) @ np.asarray(down_up, np.float64)
     np.testing.assert_array_equal(y, jnp.asarray(exact).astype(jnp.bfloat16))
@@ -241,29 +241,29 @@ def test_parts_take_the_place_of_their_parameters():
         "layers/post_attention_layernorm/scale",
         "norm/scale",
     ]
-    adapters, directions = init(jax.random.key(0), spec, params=params)
-    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    trainable, directions = init(jax.random.key(0), spec, params=params)
+    trainable = jax.tree.map(lambda x: x + 0.1, trainable)
 
-    def loss(adapters, forward):
-        return jnp.sum(forward(adapters) ** 2)
+    def loss(trainable, forward):
+        return jnp.sum(forward(trainable) ** 2)
 
-    def factored(adapters):
-        bound = bind(params, adapters, directions)
+    def factored(trainable):
+        bound = bind(params, trainable, directions)
         return adapted(model.apply)({"params": bound}, tokens)
 
-    def merged(adapters):
-        return model.apply({"params": merge(params, adapters, directions)}, tokens)
+    def merged(trainable):
+        return model.apply({"params": merge(params, trainable, directions)}, tokens)
 
     @jax.jit
-    def both(adapters):
+    def both(trainable):
         each = (factored, merged)
-        return [jax.value_and_grad(loss)(adapters, forward) for forward in each]
+        return [jax.value_and_grad(loss)(trainable, forward) for forward in each]
 
-    (ours, gradients), (theirs, want) = both(adapters)
+    (ours, gradients), (theirs, want) = both(trainable)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     for got, wanted in zip(
         jax.tree.leaves(gradients), jax.tree.leaves(want), strict=True
     ):
         assert np.abs(wanted).max() > 1e-4
         np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
-    assert gradients["embed_tokens/embedding"].value.shape == (3, 8)
+    assert gradients.full["embed_tokens/embedding"].value.shape == (3, 8)

@@ -40,23 +40,23 @@ def net():
 def test_factored_is_merged_in_outputs_and_gradients(net):
     """Scanned, recomputed, in parallel; and attention's kernels of several axes."""
     model, spec, x = net
-    adapters, directions = random_all(3, spec, scale=0.2)
+    trainable, directions = random_all(3, spec, scale=0.2)
     graphdef, state = nnx.split(model)
 
-    def differentiate(way, state, adapters):
-        def loss(adapters):
-            y = way(nnx.merge(graphdef, state), adapters, directions)(x)
+    def differentiate(way, state, trainable):
+        def loss(trainable):
+            y = way(nnx.merge(graphdef, state), trainable, directions)(x)
             return jnp.sum(y**3), y
 
-        return jax.value_and_grad(loss, has_aux=True)(adapters)
+        return jax.value_and_grad(loss, has_aux=True)(trainable)
 
     @jax.jit
-    def both(state, adapters):
-        return [differentiate(way, state, adapters) for way in (bind, merge)]
+    def both(state, trainable):
+        return [differentiate(way, state, trainable) for way in (bind, merge)]
 
-    ((_, y), gradients), ((_, want_y), want) = both(state, adapters)
+    ((_, y), gradients), ((_, want_y), want) = both(state, trainable)
     np.testing.assert_allclose(y, want_y, rtol=2e-5, atol=2e-5)
-    assert jax.tree.structure(gradients) == jax.tree.structure(adapters)
+    assert jax.tree.structure(gradients) == jax.tree.structure(trainable)
     for ours, theirs in zip(
         jax.tree.leaves(gradients), jax.tree.leaves(want), strict=True
     ):
@@ -90,12 +90,12 @@ def test_launch_keeps_the_function(method):
 
     layers, x = models.made(make), models.inputs()
     spec = make_spec(layers, [KERNEL], x, method=method, function=run)
-    adapters, directions = trained(0, spec)
+    trainable, directions = trained(0, spec)
     kernel = params(layers)["kernel"]
     jitted = nnx.jit(run)
-    kept = jitted(bind(layers, adapters, directions), x)
-    adapters, directions, rankings = tsd.launch(params(layers), adapters, spec)
-    after = jitted(bind(layers, adapters, directions), x)
+    kept = jitted(bind(layers, trainable, directions), x)
+    trainable, directions, rankings = tsd.launch(params(layers), trainable, spec)
+    after = jitted(bind(layers, trainable, directions), x)
     if method == "dash":
         np.testing.assert_array_equal(after, kept)
     else:
@@ -205,10 +205,10 @@ def test_a_module_does_what_its_linen_twin_does(make, linen, shape, dtype):
     spec = make_spec(module, [rule], x, method=EVERYTHING)
     variables = {"params": params(module)}
     assert tsd.make_spec(linen.apply, variables, [rule], x, method=EVERYTHING) == spec
-    adapters, directions = random_all(0, spec)
+    trainable, directions = random_all(0, spec)
     key = jax.random.key(3)
-    y = bind(module, adapters, directions, key)(x)
-    bound = tsd.bind(params(module), adapters, directions, key)
+    y = bind(module, trainable, directions, key)(x)
+    bound = tsd.bind(params(module), trainable, directions, key)
     want = tsd.adapted(linen.apply)({"params": bound}, x)
     assert y.dtype == want.dtype == dtype
     np.testing.assert_array_equal(y, want)
@@ -220,12 +220,12 @@ def test_the_low_rank_path_against_float64():
     x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     rules = [Rule(pattern="kernel", rank=2, alpha=6, directions=2)]
     spec = make_spec(module, rules, x, method="tsd")
-    adapters, directions = random_all(0, spec)
-    a, b, g = (np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(adapters))
+    trainable, directions = random_all(0, spec)
+    a, b, g = (np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(trainable))
     left, right, o = (np.asarray(x, np.float64) for x in jax.tree.leaves(directions))
     want = x @ np.asarray(module.kernel, np.float64) + np.asarray(module.bias)
     want += 3 * (x @ a) @ b + ((x @ left) * (g + o)) @ right.T
-    y = bind(module, adapters, directions)(x)
+    y = bind(module, trainable, directions)(x)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
 
@@ -234,12 +234,12 @@ def test_the_dense_change_is_never_formed():
     module = models.made(lambda: nnx.Linear(200, 300, rngs=nnx.Rngs(0)))
     x = jnp.ones((4, 200))
     spec = make_spec(module, [KERNEL], x, method="tsd")
-    adapters, directions = random_all(0, spec)
+    trainable, directions = random_all(0, spec)
 
-    def loss(adapters):
-        return jnp.sum(bind(module, adapters, directions)(x) ** 2)
+    def loss(trainable):
+        return jnp.sum(bind(module, trainable, directions)(x) ** 2)
 
-    program: Any = jax.make_jaxpr(jax.grad(loss))(adapters)
+    program: Any = jax.make_jaxpr(jax.grad(loss))(trainable)
     sizes = [v.aval.size for e in program.jaxpr.eqns for v in e.outvars]
     assert max(sizes) < 200 * 300
 
@@ -261,15 +261,15 @@ def test_what_a_call_changes_is_found_in_the_copy():
     model, x = Counting(), models.filled(0, jax.ShapeDtypeStruct((8, 4), jnp.float32))
     rules = [Rule(pattern="linear/kernel", rank=2, directions=2)]
     spec = make_spec(model, rules, x)
-    adapters, directions = init(jax.random.key(0), spec)
+    trainable, directions = init(jax.random.key(0), spec)
     other = nnx.Not(nnx.Param)
     before = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
 
-    def loss(adapters):
-        bound = bind(model, adapters, directions)
+    def loss(trainable):
+        bound = bind(model, trainable, directions)
         return jnp.sum(bound(x) ** 2), nnx.state(bound, other)
 
-    (_, changed), _ = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
+    (_, changed), _ = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
     for a, b in zip(
         jax.tree.leaves(nnx.state(model, nnx.BatchStat)), before, strict=True
     ):
@@ -454,13 +454,13 @@ def test_parts_train_whole_beside_adapters():
     model, x = models.made(linear()), jnp.ones((2, 4))
     rules = [KERNEL, tsd.Full(pattern="bias")]
     spec = make_spec(model, rules, x)
-    adapters, directions = init(jax.random.key(0), spec, params=params(model))
+    trainable, directions = init(jax.random.key(0), spec, params=params(model))
     plain = model(x)
-    np.testing.assert_array_equal(bind(model, adapters, directions)(x), plain)
-    bias = adapters["bias"].value + 1
-    adapters = {**adapters, "bias": adapters["bias"].replace(value=bias)}
+    np.testing.assert_array_equal(bind(model, trainable, directions)(x), plain)
+    bias = trainable.full["bias"]
+    trainable = trainable.replace(full={"bias": bias.replace(value=bias.value + 1)})
     for way in (bind, merge):
-        y = way(model, adapters, directions)(x)
+        y = way(model, trainable, directions)(x)
         np.testing.assert_allclose(y, plain + 1, rtol=1e-6, atol=1e-6)
     with pytest.raises(InputError, match=r"bias has shape \(4,\).*axis 0"):
         make_spec(model, [KERNEL, tsd.Full(pattern="bias", rows=(2, 6))], x)

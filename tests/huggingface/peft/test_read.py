@@ -74,9 +74,12 @@ def spec_of(rules: Any, method="tsd"):
     )
 
 
-def changes(adapters, directions) -> dict[str, np.ndarray]:
+def changes(trainable, directions) -> dict[str, np.ndarray]:
     """What is added to each torch module's weight, transposed."""
-    dense = {p: np.asarray(delta(adapters[p], directions[p])) for p in adapters}
+    dense = {
+        p: np.asarray(delta(trainable.adapters[p], directions[p]))
+        for p in trainable.adapters
+    }
     return {
         name: dense[path] if layer is None else dense[path][layer]
         for name, (path, layer) in PLACES.items()
@@ -98,15 +101,15 @@ def test_an_adapter_starts_any_method_with_its_function(tmp_path, method, dtype)
     spec = spec_of(found.rules(directions=3), method)
     assert {k.dropout for k in spec.kernels} == {0.25}
     assert {k.gains for k in spec.kernels} <= {0, 3}
-    adapters, directions = found.start(KEY, spec)
+    trainable, directions = found.start(KEY, spec)
     assert not any(np.any(x) for x in jax.tree.leaves(directions))
-    made = changes(adapters, directions)
+    made = changes(trainable, directions)
     assert made.keys() == factors.keys()
     for name, change in made.items():
         np.testing.assert_allclose(change, expected(factors, name, 6 / 4), atol=1e-5)
     low, high = factors["model.1.stack"]
-    np.testing.assert_array_equal(adapters["stack"].a[1], low.T)
-    np.testing.assert_array_equal(adapters["stack"].b[1], high.T)
+    np.testing.assert_array_equal(trainable.adapters["stack"].a[1], low.T)
+    np.testing.assert_array_equal(trainable.adapters["stack"].b[1], high.T)
 
 
 def test_magnitudes_are_read_and_made_where_there_are_none(tmp_path):
@@ -119,8 +122,8 @@ def test_magnitudes_are_read_and_made_where_there_are_none(tmp_path):
     assert all(kernel.dora for kernel in spec.kernels)
     rng = np.random.default_rng(5)
     params = {p: rng.normal(size=s).astype(np.float32) for p, s in SHAPES.items()}
-    adapters, directions = found.start(KEY, spec, params=params)
-    merged = merge(params, adapters, directions)
+    trainable, directions = found.start(KEY, spec, params=params)
+    merged = merge(params, trainable, directions)
     for name, (path, layer) in PLACES.items():
         kernel = params[path] if layer is None else params[path][layer]
         got = merged[path] if layer is None else merged[path][layer]
@@ -181,13 +184,16 @@ def test_padding_adds_nothing_and_trains(tmp_path):
         "stack: 2 of 3 layers have no adapter; they start without effect, and train",
     )
     wide = small_spec("lora", rank=5, alpha=15.0)  # the same scale
-    adapters, directions = found.start(KEY, wide)
-    a, b = np.asarray(adapters["stack"].a), np.asarray(adapters["stack"].b)
+    trainable, directions = found.start(KEY, wide)
+    a, b = (
+        np.asarray(trainable.adapters["stack"].a),
+        np.asarray(trainable.adapters["stack"].b),
+    )
     assert not b[0].any()
     assert not b[1, 2:].any()
     assert b[1, :2].all()
     assert a.all()
-    assert not np.asarray(delta(adapters["k"], directions["k"])).any()
+    assert not np.asarray(delta(trainable.adapters["k"], directions["k"])).any()
 
 
 def test_a_larger_rank_and_another_scale_keep_the_function(tmp_path):

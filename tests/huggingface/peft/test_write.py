@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
+from tsd_jax.core.adapter import Adapter, Directions, Trainable, low_rank_factors
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import KernelSpec
@@ -58,9 +58,9 @@ def adapter(
     )
 
 
-def collect(**named: tuple[Adapter, Directions]) -> tuple[dict, dict]:
+def collect(**named: tuple[Adapter, Directions]) -> tuple[Trainable, dict]:
     adapters = {a.kernel.path: a for a, _ in named.values()}
-    return adapters, {a.kernel.path: d for a, d in named.values()}
+    return Trainable(adapters=adapters), {a.kernel.path: d for a, d in named.values()}
 
 
 def expected_delta(adapter: Adapter, directions: Directions) -> np.ndarray:
@@ -181,9 +181,9 @@ def test_magnitudes_are_written_as_peft_names_them(tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     found = {name: x for name, x in tensors.items() if "magnitude" in name}
     prefix, suffix = "base_model.model.model", "lora_magnitude_vector"
-    want = {f"{prefix}.mlp.up.{suffix}": pairs[0]["mlp/up/kernel"].magnitude}
+    want = {f"{prefix}.mlp.up.{suffix}": pairs[0].adapters["mlp/up/kernel"].magnitude}
     for layer in range(LAYERS):
-        magnitude = pairs[0]["attn/q/kernel"].magnitude[layer]
+        magnitude = pairs[0].adapters["attn/q/kernel"].magnitude[layer]
         want[f"{prefix}.{layer}.attn.q.{suffix}"] = magnitude
     assert found.keys() == want.keys()
     for name, magnitude in want.items():
@@ -235,7 +235,7 @@ def test_modules_are_named_shortly_only_where_that_is_exact(tmp_path, kernels, t
 
 def test_what_peft_cannot_hold_is_refused(tmp_path):
     with pytest.raises(InputError, match="no adapters"):
-        to_peft(tmp_path, {}, {}, module_name, base_model="b")
+        to_peft(tmp_path, Trainable(), {}, module_name, base_model="b")
     assert not list(tmp_path.iterdir())
 
 
@@ -246,7 +246,7 @@ def test_every_expert_of_every_layer_is_a_module(tmp_path):
     pairs = collect(up=adapter("up/kernel", (2, 3)))
     to_peft(tmp_path, *pairs, name, base_model="b")
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    (kernel,), (directions,) = (list(tree.values()) for tree in pairs)
+    kernel, directions = pairs[0].adapters["up/kernel"], pairs[1]["up/kernel"]
     down, up = low_rank_factors(kernel, directions)
     for layer in range(2):
         for expert in range(3):

@@ -23,14 +23,9 @@ from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.binding.linen.trace import PROBE, trace_layouts
 from tsd_jax.binding.spec import split_rules, traced_spec
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Directions
+from tsd_jax.core.adapter import Directions, Trainable
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import (
-    Full,
-    FullParam,
-    parts_in,
-    place_full,
-)
+from tsd_jax.core.full_params import Full, place_full
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import Rule, Spec
 
@@ -78,7 +73,7 @@ def make_spec(
 
 def bind(
     params: Mapping[str, Any],
-    adapters: Mapping[str, Adapter | FullParam],
+    trainable: Trainable,
     directions: Mapping[str, Directions],
     dropout_key: jax.Array | None = None,
 ) -> dict[str, Any]:
@@ -86,18 +81,18 @@ def bind(
 
     Args:
       params: the parameter tree; its other leaves are passed on untouched.
-      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
+      trainable: what trains. directions: {kernel path: Directions}.
       dropout_key: a typed key; without one there is no dropout (evaluation).
 
     Returns:
       A new tree with one more leaf, `<kernel>_tsd`, beside every adapted kernel, and
       the trained value, in the base's type, where a parameter trains whole.
     """
-    base = paths.select(params, tuple(adapters))
-    bound = bound_leaves(base, adapters, directions, dropout_key)
+    base = paths.select(params, trainable.paths)
+    bound = bound_leaves(base, trainable.adapters, directions, dropout_key)
     leaves = {path + SUFFIX: leaf for path, leaf in bound.items()}
-    parts = parts_in(adapters)
-    values = {path: place_full(base[path], part) for path, part in parts.items()}
+    full = trainable.full
+    values = {path: place_full(base[path], part) for path, part in full.items()}
     return paths.update(params, {**leaves, **values})
 
 

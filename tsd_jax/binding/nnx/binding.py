@@ -28,7 +28,7 @@ from tsd_jax.binding.spec import split_rules, traced_spec
 from tsd_jax.core import adapter as core
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import Full, FullParam, parts_in, place_full
+from tsd_jax.core.full_params import Full, place_full
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import Rule, Spec
 
@@ -94,7 +94,7 @@ def make_spec(
 
 def bind(
     model: Model,
-    adapters: Mapping[str, core.Adapter | FullParam],
+    trainable: core.Trainable,
     directions: Mapping[str, core.Directions],
     dropout_key: jax.Array | None = None,
     handlers: Mapping[type[nnx.Module], Handler] = HANDLERS,
@@ -110,19 +110,19 @@ def bind(
     Args:
       model: not changed. Its arrays are the copy's, its variables are not: what a
         call changes (batch statistics, caches, counts) is found in the copy.
-      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
+      trainable: what trains. directions: {kernel path: Directions}.
       dropout_key: a typed key; without one there is no dropout (evaluation).
       handlers: as given to `make_spec`.
 
     Raises:
       InputError: a kernel is not in the model.
     """
-    base = paths.select(params(model), tuple(adapters))
-    parts = parts_in(adapters)
-    if parts:
-        values = {path: place_full(base[path], part) for path, part in parts.items()}
+    base = paths.select(params(model), trainable.paths)
+    full = trainable.full
+    if full:
+        values = {path: place_full(base[path], part) for path, part in full.items()}
         model = _with_values(model, values)
-    leaves = bound_leaves(base, adapters, directions, dropout_key)
+    leaves = bound_leaves(base, trainable.adapters, directions, dropout_key)
     bound: Any = attach(
         model, leaves, lambda path, module: find_handler(module, handlers)
     )
@@ -140,7 +140,7 @@ def _with_values(model: Model, values: Mapping[str, jax.Array]) -> Model:
 
 def merge(
     model: Model,
-    adapters: Mapping[str, core.Adapter | FullParam],
+    trainable: core.Trainable,
     directions: Mapping[str, core.Directions],
     dtype: jnp.dtype | None = None,
 ) -> Model:
@@ -148,14 +148,14 @@ def merge(
 
     Args:
       model: not changed.
-      adapters: {path: Adapter or FullParam}. directions: {path: Directions}.
+      trainable: what trains. directions: {kernel path: Directions}.
       dtype: of the merged kernels; None keeps each kernel's own.
 
     Raises:
       InputError: a kernel is not in the model.
     """
-    merged = core.merge(params(model), adapters, directions, dtype)
-    return _with_values(model, paths.select(merged, tuple(adapters)))
+    merged = core.merge(params(model), trainable, directions, dtype)
+    return _with_values(model, paths.select(merged, trainable.paths))
 
 
 def einsum(

@@ -2,7 +2,7 @@
 
     found = from_peft(folder, module_paths(params))
     spec = make_spec(model.apply, variables, found.rules(), tokens, method="tsd")
-    adapters, directions = found.start(key, spec)
+    trainable, directions = found.start(key, spec)
 
 PEFT computes `y + s lora_B(lora_A(x))` with s = lora_alpha / r or lora_alpha / sqrt(r),
 so A = lora_A^T, B = lora_B^T and gamma = s. An adapter of DoRA has its magnitudes, too;
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Adapters, AllDirections, init
+from tsd_jax.core.adapter import Adapter, AllDirections, Trainable, init
 from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam
@@ -100,7 +100,7 @@ class PeftAdapter:
         dtype: jnp.dtype = jnp.float32,
         *,
         params: Mapping[str, Any] | None = None,
-    ) -> tuple[Adapters, AllDirections]:
+    ) -> tuple[Trainable, AllDirections]:
         """Return adapters with this adapter's function, and directions still zero.
 
         A spec may have a larger rank, another scale and more kernels than the
@@ -127,11 +127,12 @@ class PeftAdapter:
                     f"the adapter changes {path}, which the spec does not adapt: make "
                     "the spec with its rules"
                 )
-        adapters, directions = init(key, spec, dtype, params=params)
+        trainable, directions = init(key, spec, dtype, params=params)
+        adapters, full = dict(trainable.adapters), dict(trainable.full)
         for part in spec.whole:
-            start = np.asarray(adapters[part.path].value)
+            start = np.asarray(full[part.path].value)
             value = filled(start, part, self.parts.get(part.path, {}))
-            adapters[part.path] = FullParam(jnp.asarray(value), part)
+            full[part.path] = FullParam(jnp.asarray(value), part)
         bases = paths.select(
             params or {}, tuple(k.path for k in spec.kernels if k.dora)
         )
@@ -145,7 +146,7 @@ class PeftAdapter:
             if kernel.dora:
                 adapter = _with_magnitudes(adapter, layers, bases[kernel.path])
             adapters[kernel.path] = adapter
-        return adapters, directions
+        return Trainable(adapters=adapters, full=full), directions
 
 
 def from_peft(

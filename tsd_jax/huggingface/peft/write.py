@@ -26,9 +26,9 @@ import jax
 import numpy as np
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Directions
+from tsd_jax.core.adapter import Adapter, Directions, Trainable
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.full_params import FullParam, FullSpec, kernels_in, parts_in
+from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.huggingface import factors as low_rank
 from tsd_jax.huggingface import full_tensors
 from tsd_jax.huggingface.factors import Factors, ModuleName
@@ -69,7 +69,7 @@ class PeftExport:
 
 def to_peft(
     folder: str | Path,
-    adapters: Mapping[str, Adapter | FullParam],
+    trainable: Trainable,
     directions: Mapping[str, Directions],
     module_name: ModuleName,
     *,
@@ -85,7 +85,7 @@ def to_peft(
 
     Args:
       folder: made if it is not there.
-      adapters: {path: Adapter or FullParam}, on this host.
+      trainable: on this host.
       directions: {kernel path: Directions}.
       module_name: (path, layer of a stacked leaf or None) -> name of the torch module.
       base_model: name or path of the base model, for the config.
@@ -104,13 +104,14 @@ def to_peft(
         part: beside an adapted kernel, or rows of something else than a tensor's first
         axis.
     """
-    factors = low_rank.module_factors(adapters, directions, module_name)
-    kernels, parts = kernels_in(adapters), parts_in(adapters)
-    full_tensors.check_modules(parts, kernels)
+    kernels, parts = trainable.adapters, trainable.full
+    factors = low_rank.module_factors(kernels, directions, module_name)
+    specs = [each.part for each in parts.values()]
+    full_tensors.check_modules(specs, kernels)
     tensors = full_tensors.full_tensors(parts, module_name)
     tied = params is None or "lm_head" not in params
     if params is not None:
-        rest = full_tensors.neighbours(parts, paths.flatten(params))
+        rest = full_tensors.neighbours(specs, paths.flatten(params))
         tensors |= full_tensors.full_tensors(_as_they_are(rest), module_name)
     in_full = _named_in_full(kernels, params)
     targets = set()
