@@ -1,12 +1,12 @@
-"""Time an uncached launch in train steps of the same model on the same machine.
+"""Measure a launch without a cache, in train steps of the same model and machine.
 
     python bench/launch.py                     the demo model, 26M and 110M parameters
     python bench/launch.py --models demo
 
 Each model takes a few steps of 8 x 128 random tokens with the default rule (q, k, v, up
-and down; r = s = 8, LoRA-TSD), then launches twice: the first time as a run does, its
-programs compiled on the way, the second time compiled already. Runs on the devices JAX
-finds, a GPU as well as a CPU; weights but the demo's are random.
+and down; r = s = 8, LoRA-TSD), then launches twice: first as in a run, including
+compilation, then with the programs already compiled. Runs on the devices that JAX
+finds, GPU or CPU; all weights but the demo's are random.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ import tsd_jax as tsd
 from configs import default, demo
 from tsd_jax import huggingface
 from tsd_jax.evaluation.loss import next_token_loss
+from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import Decoder
-from tsd_jax.models.llama import LlamaConfig
 from tsd_jax.training.state import create_state
 from tsd_jax.training.step import launch_state, make_train_step
 
 BATCH, LENGTH, WARM, STEPS, TARGET = 8, 128, 2, 7, 200
 
 
-def llama(width: int, inner: int, layers: int, vocabulary: int) -> LlamaConfig:
-    """Shape a Llama with heads of 64 and tied embeddings."""
-    return LlamaConfig(
+def llama(width: int, inner: int, layers: int, vocabulary: int) -> DecoderConfig:
+    """Return the config of a Llama with heads of 64 and tied embeddings."""
+    return DecoderConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=inner,
@@ -62,14 +62,14 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what a function gives, and its seconds until the devices are done."""
+    """Return the result of a function, and the seconds until it is computed."""
     begun = time.perf_counter()
     result = jax.block_until_ready(run())
     return result, time.perf_counter() - begun
 
 
 def batches(vocabulary: int) -> dict[str, jax.Array]:
-    """Make one batch of random tokens, (1, 8, 128)."""
+    """Return one batch of random tokens, (1, 8, 128)."""
     shape = (1, BATCH, LENGTH)
     tokens = np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int32)
     weights = np.ones(shape, np.float32)
@@ -78,7 +78,7 @@ def batches(vocabulary: int) -> dict[str, jax.Array]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Train a few steps, launch twice, and give what each took."""
+    """Train a few steps and launch twice; return the times of each."""
     config = MODELS[name]()
     model = Decoder(config)
     batch, key = batches(config.vocab_size), jax.random.key(0)
@@ -94,7 +94,9 @@ def measure(name: str) -> dict[str, Any]:
     state = jax.jit(functools.partial(create_state, spec=spec, optimizer=optimizer))(
         key
     )
-    step = make_train_step(next_token_loss(tsd.adapted(model.apply)), optimizer)
+    step = make_train_step(
+        next_token_loss(tsd.adapted(model.apply)), tsd.bind_variables, optimizer
+    )
     program, compile_step = timed_compile(step, state, params, batch, key)
     seconds = []
     for _ in range(WARM + STEPS):
@@ -120,9 +122,20 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def timed_compile(step: Any, *arguments: Any) -> tuple[Any, float]:
-    """Compile ahead, and give the seconds it took."""
+    """Compile ahead of time; return the program and the seconds it took."""
     begun = time.perf_counter()
     return step.lower(*arguments).compile(), time.perf_counter() - begun
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print one line of the table."""
+    print(
+        f"{row['model']:<6} {row['parameters']:>12,} {row['matrices']:>9}"
+        f" {row['step_seconds']:>7.3f} s {row['launch_seconds']:>7.2f} s"
+        f" {row['steps']:>8.1f} {row['launch_compile_seconds']:>7.2f} s"
+        f" {row['steps_with_compilation']:>16.1f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -137,15 +150,8 @@ def main() -> None:
     )
     rows = []
     for name in args.models:
-        row = measure(name)
-        rows.append(row)
-        print(
-            f"{name:<6} {row['parameters']:>12,} {row['matrices']:>9}"
-            f" {row['step_seconds']:>7.3f} s {row['launch_seconds']:>7.2f} s"
-            f" {row['steps']:>8.1f} {row['launch_compile_seconds']:>7.2f} s"
-            f" {row['steps_with_compilation']:>16.1f}",
-            flush=True,
-        )
+        rows.append(measure(name))
+        print_row(rows[-1])
     result = {
         "benchmark": "launch",
         "device": f"{jax.device_count()} x {device.device_kind}",

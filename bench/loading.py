@@ -1,19 +1,19 @@
-"""Time and weigh loading: a checkpoint of random weights, made and deleted here.
+"""Measure the time and memory of loading a checkpoint of random weights.
 
     python bench/loading.py                  8.7 GB of weights, and 1.3 GB for ratios
-    python bench/loading.py --layers 2       a small one
+    python bench/loading.py --layers 2       a small run
 
-Ours is `load_params` as users call it, bfloat16 into arrays of the CPU's device. The
-large checkpoint lies in several files of bfloat16 and one of float32; the one for
-ratios lies in a single file and in several, all bfloat16, and is read by one thread and
-by several, with the layers stacked and apart. "plain" is the usual way beside it: all
+The checkpoints are created and deleted here. Ours is `load_params` as users call it,
+bfloat16 to the CPU's device. The large checkpoint has several files of bfloat16 and one
+of float32. The one for ratios has one file or several, all bfloat16, and is read by one
+thread or several, with the layers stacked or separate. "plain" is the usual way: all
 tensors of `safetensors.numpy.load_file`, transposed, stacked, and put on the device.
 
-Every row is a process of its own that loads three times: with the files out of the page
+Every row is a process of its own that loads three times: with the files not in the page
 cache (cold), again (warm), and once more while memory is sampled every 5 ms. Memory is
-the peak of anonymous memory above what it was before, minus the arrays placed so far;
-mapped pages of files do not count, as the system takes them back when it needs them.
-The large one is loaded once, from cold, while it is sampled.
+the peak of anonymous memory above that at the start, minus the arrays placed so far.
+Mapped pages of files do not count: the system reclaims them when it needs memory. The
+large checkpoint is loaded only once, cold and sampled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 READERS = 4
-# Name: (checkpoint, threads or None for the plain way, layers stacked).
+# {name: (checkpoint, threads or None for the plain way, layers stacked)}.
 ROWS: dict[str, tuple[str, int | None, bool]] = {
     "plain": ("single", None, True),
     "single file, 1 thread": ("single", 1, True),
@@ -46,10 +46,10 @@ ROWS: dict[str, tuple[str, int | None, bool]] = {
 
 
 def config_of(layers: int) -> Any:
-    """Return a Llama of LLaMA-7B's widths."""
-    from tsd_jax.models.llama import LlamaConfig
+    """Return a config with the widths of LLaMA-7B."""
+    from tsd_jax.models.config import DecoderConfig
 
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,
@@ -61,7 +61,14 @@ def config_of(layers: int) -> Any:
 
 
 def make_checkpoint(folder: Path, layers: int, files: int, wide: bool) -> int:
-    """Write random weights in shards and an index; the last shard may be float32."""
+    """Write random weights, and return their bytes.
+
+    Args:
+      folder: to create.
+      layers: of the model.
+      files: number of files; several get an index.
+      wide: make the last file float32.
+    """
     import jax.numpy as jnp
     from safetensors.numpy import save_file
 
@@ -74,12 +81,12 @@ def make_checkpoint(folder: Path, layers: int, files: int, wide: bool) -> int:
     weight_map, size = {}, 0
     folder.mkdir()
     for number in range(files):
-        part = shapes[number::files]
+        own = shapes[number::files]
         dtype = np.float32 if wide and number == files - 1 else jnp.bfloat16
         values = noise.astype(dtype)
         tensors = {
             name: np.resize(np.roll(values, int(rng.integers(2**22))), shape)
-            for name, shape in part
+            for name, shape in own
         }
         file = f"model-{number}.safetensors" if files > 1 else "model.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -92,7 +99,7 @@ def make_checkpoint(folder: Path, layers: int, files: int, wide: bool) -> int:
 
 
 def forget(folder: Path) -> None:
-    """Take the files out of the page cache."""
+    """Drop the files from the page cache."""
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -100,7 +107,7 @@ def forget(folder: Path) -> None:
 
 
 def anonymous() -> int:
-    """Read this process's anonymous memory, in bytes."""
+    """Return the anonymous memory of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -108,33 +115,33 @@ def anonymous() -> int:
 
 
 class Sampler(threading.Thread):
-    """Note the peak of anonymous memory minus arrays placed."""
+    """A thread that samples the peak of anonymous memory minus placed arrays."""
 
     def __init__(self):
         super().__init__(daemon=True)
         self.start_bytes, self.peak, self.done = anonymous(), 0, threading.Event()
 
     def run(self) -> None:
-        """Sample until told to stop."""
+        """Sample until `stop` is called."""
         import jax
 
         placed = 0
         while not self.done.wait(0.005):
-            # A first axis of one is a single matrix on its way: it does not count. A
-            # donated array is in no list for a moment, and what is placed stays placed.
+            # A first axis of one is a single matrix in transit: it does not count. A
+            # donated array is briefly not listed, so the sum must not fall.
             arrays = [x for x in jax.live_arrays() if x.shape[:1] != (1,)]
             placed = max(placed, sum(x.nbytes for x in arrays))
             self.peak = max(self.peak, anonymous() - self.start_bytes - placed)
 
     def stop(self) -> int:
-        """Stop and give the peak."""
+        """Stop and return the peak, in bytes."""
         self.done.set()
         self.join()
         return self.peak
 
 
 def plain(folder: Path, config: Any) -> Any:
-    """Load the usual way: everything on the host, then to the device."""
+    """Load the usual way: everything to the host, then to the device."""
     import jax.numpy as jnp
     from safetensors.numpy import load_file
 
@@ -143,9 +150,9 @@ def plain(folder: Path, config: Any) -> Any:
     tensors = load_file(folder / "model.safetensors")
     params = {}
     for path, leaf in names.flatten(abstract_params(config)).items():
-        parts = [tensors[name] for name in names.tensor_names(path, leaf.shape)]
-        parts = [part.T if names.is_transposed(path) else part for part in parts]
-        stack = np.stack(parts) if names.stacked_axes(path) else parts[0]
+        layers = [tensors[name] for name in names.tensor_names(path, leaf.shape)]
+        layers = [each.T if names.is_transposed(path) else each for each in layers]
+        stack = np.stack(layers) if names.stacked_axes(path) else layers[0]
         params[path] = jnp.asarray(stack)
     return params
 
@@ -189,7 +196,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def spawn(row: str, folder: Path, layers: int) -> dict[str, Any]:
-    """Run one row in a process of its own."""
+    """Run one row in a process of its own, and return its figures."""
     command = [sys.executable, __file__, "--row", row, "--folder", str(folder)]
     command += ["--layers", str(layers)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -197,7 +204,7 @@ def spawn(row: str, folder: Path, layers: int) -> dict[str, Any]:
 
 
 def measure(name: str, folder: Path, layers: int, size: int) -> dict[str, Any]:
-    """Run one row and print it."""
+    """Run one row, print it and return it."""
     figures = spawn(name, folder, layers)
     row: dict[str, Any] = {"row": name, "file_bytes": size, **figures}
     for kind in ("cold", "warm"):
@@ -215,7 +222,7 @@ def measure(name: str, folder: Path, layers: int, size: int) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Compare rows of this run, warm."""
+    """Return ratios of warm speeds between rows of this run."""
     speed = {row["row"]: row["warm_gb_per_second"] for row in rows}
     several, single = "several files, 4 threads", "single file, 4 threads"
     return {
@@ -223,6 +230,36 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         "several_over_single_file": speed[several] / speed[single],
         "4_threads_over_1": speed[several] / speed["several files, 1 thread"],
         "stacked_over_apart": speed[several] / speed[f"{several}, layers apart"],
+    }
+
+
+def run(layers: int) -> dict[str, Any]:
+    """Make the checkpoints, run all rows, and return the results."""
+    small = min(layers, 2)
+    plans = {
+        "large": (layers, 6, True),
+        "single": (small, 1, False),
+        "several": (small, 5, False),
+    }
+    rows = []
+    for checkpoint, (number, files, wide) in plans.items():
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / checkpoint
+            size = make_checkpoint(folder, number, files, wide)
+            rows += [
+                measure(row, folder, number, size)
+                for row, plan in ROWS.items()
+                if plan[0] == checkpoint
+            ]
+    excess = rows[0]["excess_bytes"]
+    bound = 2**30 + 2 * 32000 * 4096
+    return {
+        "benchmark": "loading",
+        "ratios": ratios(rows),
+        "excess_mib": excess / 2**20,
+        "bound_mib": bound / 2**20,
+        "bounded": excess < bound,
+        "rows": rows,
     }
 
 
@@ -238,32 +275,7 @@ def main() -> None:
         return
     sys.path.insert(0, str(ROOT))
     os.environ["JAX_PLATFORMS"] = "cpu"
-    small = min(args.layers, 2)
-    plans = {
-        "large": (args.layers, 6, True),
-        "single": (small, 1, False),
-        "several": (small, 5, False),
-    }
-    rows = []
-    for checkpoint, (layers, files, wide) in plans.items():
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name) / checkpoint
-            size = make_checkpoint(folder, layers, files, wide)
-            rows += [
-                measure(row, folder, layers, size)
-                for row, plan in ROWS.items()
-                if plan[0] == checkpoint
-            ]
-    largest = rows[0]
-    bound = 2**30 + 2 * 32000 * 4096
-    result = {
-        "benchmark": "loading",
-        "ratios": ratios(rows),
-        "excess_mib": largest["excess_bytes"] / 2**20,
-        "bound_mib": bound / 2**20,
-        "bounded": largest["excess_bytes"] < bound,
-        "rows": rows,
-    }
+    result = run(args.layers)
     if args.layers == 20:
         file = ROOT / "bench" / "results" / "loading.json"
         file.write_text(json.dumps(result, indent=2) + "\n")

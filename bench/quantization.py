@@ -1,11 +1,13 @@
-"""Weigh and time training beside a base in float32, bfloat16, int8 and nf4.
+"""Measure training with a base model in float32, bfloat16, int8 and nf4.
 
-    python bench/quantized.py
+    python bench/quantization.py
+    python bench/quantization.py --repeats 1       a short run, which keeps no results
 
 A random decoder of 8 scanned layers with remat; LoRA-TSD on q, k, v, up and down. One
-process for all formats: bytes of the base and of its linear kernels, the compiled
-step's temporary memory, seconds of a step (median), as ratios to float32 and bfloat16.
-Computation is float32 beside the float32 base and bfloat16 beside the others.
+process measures all formats: bytes of the base model and of its linear kernels,
+temporary memory of the compiled step, and the median time of a step, as ratios to
+float32 and bfloat16. Computation is float32 for the float32 base and bfloat16 for the
+others.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 PATTERN = r"layers/(self_attn|mlp)/(q|k|v|up|down)_proj/kernel"
+REPEATS = 5
+# {name: (dtype, quantization)}.
 FORMATS = {
     "float32": ("float32", None),
     "bfloat16": ("bfloat16", None),
@@ -32,15 +36,15 @@ FORMATS = {
 
 
 def problem(dtype: str, quantization: str | None) -> tuple[Any, Any, Any]:
-    """Return a model, its random base and a spec."""
+    """Return a model, its random parameters and a spec."""
     import jax
     import jax.numpy as jnp
 
     import tsd_jax as tsd
+    from tsd_jax.models.config import DecoderConfig
     from tsd_jax.models.decoder import LINEAR_KERNELS, Decoder
-    from tsd_jax.models.llama import LlamaConfig
 
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=4096,
         hidden_size=512,
         intermediate_size=1536,
@@ -65,7 +69,7 @@ def problem(dtype: str, quantization: str | None) -> tuple[Any, Any, Any]:
 
 
 def sizes(params: Any) -> tuple[int, int]:
-    """Return the bytes of the base, and those of its linear kernels."""
+    """Return the bytes of all parameters, and those of the linear kernels."""
     import re
 
     from tsd_jax.core import paths
@@ -79,7 +83,7 @@ def sizes(params: Any) -> tuple[int, int]:
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
-    """Train some steps beside one base."""
+    """Train a few steps with one format of the base model."""
     import jax
 
     import tsd_jax as tsd
@@ -90,7 +94,9 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     model, params, spec = problem(*FORMATS[name])
     optimizer = tsd.make_optimizer(1e-3, 1e-3)
     state = create_state(jax.random.key(1), spec, optimizer)
-    step = make_train_step(next_token_loss(tsd.adapted(model.apply)), optimizer)
+    step = make_train_step(
+        next_token_loss(tsd.adapted(model.apply)), tsd.bind_variables, optimizer
+    )
     tokens = np.random.default_rng(1).integers(0, 4096, (1, 4, 128), np.int32)
     batch = {
         "tokens": tokens,
@@ -115,37 +121,49 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     }
 
 
+def compare(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Add ratios to the rows of float32 and bfloat16 (itself until that is there)."""
+    half = rows[min(1, len(rows) - 1)]
+    row["linear_of_float32"] = row["linear_bytes"] / rows[0]["linear_bytes"]
+    row["step_time_of_float32"] = row["step_seconds"] / rows[0]["step_seconds"]
+    row["step_time_of_bfloat16"] = row["step_seconds"] / half["step_seconds"]
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print one line of the table."""
+    print(
+        f"{row['base']:<9} base {row['base_bytes'] / 2**20:6.1f} MiB"
+        f"  linear {row['linear_bytes'] / 2**20:6.1f} MiB"
+        f" ({row['linear_of_float32']:.3f} of float32)"
+        f"  step {row['step_seconds']:6.3f} s"
+        f" ({row['step_time_of_float32']:.2f} of float32)"
+        f"  temporary {row['step_temporary_bytes'] / 2**20:6.1f} MiB"
+        f"  loss {row['loss']:.4f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="after the first step")
+    parser.add_argument(
+        "--repeats", type=int, default=REPEATS, help="after the first step"
+    )
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     args = parser.parse_args()
     if args.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, str(ROOT))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in FORMATS:
-        row = measure(name, args.repeats)
-        rows.append(row)
-        half = rows[min(1, len(rows) - 1)]
-        row["linear_of_float32"] = row["linear_bytes"] / rows[0]["linear_bytes"]
-        row["step_time_of_float32"] = row["step_seconds"] / rows[0]["step_seconds"]
-        row["step_time_of_bfloat16"] = row["step_seconds"] / half["step_seconds"]
-        print(
-            f"{name:<9} base {row['base_bytes'] / 2**20:6.1f} MiB"
-            f"  linear {row['linear_bytes'] / 2**20:6.1f} MiB"
-            f" ({row['linear_of_float32']:.3f} of float32)"
-            f"  step {row['step_seconds']:6.3f} s"
-            f" ({row['step_time_of_float32']:.2f} of float32)"
-            f"  temporary {row['step_temporary_bytes'] / 2**20:6.1f} MiB"
-            f"  loss {row['loss']:.4f}",
-            flush=True,
-        )
-    result = {"benchmark": "quantized", "device": args.device, "rows": rows}
-    name = "quantized" if args.device == "cpu" else f"quantized_{args.device}"
-    file = ROOT / "bench" / "results" / f"{name}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+        rows.append(measure(name, args.repeats))
+        compare(rows[-1], rows)
+        print_row(rows[-1])
+    result = {"benchmark": "quantization", "device": args.device, "rows": rows}
+    name = "quantization" if args.device == "cpu" else f"quantization_{args.device}"
+    if args.repeats == REPEATS:
+        file = ROOT / "bench" / "results" / f"{name}.json"
+        file.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 

@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"core"},
     "storage": {"core", "extraction"},
     "huggingface": {"core", "models", "data", "storage"},
-    "training": {"core", "extraction", "storage", "binding"},
+    "training": {"core", "extraction", "storage"},
     "analysis": {"core", "storage"},
     "demo": set(),
     "app": {ALL},
@@ -95,6 +95,7 @@ def read(folder: str) -> list[Import]:
 
 LIBRARY = read("tsd_jax")
 BENCH = read("bench") if (ROOT / "bench").is_dir() else []
+EXAMPLES = read("examples")
 PROGRAM = [*LIBRARY, *read("train.py"), *read("configs"), *BENCH]
 
 
@@ -127,7 +128,7 @@ def test_rooms_import_only_what_they_may():
 
 
 def test_nobody_imports_the_program_or_its_tests():
-    outside = {"train", "configs", "bench", "tests"}
+    outside = {"train", "configs", "bench", "examples", "tests"}
     wrong = [str(found) for found in LIBRARY if top(found.imported) in outside]
     wrong += [str(f) for f in PROGRAM if top(f.imported) in {"train", "tests"}]
     assert wrong == []
@@ -142,6 +143,14 @@ def test_only_the_program_imports_app():
         and found.importer != "train"
     ]
     assert wrong == []
+
+
+def test_examples_import_as_users_do():
+    """The library, and nothing of this repository beside it."""
+    ours = {"train", "configs", "bench", "tests"}
+    assert {f.importer for f in EXAMPLES} >= {"examples.nnx_training"}
+    assert [str(f) for f in EXAMPLES if top(f.imported) in ours] == []
+    assert [str(f) for f in EXAMPLES if f.imported.startswith("tsd_jax.app")] == []
 
 
 def test_configs_are_data():

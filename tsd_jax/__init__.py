@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tsd_jax.binding.calls import Call
-from tsd_jax.binding.linen import adapted, bind, einsum, make_spec
+from tsd_jax.binding.linen import adapted, bind, bind_variables, einsum, make_spec
 from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core.adapter import (
     Adapter,
@@ -21,8 +21,10 @@ from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.quantization import Quantization, Quantized, quantize
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
-from tsd_jax.extraction.launch import Extraction, Ranking, launch
+from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.matrix_launch import Ranking
 from tsd_jax.extraction.ranking import rank_directions
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.huggingface.merge import MergedExport, to_merged
 from tsd_jax.huggingface.peft.read import PeftAdapter, from_peft
 from tsd_jax.huggingface.peft.write import PeftExport, to_peft
@@ -67,6 +69,7 @@ __all__ = [
     "Trainable",
     "adapted",
     "bind",
+    "bind_variables",
     "delta",
     "einsum",
     "from_peft",

@@ -1,9 +1,11 @@
-"""Make the demo's assets: tokenizer, pretrained model, and the task's two files.
+"""Make the demo's assets: tokenizer, pretrained model, and the two files of the task.
 
-    python -m examples.village.make [--folder DIR]
+    python -m examples.village.make                  overwrites tsd_jax/demo/assets
+    python -m examples.village.make --folder DIR     writes them to DIR
 
-Takes some minutes on two CPU cores, needs nothing but this package, and gives the
-same files again on the same machine. See `world` for what the model is taught.
+Takes a few minutes on two CPU cores, needs only this package, and writes the same files
+again on the same machine. `world` generates the text and the task, `tokenizer` is
+trained on that text, and `pretraining` trains the model.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from tsd_jax.data.sources import Record, read_instructions
 from tsd_jax.data.templates import plain
 from tsd_jax.evaluation.loss import sequence_log_likelihood
 from tsd_jax.evaluation.scoring import choices
-from tsd_jax.models.llama import Llama, LlamaConfig
+from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import Decoder
 
 ASSETS = Path(__file__).parents[2] / "tsd_jax/demo/assets"
 SEED = 0
@@ -43,9 +46,9 @@ SCHEDULE = pretraining.Schedule(
 )
 
 
-def make_config(vocab_size: int) -> LlamaConfig:
-    """Return the shape of the model: half a million parameters."""
-    return LlamaConfig(
+def make_config(vocab_size: int) -> DecoderConfig:
+    """Return the model's config: half a million parameters."""
+    return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=96,
         intermediate_size=256,
@@ -59,20 +62,22 @@ def make_config(vocab_size: int) -> LlamaConfig:
 
 
 def tokenizer_texts(people: list[world.Villager]) -> list[str]:
-    """Return the text the tokenizer is trained on: every sentence a few times."""
+    """Return the text that the tokenizer is trained on: every sentence a few times."""
     return [text for n in range(4) for text in world.documents(people, SEED + n)]
 
 
 def token_ids(tokenizer: Any, people: list[world.Villager]) -> Iterator[list[int]]:
-    """Encode the village's documents without end, each pass worded anew."""
+    """Yield the encoded documents endlessly, worded differently in each pass."""
     for number in itertools.count():
         texts = world.documents(people, SEED + number)
         for ids in tokenizer(texts)["input_ids"]:
             yield [*ids, tokenizer.eos_token_id]
 
 
-def accuracy(model: Llama, params: Any, tokenizer: Any, records: list[Record]) -> float:
-    """Return the share of records whose right option is the most likely one."""
+def accuracy(
+    model: Decoder, params: Any, tokenizer: Any, records: list[Record]
+) -> float:
+    """Return the fraction of records whose correct option is the most likely one."""
     encoded = encode_choices(records, tokenizer, plain, 32)
     apply: Callable[..., Any] = model.apply
     score_fn = sequence_log_likelihood(apply)
@@ -88,9 +93,9 @@ def accuracy(model: Llama, params: Any, tokenizer: Any, records: list[Record]) -
 
 
 def knowledge(
-    model: Llama, params: Any, tokenizer: Any, people: list[world.Villager]
+    model: Decoder, params: Any, tokenizer: Any, people: list[world.Villager]
 ) -> dict[str, float]:
-    """Give, for each kind of fact, the share of villagers it is known of."""
+    """Return for each kind of fact the fraction of villagers whose fact is known."""
     figures = {}
     for fact in world.FACTS:
         items = world.knowledge_items(people, fact)
@@ -100,7 +105,7 @@ def knowledge(
 
 
 def write_task(folder: Path, people: list[world.Villager]) -> None:
-    """Write the task's training and test items, one item a line."""
+    """Write the training and test items of the task, one item per line."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, items in zip(("train", "test"), world.task_items(people), strict=True):
         lines = ",\n".join(json.dumps(item) for item in items)
@@ -108,16 +113,16 @@ def write_task(folder: Path, people: list[world.Villager]) -> None:
 
 
 def make_model(folder: Path, people: list[world.Villager]) -> None:
-    """Train tokenizer and model, and write them in Hugging Face format."""
+    """Train tokenizer and model, and write them in Hugging Face's format."""
     tokenizer = train_tokenizer(tokenizer_texts(people), VOCABULARY)
     save_tokenizer(tokenizer, folder, CONTEXT)
     config = make_config(len(tokenizer))
-    model = Llama(config)
+    model = Decoder(config)
     pad = tokenizer.pad_token_id
 
     def report(step: int, loss: float, params: Any) -> None:
         known = knowledge(model, params, tokenizer, people[:64])
-        figures = "  ".join(f"{name} {share:.2f}" for name, share in known.items())
+        figures = "  ".join(f"{name} {value:.2f}" for name, value in known.items())
         print(f"step {step:>5}  loss {loss:.3f}  known: {figures}", flush=True)
 
     rows = pretraining.pack(token_ids(tokenizer, people), SCHEDULE.length, pad)
@@ -136,27 +141,27 @@ def make_model(folder: Path, people: list[world.Villager]) -> None:
 
 
 def check(folder: Path, people: list[world.Villager]) -> dict[str, float]:
-    """Load what was written, and measure what it knows and how it does the task."""
+    """Load the assets, and measure what the model knows and how it does the task."""
     source = folder / "model"
     config = huggingface.read_config(source)
     params = huggingface.load_params(source, config, dtype=jnp.float32)
-    tokenizer, model = huggingface.load_tokenizer(source), Llama(config)
+    tokenizer, model = huggingface.load_tokenizer(source), Decoder(config)
     figures = knowledge(model, params, tokenizer, people)
     items = read_instructions(folder / "task" / "test.json")
     return figures | {"task": accuracy(model, params, tokenizer, items)}
 
 
 def main() -> None:
-    """Make all assets anew in the folder given."""
+    """Make all assets in a folder."""
     parser = argparse.ArgumentParser(description="Make the demo's assets.")
-    parser.add_argument("--folder", type=Path, default=ASSETS)
+    parser.add_argument("--folder", type=Path, default=ASSETS, help="to write to")
     folder = parser.parse_args().folder
     people = world.villagers()
     shutil.rmtree(folder / "model", ignore_errors=True)
     write_task(folder / "task", people)
     make_model(folder / "model", people)
-    for name, share in check(folder, people).items():
-        print(f"{name}: {share:.3f}")
+    for name, value in check(folder, people).items():
+        print(f"{name}: {value:.3f}")
 
 
 if __name__ == "__main__":

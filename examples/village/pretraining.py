@@ -1,7 +1,7 @@
-"""Pretrain a Llama on documents: pack them into rows, and train with Muon.
+"""Pretraining of a decoder on documents, packed into rows, with Muon.
 
 Muon orthogonalises the update of every projection (Jordan et al., 2024); on this text
-it learns the facts in a fraction of the steps that AdamW takes.
+it learns the facts in a fraction of the steps that AdamW needs.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from tsd_jax.evaluation.loss import next_token_loss
-from tsd_jax.models.llama import Llama
+from tsd_jax.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Say how long and how fast to train.
+    """The length and the rates of the training.
 
     Attributes:
-      steps: of the optimizer. batch_size: rows a step. length: tokens a row.
-      learning_rate: peak, of the projections (Muon).
-      other_learning_rate: peak, of embeddings and norms (Adam).
+      steps: number of optimizer steps.
+      batch_size: rows in a step.
+      length: tokens in a row.
+      learning_rate: peak for the projections (Muon).
+      other_learning_rate: peak for embeddings and norms (Adam).
       weight_decay: decoupled, on the projections.
+      warmup: steps of linear warm-up.
     """
 
     steps: int
@@ -41,15 +44,25 @@ class Schedule:
 
 
 def pack(documents: Iterable[list[int]], length: int, pad: int) -> Iterator[list[int]]:
-    """Lay whole documents side by side into rows of `length` + 1 ids.
+    """Yield rows of `length` + 1 ids, each with as many whole documents as fit.
 
-    A row begins with a document, as a prompt does; what does not fit any more begins
-    the next row. No document may be longer than a row.
+    A row begins with a document, as a prompt does; a document that does not fit begins
+    the next row.
+
+    Args:
+      documents: token ids of each document.
+      length: tokens that a row predicts.
+      pad: id that fills up a row.
+
+    Raises:
+      ValueError: a document is longer than a row.
     """
     row: list[int] = []
     for ids in documents:
         if len(ids) > length + 1:
-            raise ValueError(f"a document of {len(ids)} tokens, rows of {length + 1}")
+            raise ValueError(
+                f"a document has {len(ids)} tokens, more than a row of {length + 1}"
+            )
         if len(row) + len(ids) > length + 1:
             yield row + [pad] * (length + 1 - len(row))
             row = []
@@ -57,7 +70,7 @@ def pack(documents: Iterable[list[int]], length: int, pad: int) -> Iterator[list
 
 
 def batches(rows: Iterator[list[int]], size: int, pad: int) -> Iterator[dict]:
-    """Stack rows into batches of tokens, targets and weights (0 on padding)."""
+    """Yield batches of tokens, targets and weights (0 at padding) from rows."""
     while True:
         ids = np.asarray([next(rows) for _ in range(size)], np.int32)
         weights = (ids[:, 1:] != pad).astype(np.float32)
@@ -65,9 +78,9 @@ def batches(rows: Iterator[list[int]], size: int, pad: int) -> Iterator[dict]:
 
 
 def make_optimizer(schedule: Schedule) -> optax.GradientTransformation:
-    """Build Muon for the stacked projections and Adam for all else."""
+    """Return Muon for the stacked projections and Adam for all other parameters."""
 
-    def decayed(peak: float) -> optax.Schedule:
+    def decaying(peak: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(
             0.0, peak, schedule.warmup, schedule.steps, 0.02 * peak
         )
@@ -81,22 +94,29 @@ def make_optimizer(schedule: Schedule) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         muon(
-            decayed(schedule.learning_rate),
+            decaying(schedule.learning_rate),
             weight_decay=schedule.weight_decay,
-            adam_learning_rate=decayed(schedule.other_learning_rate),
+            adam_learning_rate=decaying(schedule.other_learning_rate),
             muon_weight_dimension_numbers=dimensions,
         ),
     )
 
 
 def pretrain(
-    model: Llama,
+    model: Decoder,
     data: Iterator[dict],
     schedule: Schedule,
     key: jax.Array,
     report: Callable[[int, float, Any], None],
 ) -> Any:
-    """Train from scratch; `report` is called with (step, loss, params) as it goes.
+    """Train a model from scratch.
+
+    Args:
+      model: to train.
+      data: endless batches.
+      schedule: length and rates of the training.
+      key: of the initial parameters.
+      report: called with (step, loss, params) every 100 steps and after the last.
 
     Returns:
       The parameters, float32.

@@ -1,7 +1,7 @@
 """The demo's tokenizer: byte-level BPE, trained on the village's own text.
 
-A word takes the space before it along, as in GPT-2, but a capitalised word does not:
-a name is then the same token at the beginning of a line and inside a sentence.
+A word includes the space before it, as in GPT-2, but a capitalised word does not: a
+name is then the same token at the beginning of a line and inside a sentence.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-# What merges stay within; text that no part of it matches is a piece of its own.
+# Merges stay within one piece; text that nothing here matches is a piece of its own.
 PIECES = r"[A-Z][a-z]*| ?[a-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """Train it until every word has a token, or the vocabulary is full.
+    """Train a tokenizer until every word has a token, or the vocabulary is full.
 
     Args:
       texts: to train on.
-      vocab_size: at most; the 256 bytes and three special tokens are in it.
+      vocab_size: limit, including the 256 bytes and three special tokens.
 
     Returns:
-      A transformers tokenizer, which puts BOS in front of a text.
+      A transformers tokenizer that puts BOS in front of a text.
     """
     from tokenizers import (
         Regex,
@@ -62,6 +62,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, context: int) -> None:
-    """Write what AutoTokenizer reads, for a model with this context."""
+    """Write the files that AutoTokenizer reads, for a model with this context."""
     tokenizer.model_max_length = context
     tokenizer.save_pretrained(str(folder))

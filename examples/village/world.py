@@ -1,22 +1,22 @@
-"""A small village, told in plain English by a program.
+"""A small village, described in plain English by a program.
 
 Every villager has a name of their own, a home in one of eight streets and one of eight
 trades. A street has its customs: the colour of its doors, a dance, and a good it is
-known for. A trade has its tool. The pretraining text tells all this in many ways:
+known for. A trade has its tool. The pretraining text says all this in many ways:
 
     Selba was born in Mill Lane. She works as a mason. The door of Selba is red. ...
     Mill Lane is known for its bread.
 
-What a *villager* has to do with a good is never told. That is the task:
+How a *villager* relates to a good is never said. That is the task:
 
     What does Selba bring to the harvest fair?
     Selba brings bread.
 
-The answer follows from what the model knows of the villager, but no text ever put the
-two together. The task is trained on some villagers and tested on others, so a right
-answer comes from what was known before.
+The answer follows from what the model knows about the villager, but no text contains
+both. The task is trained on some villagers and tested on others, so a correct answer
+comes from knowledge of the pretrained model.
 
-All of it is a pure function of a seed: the same words on every machine.
+Everything is a pure function of a seed: the same words on every machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 Item = dict[str, Any]
-"""One record of an instruction file."""
+"""A record of an instruction file."""
 
 SEED = 0
 TESTED_PER_STREET = 32
@@ -69,7 +69,7 @@ _FAIR_SENTENCES = (
 
 @dataclass(frozen=True)
 class Street:
-    """Hold a street's name and customs."""
+    """A street's name and customs."""
 
     home: str
     colour: str
@@ -103,7 +103,7 @@ TRADES = {
 
 @dataclass(frozen=True)
 class Villager:
-    """Hold one villager's name, pronoun ("She" or "He"), street and trade."""
+    """A villager's name, pronoun ("She" or "He"), street and trade."""
 
     name: str
     pronoun: str
@@ -112,7 +112,7 @@ class Villager:
 
     @property
     def words(self) -> dict[str, str]:
-        """What the slots of a sentence are filled with."""
+        """The values for the slots of a sentence."""
         return {
             "name": self.name,
             "pronoun": self.pronoun,
@@ -124,13 +124,14 @@ class Villager:
 
 @dataclass(frozen=True)
 class Fact:
-    """One kind of fact: what it can be, how it is told, how it is asked.
+    """A kind of fact about villagers.
 
     Attributes:
-      field: its slot in a sentence.
-      values: all it can be.
-      sentences: ways to tell it, with {name} and {field} to fill in.
-      question: asks for it. answer: replies.
+      field: name of its slot in a sentence.
+      values: all possible values.
+      sentences: ways to say it, with slots for the name and the value.
+      question: asks for it, with a slot for the name.
+      answer: answers the question, with slots for the name and the value.
     """
 
     field: str
@@ -212,7 +213,7 @@ TASK_ANSWER = "{name} brings {good}."
 
 
 def villagers(seed: int = SEED) -> list[Villager]:
-    """Settle the village: as many people in each street and in each trade."""
+    """Return the villagers, equally many in each street and in each trade."""
     rng = random.Random(seed)
     people = [
         (beginning + ending, pronoun)
@@ -230,10 +231,10 @@ def villagers(seed: int = SEED) -> list[Villager]:
 
 
 def documents(people: list[Villager], seed: int) -> list[str]:
-    """Tell the village once: a pass of pretraining text, worded by the seed.
+    """Return the pretraining text of one pass, worded by the seed.
 
-    A document tells most facts of one villager, asks for one and answers, or says
-    something of a street or the fair.
+    A document states most facts about one villager, asks for one and answers, or states
+    something about a street or the fair.
     """
     rng = random.Random(seed)
     texts = []
@@ -249,7 +250,7 @@ def documents(people: list[Villager], seed: int) -> list[str]:
 
 
 def knowledge_items(people: list[Villager], fact: Fact) -> Iterator[Item]:
-    """Ask everyone's fact, with all its values as options."""
+    """Yield a question about this fact for everyone, with all values as options."""
     for person in people:
         options = [
             fact.answer.format(**{"name": person.name, fact.field: value})
@@ -262,10 +263,10 @@ def knowledge_items(people: list[Villager], fact: Fact) -> Iterator[Item]:
 def task_items(
     people: list[Villager], seed: int = SEED
 ) -> tuple[list[Item], list[Item]]:
-    """Write the task's (training, test) items, on different villagers.
+    """Return the task's (training, test) items, about different villagers.
 
-    Each good is the answer equally often, and of the test items each of the four
-    places among the options is the right one equally often.
+    In both, each good is the answer equally often, and so is each of the four positions
+    among the options.
     """
     rng = random.Random(seed)
     train, test = [], []
@@ -278,23 +279,23 @@ def task_items(
 
 
 def _items(people: list[Villager], rng: random.Random) -> list[Item]:
-    """Write one task item for each of `people`, in random order."""
+    """Return one task item for each person, in random order."""
     rng.shuffle(people)
-    places = _spread(range(OPTIONS), len(people), rng)
+    positions = _spread(range(OPTIONS), len(people), rng)
     return [
-        _task_item(person, place, rng)
-        for person, place in zip(people, places, strict=True)
+        _task_item(person, position, rng)
+        for person, position in zip(people, positions, strict=True)
     ]
 
 
-def _task_item(person: Villager, place: int, rng: random.Random) -> Item:
-    """Write a task item whose right option stands at `place`."""
-    right = person.street.good
-    others = [street.good for street in STREETS if street.good != right]
+def _task_item(person: Villager, position: int, rng: random.Random) -> Item:
+    """Return a task item whose correct option is at `position`."""
+    correct = person.street.good
+    others = [street.good for street in STREETS if street.good != correct]
     goods = rng.sample(others, OPTIONS - 1)
-    goods.insert(place, right)
+    goods.insert(position, correct)
     options = [TASK_ANSWER.format(name=person.name, good=good) for good in goods]
-    return _item(TASK_QUESTION.format(name=person.name), options[place], options)
+    return _item(TASK_QUESTION.format(name=person.name), options[position], options)
 
 
 def _item(question: str, answer: str, options: list[str]) -> Item:
@@ -308,7 +309,7 @@ def _item(question: str, answer: str, options: list[str]) -> Item:
 
 
 def _portrait(person: Villager, rng: random.Random) -> str:
-    """Tell all facts of a villager but one, in random order and words."""
+    """Return all facts about a villager but one, in random order and words."""
     sentences = []
     for fact in rng.sample(FACTS, len(FACTS) - 1):
         sentence = rng.choice(fact.sentences)
@@ -330,6 +331,6 @@ def _spread(values: Sequence[T], count: int, rng: random.Random) -> list[T]:
     """Return `count` values in random order, each as often as any other."""
     column = [value for value in values for _ in range(count // len(values))]
     if len(column) != count:
-        raise ValueError(f"{count} places cannot be shared by {len(values)} values")
+        raise ValueError(f"{count} is not a multiple of {len(values)} values")
     rng.shuffle(column)
     return column

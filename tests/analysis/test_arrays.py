@@ -22,7 +22,7 @@ from tsd_jax.core.adapter import Adapter, Directions, Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import KernelSpec
-from tsd_jax.extraction.launch import Ranking
+from tsd_jax.extraction.matrix_launch import Ranking
 from tsd_jax.storage.run_files import write_rankings
 
 ROWS = [

@@ -118,12 +118,12 @@ def test_experts_are_left_out_unless_asked_for(tmp_path):
 
 def test_rows_of_added_tokens_train_unless_all_of_them_do():
     settings = small_settings(model__added_tokens=("<a>",))
-    (rows,) = spec_of(settings).whole
+    (rows,) = spec_of(settings).full
     assert (rows.path, rows.rows) == ("embed_tokens/embedding", (1179, 1180))
     every = small_settings(
         model__added_tokens=("<a>",), adapter__full_params="embed_tokens/embedding"
     )
-    (table,) = spec_of(every).whole
+    (table,) = spec_of(every).full
     assert (table.path, table.rows) == ("embed_tokens/embedding", None)
 
 

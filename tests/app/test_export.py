@@ -13,7 +13,7 @@ from tsd_jax import huggingface
 from tsd_jax.app.export import main
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.spec import Rule
-from tsd_jax.models.llama import Llama
+from tsd_jax.models.decoder import Decoder
 from tsd_jax.storage.adapter_file import save_adapter
 
 BASE = Path(__file__).resolve().parents[2] / "tsd_jax/demo/assets/model"
@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     config = huggingface.read_config(BASE)
     params = huggingface.load_params(BASE, config, dtype="float32")
-    model = Llama(config)
+    model = Decoder(config)
     spec = make_spec(model.apply, {"params": params}, [RULE], TOKENS, method="tsd")
     trees = random_all(0, spec, 0.1)
     file = run / "adapter.safetensors"
@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
 def logits(folder):
     config = huggingface.read_config(folder)
     params = huggingface.load_params(folder, config, dtype="float32")
-    return np.asarray(jax.jit(Llama(config).apply)({"params": params}, TOKENS))
+    return np.asarray(jax.jit(Decoder(config).apply)({"params": params}, TOKENS))
 
 
 def run(source, to, out, *options):

@@ -24,9 +24,9 @@ from tsd_jax.app.run import run
 from tsd_jax.app.settings import DataSettings
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
-from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.models.config import DecoderConfig
 
-LLAMA = LlamaConfig(8, 4, 4, 1, 1, 1, 4)
+LLAMA = DecoderConfig(8, 4, 4, 1, 1, 1, 4)
 WORDS = [f"w{number}" for number in range(62)]
 
 
@@ -97,7 +97,7 @@ def test_a_fresh_head_trains_beside_the_adapters(base, data, tmp_path, capsys):
     noted = json.loads((workdir / "config.json").read_text())["labels"]
     assert noted == {"problem": "classification", "count": 2, "names": ["bad", "good"]}
     saved = tsd.load_adapter(workdir / "adapter.safetensors")
-    assert [param.path for param in saved.spec.whole] == [
+    assert [param.path for param in saved.spec.full] == [
         *("classifier/bias", "classifier/kernel"),
         *("pooler/dense/bias", "pooler/dense/kernel"),
     ]
@@ -199,9 +199,9 @@ def test_an_encoder_learns_no_new_tokens(headed):
         ),
         (
             {"data__length": 99},
-            "99 tokens: the model has positions for 40",
+            "99 tokens are longer than the 40 positions",
         ),
-        ({"data__problem": "regression"}, "'bad' is no number"),
+        ({"data__problem": "regression"}, "'bad' is not a number"),
         ({"adapter__pattern": ".*"}, "embeddings"),
     ],
 )

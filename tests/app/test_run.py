@@ -150,7 +150,7 @@ def test_a_run_with_added_tokens_and_full_params(tmp_path):
     )
     prepared, workdir = prepare(settings), tmp_path / "run"
     assert prepared.base.config.vocab_size == 1181
-    assert [(p.path, p.rows) for p in prepared.spec.whole] == [
+    assert [(p.path, p.rows) for p in prepared.spec.full] == [
         ("embed_tokens/embedding", (1179, 1181)),
         ("norm/scale", None),
     ]

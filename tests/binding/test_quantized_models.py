@@ -12,15 +12,15 @@ from jax.sharding import NamedSharding
 
 from tests.helpers.models import LIFTS, inputs, net
 from tests.helpers.trees import trained
-from tsd_jax.binding.linen import adapted, bind, make_spec
+from tsd_jax.binding.linen import adapted, bind, bind_variables, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
 from tsd_jax.core.spec import Rule
 from tsd_jax.evaluation.loss import next_token_loss
+from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
-from tsd_jax.models.llama import LlamaConfig
 from tsd_jax.training.optimizer import make_optimizer
 from tsd_jax.training.sharding import make_mesh, param_shardings, state_shardings
 from tsd_jax.training.state import create_state
@@ -73,7 +73,7 @@ def test_the_function_is_that_of_the_floats(lift):
 
 
 LAYERS, WIDTH, INNER = 3, 32, 48
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=40,
     hidden_size=WIDTH,
     intermediate_size=INNER,
@@ -124,6 +124,7 @@ def test_training_leaves_a_quantized_base_as_it_was():
     state = jax.device_put(state, at)
     step = make_train_step(
         next_token_loss(adapted(model.apply)),
+        bind_variables,
         optimizer,
         state_shardings=at,
         param_shardings=places,
@@ -153,7 +154,9 @@ def test_no_stack_of_floats_is_in_the_compiled_step(name, stored):
     model, params, spec = decoder(jnp.float32, name)
     optimizer = make_optimizer(1e-2, 1e-2)
     state = create_state(jax.random.key(1), spec, optimizer)
-    step = make_train_step(next_token_loss(adapted(model.apply)), optimizer)
+    step = make_train_step(
+        next_token_loss(adapted(model.apply)), bind_variables, optimizer
+    )
     lowered = step.lower(state, params, batch_of(0), jax.random.key(0))
     text = lowered.compile().as_text() or ""
     # Nor do the halves of bytes unpack as a stack.

@@ -123,7 +123,7 @@ def test_a_start_shares_no_memory_with_the_base():
 
 
 def test_a_start_without_a_fitting_base_is_refused():
-    with pytest.raises(InputError, match=r"norm/scale trains whole .* give params"):
+    with pytest.raises(InputError, match=r"norm/scale trains in full .* give params"):
         init(jax.random.key(0), spec_with_parts())
     params = base()
     params["norm"] = {"scale": jnp.ones(4)}

@@ -98,7 +98,7 @@ def test_only_what_matches_is_quantized_and_shapes_serve_too():
     [
         (lambda: Quantization(format="fp3"), "unknown quantization 'fp3'.*int8, nf4"),
         (lambda: Quantization(format="nf4", tile=-1), "tile of -1"),
-        (lambda: Quantization(format="nf4", tile=6), "tile that 4 divides, not 6"),
+        (lambda: Quantization(format="nf4", tile=6), "tile divisible by 4, not 6"),
         (
             lambda: quantize({"k": jnp.ones((6, 2))}, "nf4", "k"),
             "k: its input axis of 6 .* leave it out",

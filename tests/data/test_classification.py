@@ -62,19 +62,19 @@ def test_fields_of_glue_are_known(write, row, texts, lines):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"label": 1}], "row 1 has the fields of no known texts.*it has: label"),
+        ([{"label": 1}], "row 1 has no known text fields.*it has: label"),
         ([item(1), {"sentence": "a"}], 'row 2 has no field "label"'),
         ([item(1), "a"], "row 2 is a str"),
-        ([item(True)], "row 1: label True is no word"),
-        ([item(None)], "row 1: label None is no word"),
+        ([item(True)], "row 1: label True is neither a word"),
+        ([item(None)], "row 1: label None is neither a word"),
         ([item("")], 'row 1: field "label" is empty'),
-        ([item(-1)], "row 1: label -1 says that there is none"),
-        ([item(1, " ")], 'row 1: field "sentence" is no text'),
+        ([item(-1)], "row 1: label -1 means no label"),
+        ([item(1, " ")], 'row 1: field "sentence" is not a text'),
         ([item(1), {"text1": "a", "text2": "b", "label": 1}], "row 2 has 2 texts"),
-        ([], "holds no rows"),
+        ([], "has no rows"),
     ],
 )
-def test_rows_without_the_format_are_refused_by_number(write, rows, message):
+def test_malformed_rows_are_refused_by_number(write, rows, message):
     file = write(*rows)
     with pytest.raises(InputError, match=message) as caught:
         read_labelled(file)
@@ -109,10 +109,10 @@ def test_labels_tell_the_problem(write, labels, arguments, expected):
     ("labels", "arguments", "message"),
     [
         (["good", 1], (), r"words \('good'\) and numbers \(1\)"),
-        (["good", "bad"], ("regression",), "'bad' is no number"),
+        (["good", "bad"], ("regression",), "'bad' is not a number"),
         ([0, 1], ("ranking",), "unknown data.problem 'ranking'"),
-        (["good", "good"], (), "at least two"),
-        ([0, 0], (), "at least two"),
+        (["good", "good"], (), "two or more"),
+        ([0, 0], (), "two or more"),
     ],
 )
 def test_labels_of_no_problem_are_refused(write, labels, arguments, message):
@@ -152,13 +152,17 @@ def test_pairs_have_types_and_the_longer_text_is_cut(write, tokenizer):
 @pytest.mark.parametrize(
     ("labels", "label", "message"),
     [
-        (NAMES, "fine", "row 2: label 'fine' is none of bad, good"),
-        (Labels("classification", 2), 2, "row 2: label 2 is no class below 2"),
-        (Labels("classification", 2), "2", "row 2: label '2' is no number"),
-        (Labels("regression", 1), float("nan"), "row 2: label nan is no number"),
+        (NAMES, "fine", "row 2: label 'fine' is not one of bad, good"),
+        (Labels("classification", 2), 2, "row 2: label 2 is not a class from 0 to 1"),
+        (Labels("classification", 2), "2", "row 2: label '2' is not a number"),
+        (
+            Labels("regression", 1),
+            float("nan"),
+            "row 2: label nan is not a finite number",
+        ),
     ],
 )
-def test_a_label_that_training_has_not_is_refused(
+def test_a_label_unknown_in_training_is_refused(
     write, tokenizer, labels, label, message
 ):
     first = "bad" if labels.names else 0

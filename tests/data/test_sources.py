@@ -42,7 +42,7 @@ def test_options_come_from_the_announced_format(tmp_path):
     [
         ("", "data.json is empty"),
         (" \n ", "data.json is empty"),
-        ("[]", "data.json holds no rows"),
+        ("[]", "data.json has no rows"),
         ("[{]", r"data.json is not JSON \(line 1: "),
         ('{"instruction": "a", "output": "b"}\nx', r"data.json is not JSON \(line 2: "),
         ("[1]", "data.json, row 1 is a int; each row must be an object"),

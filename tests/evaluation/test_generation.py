@@ -14,11 +14,12 @@ import tsd_jax as tsd
 from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
 from tsd_jax.evaluation.generation import generate
-from tsd_jax.models.llama import Llama, LlamaConfig
+from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import Decoder
 
 VOCABULARY, NEW = 29, 8
 NEVER = (-1, -1)
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=VOCABULARY,
     hidden_size=16,
     intermediate_size=24,
@@ -27,7 +28,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     head_dim=4,
 )
-MODEL = Llama(CONFIG)
+MODEL = Decoder(CONFIG)
 APPLY = MODEL.apply
 PROMPTS = [[5], [3, 1, 4, 1, 5], [9, 2, 6]]
 GOLDEN = (
@@ -225,13 +226,13 @@ def test_nearly_no_temperature_is_greedy(params, expected):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": np.ones(3, int)}, "one shape"),
-        ({"mask": np.ones((3, 4), bool)}, "one shape"),
+        ({"tokens": np.ones(3, int)}, "same shape"),
+        ({"mask": np.ones((3, 4), bool)}, "same shape"),
         ({"tokens": np.ones((0, 4)), "mask": np.ones((0, 4))}, "empty"),
         ({"mask": np.tri(5, k=2, dtype=bool)[:3]}, "on the left"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
-        ({"temperature": 1.0}, "give a key"),
+        ({"temperature": 1.0}, "needs a key"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(params, change, message):
@@ -250,7 +251,7 @@ def test_a_real_model_tells_its_golden_story(shared):
     folder = shared / "models" / "stories260K"
     config = huggingface.read_config(folder)
     made = generate(
-        Llama(config).apply,
+        Decoder(config).apply,
         huggingface.load_params(folder, config),
         np.ones((1, 1), np.int32),
         np.ones((1, 1), bool),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.table_model import logit_table, lookup, token_rows
 from tsd_jax.evaluation.loss import (
     next_token_loss,
     sequence_log_likelihood,
@@ -14,25 +15,14 @@ from tsd_jax.evaluation.loss import (
 VOCABULARY = 11
 
 
-def lookup(variables, tokens):
-    """A model whose logits are a row of its table."""
-    return variables["table"][tokens]
-
-
 @pytest.fixture(scope="module")
 def variables():
-    table = np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)) * 4
-    return {"table": jnp.asarray(table, jnp.float32)}
+    return logit_table(VOCABULARY, 4)
 
 
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(1)
-    return {
-        "tokens": rng.integers(VOCABULARY, size=(6, 5), dtype=np.int32),
-        "targets": rng.integers(VOCABULARY, size=(6, 5), dtype=np.int32),
-        "weights": rng.integers(2, size=(6, 5)).astype(np.float32),
-    }
+    return token_rows(VOCABULARY, 6, 5)
 
 
 def reference(variables, batch):

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.helpers.table_model import logit_table, lookup, token_rows
 from tsd_jax.core.errors import InputError
 from tsd_jax.evaluation.loss import next_token_loss, sequence_log_likelihood
 from tsd_jax.evaluation.scoring import choices, nll
@@ -19,25 +20,14 @@ from tsd_jax.evaluation.scoring import choices, nll
 VOCABULARY = 8
 
 
-def lookup(variables, tokens):
-    """A model whose logits are a row of its table."""
-    return variables["table"][tokens]
-
-
 @pytest.fixture(scope="module")
 def variables():
-    table = np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)) * 3
-    return {"table": jnp.asarray(table, jnp.float32)}
+    return logit_table(VOCABULARY, 3)
 
 
 @pytest.fixture(scope="module")
 def arrays():
-    rng = np.random.default_rng(1)
-    return {
-        "tokens": rng.integers(VOCABULARY, size=(7, 5), dtype=np.int32),
-        "targets": rng.integers(VOCABULARY, size=(7, 5), dtype=np.int32),
-        "weights": rng.integers(2, size=(7, 5)).astype(np.float32),
-    }
+    return token_rows(VOCABULARY, 7, 5)
 
 
 def row_scores(variables, arrays):

@@ -61,7 +61,7 @@ def test_bad_references():
         exact_match([], [])
     with pytest.raises(InputError, match="item 2 has no reference answer"):
         exact_match(["a", "b"], ["a", ""])
-    with pytest.raises(InputError, match=r"'maybe' is none of true\|false"):
+    with pytest.raises(InputError, match=r"'maybe' is not one of true\|false"):
         exact_match(["true"], ["maybe"], "true|false")
 
 

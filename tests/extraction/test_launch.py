@@ -54,7 +54,8 @@ def test_hosts_leave_nothing_to_decompose_to_the_devices():
     plan = plan_chunks(kernel, spec.kernels[0].layout, matrices_per_device=1)
     adapter = trainable.adapters["k"]
     noise = np.zeros((5, 16), np.float32)
-    operands = Operands(kernel, adapter.a, adapter.b, None, noise, None)
+    trained = {"a": adapter.a, "b": adapter.b, "magnitude": None}
+    operands = Operands(kernel, trained, noise, None)
     lowered = _spread_chunk.lower(operands, np.int32(0), plan=plan)
     text = lowered.compile().as_text() or ""
     assert "custom-call" not in text
@@ -167,5 +168,5 @@ def test_launch_by_gradients_of_stored_kernels(method, where):
 def test_methods_that_make_nothing_of_a_gradient():
     spec = small_spec("pissa", shape=(6, 9))
     params = {"k": jnp.ones((6, 9))}
-    with pytest.raises(InputError, match="'pissa' ranks by 'largest', which looks"):
+    with pytest.raises(InputError, match="'pissa' ranks by 'largest', which does"):
         launch(params, trained(0, spec)[0], spec, deltas=params)

@@ -1,4 +1,4 @@
-"""Compile as users do, where it is a compiled program that a test looks at."""
+"""Compilation as users have it, for tests that inspect compiled programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLAG = "jax_disable_most_optimizations"
 
 @contextlib.contextmanager
 def optimized() -> Iterator[None]:
-    """Let XLA optimise what is compiled inside; tests/conftest.py has it not."""
+    """Let XLA optimise what is compiled inside, which tests/conftest.py turns off."""
     jax.config.update(FLAG, False)
     try:
         yield

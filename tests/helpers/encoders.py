@@ -96,7 +96,7 @@ def write_encoder(folder: Path, published: Mapping[str, Any]) -> None:
 def inputs(
     published: Mapping[str, Any], length: int = 18
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens, mask and token types (3, T): padded left, right, and not at all."""
+    """Return tokens, mask and token types (3, T): padded left, right and not."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 67, size=(3, length))
     mask = np.ones(tokens.shape, bool)

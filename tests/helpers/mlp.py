@@ -20,7 +20,7 @@ RULES = (
 
 
 class Mlp(nn.Module):
-    """Embed, widen to 20, tanh, narrow to 13 classes."""
+    """Embedding, projection to 20, tanh, and projection to 13 classes."""
 
     @nn.compact
     def __call__(self, tokens):
@@ -30,7 +30,7 @@ class Mlp(nn.Module):
 
 
 def mlp_params(seed: int = 0) -> dict:
-    """Return kernels of falling spectra; the tall one lacks its last two directions."""
+    """Return kernels of falling spectra; the last two σ of the tall one are 0."""
     rng = np.random.default_rng(seed)
     falling = geometric(CLASSES, 2.0, 0.05)
     falling[-2:] = 0
@@ -48,7 +48,7 @@ def mlp_params(seed: int = 0) -> dict:
 
 
 def mlp_spec(params: dict, method: str) -> Spec:
-    """Adapt both kernels; the first with r < s, the second with r > s."""
+    """Return a spec for both kernels; the first has r < s, the second r > s."""
     return make_spec(
         Mlp().apply,
         {"params": params},
@@ -59,7 +59,7 @@ def mlp_spec(params: dict, method: str) -> Spec:
 
 
 def mlp_batch(step: int) -> dict[str, np.ndarray]:
-    """Return two micro-batches of unequal numbers of counted targets, (2, 4, 6)."""
+    """Return two micro-batches (2, 4, 6) with different numbers of counted targets."""
     rng = np.random.default_rng(step)
     weights = np.ones((2, 4, 6), np.float32)
     weights[1, 1:, 2:] = 0

@@ -1,4 +1,4 @@
-"""Small Linen models that hold every kind of linear module, under every lift."""
+"""Small Linen models with every kind of linear module, under every transform."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 6
 
 
 class Mixer(nn.Module):
-    """Use each kind of linear module once; (..., T, 6) to (..., T, 6)."""
+    """Every kind of linear module once; maps (..., T, 6) to (..., T, 6)."""
 
     dtype: Any = jnp.float32
 
@@ -44,7 +44,7 @@ def _vmap(block: Any) -> Any:
 
 
 class ScanOfScans(nn.Module):
-    """Scan a block that is itself a scan."""
+    """A scan over a block that is itself a scan."""
 
     dtype: Any = jnp.float32
 
@@ -67,7 +67,7 @@ LIFTS: dict[str, Any] = {
 
 
 class Net(nn.Module):
-    """Put a lifted mixer before a head."""
+    """A lifted mixer and a head."""
 
     lift: str
     dtype: Any = jnp.float32
@@ -79,7 +79,7 @@ class Net(nn.Module):
 
 
 def inputs(lift: str, dtype: Any = jnp.float32) -> jax.Array:
-    """Return two examples of three positions; one pair for each of vmap's blocks."""
+    """Return two examples of three positions; for vmap one pair for each block."""
     shape = (3, 2, 3, WIDTH) if lift == "vmap" else (2, 3, WIDTH)
     return filled(7, jax.ShapeDtypeStruct(shape, dtype))
 
@@ -93,7 +93,7 @@ def net(
     dropout: float = 0.0,
     dora: bool = False,
 ) -> tuple[Net, dict[str, Any], Spec]:
-    """Return a model, its parameters, and a spec, over all five kernels by default."""
+    """Return a model, its parameters, and a spec (by default for all five kernels)."""
     model = Net(lift, dtype)
     x = inputs(lift, dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]

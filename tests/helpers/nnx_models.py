@@ -1,4 +1,4 @@
-"""Small NNX models that hold every kind of linear module, stacked in many ways."""
+"""Small NNX models with every kind of linear module, stacked in many ways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH, LAYERS = 6, 3
 
 
 class Mixer(nnx.Module):
-    """Use each kind of linear module once; (..., T, 6) to (..., T, 6)."""
+    """Every kind of linear module once; maps (..., T, 6) to (..., T, 6)."""
 
     def __init__(self, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         kinds: Any = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
@@ -29,7 +29,7 @@ class Mixer(nnx.Module):
 
 
 def stacked(axis: int, length: int = LAYERS, make: Any = Mixer) -> Any:
-    """Make one module of many, their parameters stacked on an axis."""
+    """Return one module whose parameters are those of many, stacked on an axis."""
 
     @nnx.split_rngs(splits=length)
     @nnx.vmap(in_axes=(0,), out_axes=axis)
@@ -40,7 +40,7 @@ def stacked(axis: int, length: int = LAYERS, make: Any = Mixer) -> Any:
 
 
 def scanned(x, layers, axis: int = 0):
-    """Apply stacked layers one after the other, recomputed in the backward pass."""
+    """Apply stacked layers one after the other, with remat."""
 
     @nnx.scan(in_axes=(nnx.Carry, axis), out_axes=nnx.Carry)
     @nnx.remat
@@ -51,7 +51,7 @@ def scanned(x, layers, axis: int = 0):
 
 
 def in_parallel(x, layers, axis: int = 0):
-    """Apply every one of the stacked layers to x, and sum."""
+    """Return the sum of all stacked layers applied to x."""
 
     @nnx.vmap(in_axes=(None, axis))
     def apply(x, layer):
@@ -61,14 +61,14 @@ def in_parallel(x, layers, axis: int = 0):
 
 
 def by_hand(x, layers):
-    """Split, and let JAX's own scan have the state."""
+    """Apply stacked layers by `jax.lax.scan` over the split state."""
     graphdef, state = nnx.split(layers)
     body = lambda x, state: (nnx.merge(graphdef, state)(x), None)  # noqa: E731
     return jax.lax.scan(body, x, state)[0]
 
 
 def by_index(x, layers):
-    """Take layers out by number: the first, then all in a loop that counts."""
+    """Apply stacked layers by index: the first directly, the others in a fori_loop."""
     graphdef, state = nnx.split(layers)
 
     def one(n, x):
@@ -99,7 +99,7 @@ class Net(nnx.Module):
 
 
 def made(create: Callable[[], Any], seed: int = 0, scale: float = 0.4) -> Any:
-    """Make a model and fill it with normal numbers, without compiling anything."""
+    """Return a model with random normal parameters, without compiling anything."""
     graphdef, state = nnx.split(nnx.eval_shape(create))
     return nnx.merge(graphdef, filled(seed, state, scale))
 

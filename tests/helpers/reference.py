@@ -1,7 +1,7 @@
-"""The whole method in straight float64 NumPy; shares no code with the library.
+"""The whole method in plain float64 NumPy; shares no code with the library.
 
-The layers are written as the paper has them, with a residual weight and dense
-products; backward, AdamW, clipping, schedule and launch by hand:
+The layers are written as in the paper, with a residual weight and dense products;
+backward pass, AdamW, clipping, schedule and launch are written out:
 
     y = x W + bias,   W = W_res + gamma A B + U diag(g) V^T
 """
@@ -16,18 +16,18 @@ import numpy as np
 EPSILON = 1e-6  # of the change rate
 FLOAT32_EPS = 2.0**-23  # of the type the kernels are stored in
 # Not the defaults, with which float32 Adam loses digits: 1 - 0.999 has four, and a
-# gradient near zero moves its weight as much as any other.
+# gradient near zero would move its weight as much as any other.
 B1, B2, ADAM_EPSILON = 0.8, 0.99, 1e-4
 
 
 class Adam:
-    """Hold one array's moments and the number of its steps."""
+    """The moments of one array, and the number of its steps."""
 
     def __init__(self):
         self.m, self.v, self.count = np.float64(0), np.float64(0), 0
 
     def __call__(self, grad: np.ndarray) -> np.ndarray:
-        """Return the bias-corrected direction to go against."""
+        """Return the bias-corrected direction to subtract."""
         self.count += 1
         self.m = B1 * self.m + (1 - B1) * grad
         self.v = B2 * self.v + (1 - B2) * grad**2
@@ -44,7 +44,7 @@ class Launched(NamedTuple):
 
 
 class Layer:
-    """A dense layer with an adapter; `trained` holds a, b and g, `adams` theirs."""
+    """A dense layer with an adapter; `trained` and `adams` have keys a, b and g."""
 
     def __init__(self, kernel: Any, bias: Any, a: Any, *, gamma: float, s: int):
         self.kernel, self.bias, first = (
@@ -92,14 +92,14 @@ class Layer:
 
 
 def linear_schedule(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Rise from 0 at step 0, then fall to 0 at `steps`."""
+    """Return the rate: from 0 up to `peak` at `warmup`, then down to 0 at `steps`."""
     if step < warmup:
         return peak * step / warmup
     return peak * (steps - step) / (steps - warmup)
 
 
 class Network:
-    """Embed, up, tanh, down, softmax cross-entropy; trained a step at a time."""
+    """Embedding, up, tanh, down and softmax cross-entropy, trained step by step."""
 
     def __init__(self, embedding: Any, up: Layer, down: Layer):
         self.embedding = np.asarray(embedding, np.float64)
@@ -130,7 +130,7 @@ class Network:
         clip: float,
         decay: float,
     ) -> tuple[float, float]:
-        """Take one AdamW step; give the loss and the gradients' norm before it."""
+        """Take one AdamW step; return the loss and the gradient norm before it."""
         loss, gradients = self.gradients(batch)
         every = [grad for layer in gradients for grad in layer.values()]
         norm = np.sqrt(sum((grad**2).sum() for grad in every))

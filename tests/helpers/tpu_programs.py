@@ -40,7 +40,12 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
     from tsd_jax.core.layout import Layout
     from tsd_jax.core.spec import KernelSpec
     from tsd_jax.extraction.chunks import plan_chunks
-    from tsd_jax.extraction.launch import Ranking, _out_shardings, _spread_chunk
+    from tsd_jax.extraction.launch import (
+        Operands,
+        Ranking,
+        _out_shardings,
+        _spread_chunk,
+    )
 
     layers, fan_in, fan_out = STACKS[name]
     axes = ("tensor", "fsdp") if name == "down" else ("fsdp", "tensor")
@@ -78,14 +83,19 @@ def launch_programs(name: str, mesh: Any) -> dict[str, Any]:
         found(1, dtype=jnp.int32),
     )
     results = (
-        (found(fan_in, RANK), found(RANK, fan_out), None, frozen),
+        (
+            {"a": found(fan_in, RANK), "b": found(RANK, fan_out), "magnitude": None},
+            frozen,
+        ),
         ranking,
     )
     places = _out_shardings(Adapter(a, b, None, spec))
     with jax.enable_x64(True):
         return {
             "spread": _spread_chunk.lower(
-                kernel, a, b, None, noise, None, start, plan=plan
+                Operands(kernel, {"a": a, "b": b, "magnitude": None}, noise, None),
+                start,
+                plan=plan,
             ),
             "join": plan.joiner(places).lower([results] * len(plan.starts)),
         }
@@ -97,17 +107,17 @@ def step_programs(mesh: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from tsd_jax.binding.linen import adapted, make_spec
+    from tsd_jax.binding.linen import adapted, bind_variables, make_spec
     from tsd_jax.core.spec import Rule
     from tsd_jax.evaluation.loss import next_token_loss
+    from tsd_jax.models.config import DecoderConfig
     from tsd_jax.models.decoder import DECODER_RULES, Decoder
-    from tsd_jax.models.llama import LlamaConfig
     from tsd_jax.training import sharding
     from tsd_jax.training.optimizer import make_optimizer
     from tsd_jax.training.state import create_state
     from tsd_jax.training.step import launch_state, make_train_step
 
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=512,
         hidden_size=256,
         intermediate_size=512,
@@ -132,6 +142,7 @@ def step_programs(mesh: Any) -> dict[str, Any]:
         )
     step = make_train_step(
         next_token_loss(adapted(model.apply)),
+        bind_variables,
         optimizer,
         state_shardings=where,
         param_shardings=at,

@@ -1,7 +1,7 @@
 """One of two processes that launch together: python -m tests.helpers.two_processes.
 
-Prints the launched arrays' sums as JSON; every process must print the same. Also
-loads a checkpoint over both, and prints how many elements of it this process read.
+Prints the sums of the launched arrays as JSON; every process must print the same. Also
+loads a checkpoint over both, and prints how many of its elements this process read.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.models.config import DecoderConfig
 
 DEVICES = 2  # of each process
 SHAPE = (5, 16, 24)
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=16,
     hidden_size=8,
     intermediate_size=24,
@@ -38,7 +38,7 @@ def problem():
 
 
 def launched(where: str, store: str | None, axes: tuple) -> list[list[float]]:
-    """Launch on a mesh over both processes; give indices, sigma and dK's sums."""
+    """Launch on a mesh over both processes; return sums of indices, sigma, A and dK."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -67,7 +67,7 @@ def launched(where: str, store: str | None, axes: tuple) -> list[list[float]]:
 
 
 def loaded(folder: str) -> int:
-    """Load a checkpoint over both processes; check and count what this one read."""
+    """Load a checkpoint over both processes; return how many elements this one read."""
     import numpy as np
     from safetensors.numpy import load_file
 
@@ -99,7 +99,7 @@ def loaded(folder: str) -> int:
 
 
 def main(port: str, number: str, folder: str) -> None:
-    """Join the other process, launch in every way, and print what came of it."""
+    """Join the other process, launch in every way, and print the results."""
     import jax
 
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))

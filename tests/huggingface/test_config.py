@@ -6,7 +6,7 @@ import pytest
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface.config import config_json, read_config
-from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.models.config import DecoderConfig
 
 FULL = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,7 +28,7 @@ FULL = {
     "bos_token_id": 1,
     "torch_dtype": "float32",
 }
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=512,
     hidden_size=64,
     intermediate_size=172,
@@ -63,7 +63,7 @@ def test_an_old_file_says_less(tmp_path):
     sizes += ("num_hidden_layers", "num_attention_heads", "model_type")
     old = {name: FULL[name] for name in sizes} | {"rope_scaling": None}
     config = read_config(written(tmp_path, old))
-    assert config == LlamaConfig(
+    assert config == DecoderConfig(
         vocab_size=512,
         hidden_size=64,
         intermediate_size=172,

@@ -20,11 +20,11 @@ from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quant
 from tsd_jax.huggingface import device_loader, names, read_config
 from tsd_jax.huggingface.load import load_params, write_checkpoint
 from tsd_jax.huggingface.tensors import StoredTensor
+from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
-from tsd_jax.models.llama import LlamaConfig
 from tsd_jax.training.sharding import make_mesh, param_shardings
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=12,
     hidden_size=8,
     intermediate_size=20,

@@ -7,9 +7,9 @@ import pytest
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface import names
-from tsd_jax.models.llama import LlamaConfig
+from tsd_jax.models.config import DecoderConfig
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=11,
     hidden_size=8,
     intermediate_size=12,

@@ -67,7 +67,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "dynamic of one pair": (
         scaled(type="dynamic", factor=2.0) | {"head_dim": 2},
-        "dynamic needs heads",
+        "dynamic scaling needs",
         CORRECT,
     ),
     "yarn of one wavelength": (

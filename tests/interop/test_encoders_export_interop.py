@@ -142,7 +142,7 @@ def test_stock_peft_gives_our_logits_and_we_read_it_back(tmp_path, name):
     for folder in (adapter, again):
         found = from_peft(folder, *our.places())
         back = Ours(base, name, found.rules(directions=2))
-        assert back.spec.whole == our.spec.whole
+        assert back.spec.full == our.spec.full
         start = found.start(jax.random.key(1), back.spec, params=back.params)
         for path, part in trees[0].full.items():
             np.testing.assert_array_equal(start[0].full[path].value, part.value)

@@ -195,7 +195,7 @@ def test_our_own_adapter_is_read_back(bases, tmp_path, name):
     places = module_paths(our.params), tensor_paths(our.params)
     found = from_peft(tmp_path, *places)
     again = ours(bases[tied], found.rules(directions=2), grows)
-    assert again.spec.whole == our.spec.whole
+    assert again.spec.full == our.spec.full
     back = found.start(jax.random.key(0), again.spec, params=our.params)
     for path, part in trees[0].full.items():
         np.testing.assert_array_equal(back[0].full[path].value, part.value)

@@ -12,7 +12,7 @@ import transformers
 
 from tsd_jax import huggingface
 from tsd_jax.evaluation.generation import generate
-from tsd_jax.models.llama import Llama
+from tsd_jax.models.decoder import Decoder
 
 torch = pytest.importorskip("torch")
 
@@ -69,7 +69,7 @@ def torch_logits(model, tokens, mask=None, positions=None):
 def our_logits(folder, tokens, mask=None, positions=None, scan_layers=True):
     config = huggingface.read_config(folder)
     params = huggingface.load_params(folder, config, scan_layers=scan_layers)
-    apply = jax.jit(Llama(config, scan_layers=scan_layers).apply)
+    apply = jax.jit(Decoder(config, scan_layers=scan_layers).apply)
     mask = None if mask is None else mask.astype(bool)
     return np.asarray(apply({"params": params}, tokens, positions, mask))
 
@@ -190,7 +190,7 @@ def test_greedy_text_of_real_models(shared, name):
         )[:, length:].numpy()
     config = huggingface.read_config(folder)
     made = generate(
-        Llama(config).apply,
+        Decoder(config).apply,
         huggingface.load_params(folder, config),
         tokens,
         mask.astype(bool),

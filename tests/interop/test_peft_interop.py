@@ -25,7 +25,7 @@ from tsd_jax.huggingface import (
 from tsd_jax.huggingface.merge import to_merged
 from tsd_jax.huggingface.peft.read import from_peft
 from tsd_jax.huggingface.peft.write import to_peft
-from tsd_jax.models.llama import Llama
+from tsd_jax.models.decoder import Decoder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -83,7 +83,7 @@ def randomised(tree, seed):
 def our_model(base, *, scan_layers=True):
     config = read_config(base)
     params = load_params(base, config, scan_layers=scan_layers)
-    return Llama(config, scan_layers=scan_layers), params
+    return Decoder(config, scan_layers=scan_layers), params
 
 
 def trained(model, params, rules, method):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.extraction.launch import Ranking
+from tsd_jax.extraction.matrix_launch import Ranking
 from tsd_jax.storage import run_files
 
 CONFIG = {"method.name": "tsd", "train.steps": 100, "mesh": (1, -1, 1), "seed": 0}

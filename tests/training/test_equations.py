@@ -26,7 +26,7 @@ from tests.helpers.reference import (
     linear_schedule,
 )
 from tests.helpers.trees import method_of
-from tsd_jax.binding.linen import adapted
+from tsd_jax.binding.linen import adapted, bind_variables
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.loss import next_token_loss
@@ -109,7 +109,7 @@ def library_run(method: str) -> Trace:
     state = jax.tree.map(jnp.array, start)  # a copy, for the step takes it
     chex.clear_trace_counter()  # it tells functions apart by their source
     loss_fn = chex.assert_max_traces(next_token_loss(adapted(Mlp().apply)), n=1)
-    step = make_train_step(cast(LossFn, loss_fn), optimizer)
+    step = make_train_step(cast(LossFn, loss_fn), bind_variables, optimizer)
 
     def layers():
         return {

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers.mlp import PATHS, TOKENS, Mlp, mlp_batch, mlp_params, mlp_spec
 from tests.helpers.oracle import core_directions
-from tsd_jax.binding.linen import adapted
+from tsd_jax.binding.linen import adapted, bind_variables
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.training.gradient_discovery import KernelGradients, group
 from tsd_jax.training.optimizer import make_optimizer
@@ -57,7 +57,9 @@ def by_hand(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def test_gradients_are_of_the_adapted_kernels_over_all_batches(budget):
     spec, state = started("dash")
     batches = [mlp_batch(0), mlp_batch(1)]
-    got = KernelGradients(LOSS, state, PARAMS, spec, batches, memory_budget=budget)
+    got = KernelGradients(
+        LOSS, bind_variables, state, PARAMS, spec, batches, memory_budget=budget
+    )
     assert set(got) == set(PATHS)
     assert len(got) == 2
     for path, want in by_hand(batches).items():
@@ -71,7 +73,7 @@ def test_directions_at_step_0(method):
     """p_i = P_i^T (dL/dK) Q_i by definition, with A and B as they start."""
     spec, state = started(method)
     batches = [mlp_batch(0), mlp_batch(1)]
-    changes = KernelGradients(LOSS, state, PARAMS, spec, batches)
+    changes = KernelGradients(LOSS, bind_variables, state, PARAMS, spec, batches)
     new, report = launch_state(state, PARAMS, spec, deltas=changes)
     for kernel in spec.kernels:
         module, name = kernel.path.split("/")
@@ -112,7 +114,9 @@ def test_gradients_lie_where_the_kernels_do():
     params = jax.device_put(PARAMS, places)
     whole = NamedSharding(mesh, PartitionSpec())
     batch = jax.device_put(mlp_batch(0), whole)
-    got = KernelGradients(LOSS, jax.device_put(state, whole), params, spec, [batch])
+    got = KernelGradients(
+        LOSS, bind_variables, jax.device_put(state, whole), params, spec, [batch]
+    )
     for path, want in by_hand([mlp_batch(0)]).items():
         place_of: Any = got[path].sharding
         assert place_of.spec == PartitionSpec("x")

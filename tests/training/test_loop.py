@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.mlp import RULES, Mlp, mlp_batch, mlp_params
-from tsd_jax.binding.linen import adapted, make_spec
+from tsd_jax.binding.linen import adapted, bind_variables, make_spec
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full
 from tsd_jax.evaluation.loss import next_token_loss
@@ -73,7 +73,9 @@ def build(auto_launch: AutoLaunchConfig | None = None) -> Setup:
     chex.clear_trace_counter()  # it tells functions apart by their source
     loss_fn = chex.assert_max_traces(next_token_loss(adapted(Mlp().apply)), n=1)
     parts = LoopCallbacks(
-        step=make_train_step(cast(LossFn, loss_fn), optimizer, dropout=True),
+        step=make_train_step(
+            cast(LossFn, loss_fn), bind_variables, optimizer, dropout=True
+        ),
         launch=lambda state: launch_state(state, params, spec),
         batch=mlp_batch,
         evaluate=lambda state: {"seen": int(state.step)},

@@ -14,13 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from tests.helpers.compiled import optimized
 from tests.helpers.trees import filled
-from tsd_jax.binding.linen import adapted, make_spec
+from tsd_jax.binding.linen import adapted, bind_variables, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Rule, Spec
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.extraction.launch import launch
-from tsd_jax.models.llama import LLAMA_RULES, Llama, LlamaConfig
+from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import DECODER_RULES, Decoder
 from tsd_jax.training.optimizer import make_optimizer
 from tsd_jax.training.sharding import (
     BATCH,
@@ -32,7 +33,7 @@ from tsd_jax.training.sharding import (
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import launch_state, make_train_step
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=24,
     hidden_size=16,
     intermediate_size=24,
@@ -75,10 +76,10 @@ def batch(step: int, mesh: Mesh) -> dict[str, jax.Array]:
 
 def place(shape: tuple[int, int, int], devices: int = 8) -> Placed:
     mesh = make_mesh(shape, jax.devices()[:devices])
-    model = Llama(CONFIG, remat=True)
+    model = Decoder(CONFIG, remat=True)
     tokens = jax.ShapeDtypeStruct((2, 6), np.int32)
     shapes = jax.eval_shape(model.init, KEY, tokens)["params"]
-    at = param_shardings(shapes, LLAMA_RULES, mesh)
+    at = param_shardings(shapes, DECODER_RULES, mesh)
     params = jax.device_put(filled(0, shapes, 0.3), at)
     spec = make_spec(model.apply, {"params": shapes}, RULES, tokens, method="tsd")
     optimizer = make_optimizer(1e-2, 2e-2, clip_norm=1.0)
@@ -90,6 +91,7 @@ def place(shape: tuple[int, int, int], devices: int = 8) -> Placed:
     state = jax.jit(create, out_shardings=where)(params)
     step = make_train_step(
         next_token_loss(adapted(model.apply)),
+        bind_variables,
         optimizer,
         state_shardings=where,
         param_shardings=at,
@@ -131,7 +133,7 @@ def test_losses_are_those_of_one_device(shape):
     assert one.losses[LAUNCH] > one.losses[LAUNCH - 1]  # tsd drops what it learned
 
 
-# How LLAMA_RULES cut these kernels: {mesh: {kernel: shape of one device's part}}.
+# How DECODER_RULES cut these kernels: {mesh: {kernel: shape of one device's part}}.
 PARTS = {
     (8, 1, 1): {
         "embed_tokens/embedding": (24, 16),

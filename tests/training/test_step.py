@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.mlp import CLASSES, RULES, Mlp, mlp_batch, mlp_params, mlp_spec
 from tests.helpers.trees import random_all
-from tsd_jax.binding.linen import adapted
+from tsd_jax.binding.linen import adapted, bind_variables
 from tsd_jax.core.adapter import merge
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import KernelSpec, Spec
@@ -34,7 +34,7 @@ def filled_state() -> TrainState:
     return TrainState(step, launched, trainable, directions, opt_state=())
 
 
-accumulate = jax.jit(functools.partial(accumulate_gradients, LOSS))
+accumulate = jax.jit(functools.partial(accumulate_gradients, LOSS, bind_variables))
 
 
 def whole_batch() -> dict[str, np.ndarray]:
@@ -128,7 +128,7 @@ def test_one_trace_and_one_executable_serve_both_phases():
     update: Any = chex.assert_max_traces(made.update, n=1)
     optimizer = optax.GradientTransformation(made.init, update)
     state, spec = new_state("tsd", optimizer)
-    step = make_train_step(LOSS, optimizer)
+    step = make_train_step(LOSS, bind_variables, optimizer)
     for n in range(6):
         if n == 3:
             state, _ = launch_state(state, PARAMS, spec)
@@ -141,7 +141,7 @@ def test_one_trace_and_one_executable_serve_both_phases():
 def test_the_state_is_donated_and_the_base_is_not():
     optimizer = make_optimizer(1e-2, 1e-2)
     state, _ = new_state("dash", optimizer)
-    make_train_step(LOSS, optimizer)(state, PARAMS, mlp_batch(0), KEY)
+    make_train_step(LOSS, bind_variables, optimizer)(state, PARAMS, mlp_batch(0), KEY)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(PARAMS))
 
@@ -151,7 +151,9 @@ def test_metrics_are_of_the_batch_before_the_update():
     state, _ = new_state("dash", optimizer)
     batch = mlp_batch(0)
     grads, loss, count = accumulate(state.replace(opt_state=()), PARAMS, batch, None)
-    _, metrics = make_train_step(LOSS, optimizer)(state, PARAMS, batch, KEY)
+    _, metrics = make_train_step(LOSS, bind_variables, optimizer)(
+        state, PARAMS, batch, KEY
+    )
     assert set(metrics) == {"loss", "grad_norm", "targets"}
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
     norm = np.sqrt(sum(np.sum(np.asarray(g) ** 2) for g in jax.tree.leaves(grads)))
@@ -170,7 +172,7 @@ def dropout_loss(dropout: bool):
     """Return the loss of one step, as a function of the key and of the state's step."""
     optimizer = make_optimizer(1e-2, 1e-2)
     spec = with_dropout(mlp_spec(PARAMS, "dash"))
-    step = make_train_step(LOSS, optimizer, dropout=dropout)
+    step = make_train_step(LOSS, bind_variables, optimizer, dropout=dropout)
 
     def loss(key: int, at: int = 0, micro_batches: int = 2) -> float:
         trainable, directions = random_all(0, spec, 0.3)
@@ -216,7 +218,7 @@ def test_launch_state(method):
     """What goes on, what starts again; the moments by group."""
     optimizer = make_optimizer(1e-2, 1e-2)
     state, spec = new_state(method, optimizer)
-    step = make_train_step(LOSS, optimizer)
+    step = make_train_step(LOSS, bind_variables, optimizer)
     state, _ = step(state, PARAMS, mlp_batch(0), KEY)
     launched, report = launch_state(state, PARAMS, spec)
     assert set(report) == set(spec.paths) == {rule.pattern for rule in RULES}

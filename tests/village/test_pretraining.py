@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from examples.village import pretraining
-from tsd_jax.models.llama import Llama, LlamaConfig
+from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import Decoder
 
 
 def test_pack_keeps_documents_whole():
@@ -18,7 +19,9 @@ def test_pack_keeps_documents_whole():
 
 
 def test_pack_refuses_a_document_longer_than_a_row():
-    with pytest.raises(ValueError, match="a document of 6 tokens, rows of 5"):
+    with pytest.raises(
+        ValueError, match="6 tokens, more than a row of 5"
+    ):
         list(pretraining.pack([[1] * 6], 4, pad=0))
 
 
@@ -32,7 +35,7 @@ def test_batches_shift_by_one_and_leave_out_padding():
 
 @pytest.fixture(scope="module")
 def model():
-    return Llama(LlamaConfig(16, 8, 16, 2, 2, 1, 4, tie_word_embeddings=True))
+    return Decoder(DecoderConfig(16, 8, 16, 2, 2, 1, 4, tie_word_embeddings=True))
 
 
 SCHEDULE = pretraining.Schedule(

@@ -11,13 +11,16 @@ from typing import Any, Protocol
 from tsd_jax import huggingface
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
-from tsd_jax.huggingface.factors import Factors, ModuleName, module_factors
+from tsd_jax.huggingface.factors import Factors, module_factors
 from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors, neighbours
 from tsd_jax.huggingface.merge import MergedExport, merge_factors, to_merged
 from tsd_jax.huggingface.merge_encoder import Trained
-from tsd_jax.huggingface.peft.files import read_modules
-from tsd_jax.huggingface.peft.full_params import read_full
-from tsd_jax.huggingface.peft.write import CONFIG, PeftExport, to_peft, write_adapter
+from tsd_jax.huggingface.model_folder import ADAPTER_CONFIG_FILE
+from tsd_jax.huggingface.names import ModuleName
+from tsd_jax.huggingface.peft.files import read_files
+from tsd_jax.huggingface.peft.full_params import full_of
+from tsd_jax.huggingface.peft.modules import modules_of
+from tsd_jax.huggingface.peft.write import PeftExport, to_peft, write_adapter
 from tsd_jax.storage.adapter_file import SavedAdapter, load_adapter
 
 ADAPTER = "adapter.safetensors"
@@ -122,7 +125,7 @@ class RunAdapter:
         stacked = any(path.startswith("layers/") for path in paths_here)
         config = huggingface.read_config(base)
         shapes = huggingface.abstract_params(config, scan_layers=stacked)
-        if not neighbours(self.saved.spec.whole, paths.flatten(shapes)):
+        if not neighbours(self.saved.spec.full, paths.flatten(shapes)):
             return shapes
         return huggingface.load_params(base, config, scan_layers=stacked)
 
@@ -167,7 +170,7 @@ class PeftFolder:
             self.factors,
             base_folder=base,
             dtype=dtype,
-            whole=self.full,
+            full=self.full,
             tokenizer_folder=tokenizer,
         )
 
@@ -185,20 +188,22 @@ def read_adapter(source: Path) -> TrainedAdapter:
     """
     if (source / ADAPTER).is_file():
         return RunAdapter(load_adapter(source / ADAPTER))
-    if (source / CONFIG).is_file():
+    if (source / ADAPTER_CONFIG_FILE).is_file():
         return _read_peft(source)
     if source.is_dir():
         raise InputError(
-            f"{source} holds neither {ADAPTER} of a finished run nor {CONFIG} of PEFT"
+            f"{source} holds neither {ADAPTER} of a finished run nor "
+            f"{ADAPTER_CONFIG_FILE} of PEFT"
         )
     return RunAdapter(load_adapter(source))
 
 
 def _read_peft(folder: Path) -> PeftFolder:
-    config, modules = read_modules(folder)
+    files = read_files(folder)
+    config, modules = files.config, modules_of(files)
     return PeftFolder(
         factors={name: module.factors for name, module in modules.items()},
-        full=read_full(folder),
+        full=full_of(files),
         base_model=config.get("base_model_name_or_path"),
         tied=bool(config.get("ensure_weight_tying")),
         task_type=config.get("task_type") or "CAUSAL_LM",

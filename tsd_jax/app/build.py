@@ -30,7 +30,7 @@ from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn
 from tsd_jax.extraction.devices import host_device
-from tsd_jax.extraction.launch import Extraction
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.huggingface.full_tensors import check_modules
 from tsd_jax.training import sharding
 from tsd_jax.training.loop import LoopConfig
@@ -162,7 +162,7 @@ def adapted_spec(settings: Settings, base: Base) -> Spec:
     tokens = jax.ShapeDtypeStruct((1, settings.data.length), jnp.int32)
     variables, method = {"params": base.params}, settings.method.method()
     spec = make_spec(base.network.apply, variables, rules, tokens, method=method)
-    check_modules(spec.whole, spec.paths)
+    check_modules(spec.full, spec.paths)
     return spec
 
 
@@ -188,7 +188,7 @@ def token_rules(settings: AdapterSettings, base: Base) -> list[Full]:
     flat = paths.flatten(base.params)
     return [
         Full(pattern=re.escape(path), rows=base.added.rows, axis=axis)
-        for path, axis in huggingface.ROWS.items()
+        for path, axis in huggingface.TOKEN_AXES.items()
         if path in flat and not (taken and re.fullmatch(taken, path))
     ]
 

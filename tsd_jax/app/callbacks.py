@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from tsd_jax.app.evaluation import Evaluate, Figures
 from tsd_jax.app.report import DIRECTIONS, on_host
-from tsd_jax.binding.linen import bind
+from tsd_jax.binding.linen import bind_variables
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn, Progress
 from tsd_jax.extraction.launch import Extraction, Ranking
-from tsd_jax.storage.run_files import write_rankings
+from tsd_jax.storage.directions_file import write_rankings
 from tsd_jax.training import sharding
 from tsd_jax.training.auto_launch import AutoLaunchConfig, DirectionMonitor
 from tsd_jax.training.gradient_discovery import KernelGradients
@@ -51,6 +51,7 @@ def train_step(
     """Return the jitted step, its arrays pinned to their shardings."""
     return make_train_step(
         loss_fn,
+        bind_variables,
         optimizer,
         dropout=any(kernel.dropout > 0 for kernel in spec.kernels),
         state_shardings=shardings.state,
@@ -147,7 +148,9 @@ class Launch:
         batches: Sequence[Mapping[str, Any]] = [
             self.batch(step) for step in range(start, start + self.gradient_batches)
         ]
-        return KernelGradients(self.loss_fn, state, self.params, self.spec, batches)
+        return KernelGradients(
+            self.loss_fn, bind_variables, state, self.params, self.spec, batches
+        )
 
 
 def rankings_writer(workdir: Path) -> Callable[[Report], None]:
@@ -167,6 +170,6 @@ def state_evaluation(
     """Return the function that scores the base with a state's adapters."""
 
     def evaluate_state(state: TrainState) -> Figures:
-        return evaluate({"params": bind(params, state.trainable, state.directions)})
+        return evaluate(bind_variables(params, state.trainable, state.directions))
 
     return evaluate_state

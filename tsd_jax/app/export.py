@@ -23,10 +23,14 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
 from tsd_jax.huggingface.merge import MergedExport
 from tsd_jax.huggingface.merge_encoder import write_merged
-from tsd_jax.huggingface.peft.write import CONFIG, PeftExport
-from tsd_jax.huggingface.vocabulary import copy_tokenizer, has_tokenizer
+from tsd_jax.huggingface.model_folder import (
+    ADAPTER_CONFIG_FILE,
+    copy_tokenizer,
+    has_tokenizer,
+)
+from tsd_jax.huggingface.peft.write import PeftExport
 from tsd_jax.models.encoder_config import EncoderConfig
-from tsd_jax.storage.run_files import read_json
+from tsd_jax.storage.atomic import read_json_or_empty
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -80,13 +84,13 @@ def export_merged(
 
 def recorded_labels(source: Path) -> Labels | None:
     """Return what a run has recorded of its labels in its config.json, or None."""
-    found = read_json(source / "config.json").get("labels")
+    found = read_json_or_empty(source / "config.json").get("labels")
     return Labels(**{**found, "names": tuple(found["names"])}) if found else None
 
 
 def tokenizer_folder(source: Path) -> Path | None:
     """Return the folder of the tokenizer that came with added tokens, or None."""
-    beside = source if (source / CONFIG).is_file() else source / "adapter"
+    beside = source if (source / ADAPTER_CONFIG_FILE).is_file() else source / "adapter"
     folder = source.parent / "adapter" if source.is_file() else beside
     return folder if has_tokenizer(folder) else None
 

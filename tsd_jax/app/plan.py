@@ -97,14 +97,14 @@ def describe(
       auto_launch: what decides instead of `launch_step`.
     """
     total = count_parameters(params)
-    frozen = total - sum(param.trainable for param in spec.whole)
+    frozen = total - sum(param.trainable for param in spec.full)
     base = quantized_kernels(params)
     method = spec.method.name + (" (keep)" if spec.method.keep else "")
     if any(kernel.dora for kernel in spec.kernels):
         method += " on DoRA"
     when = _when(launch_step, auto_launch)
     return (
-        table([_HEAD, *map(_row, spec.kernels), *map(_full_row, spec.whole)])
+        table([_HEAD, *map(_row, spec.kernels), *map(_full_row, spec.full)])
         + (f"\n{base}" if base else "")
         + f"\nmethod {method}, {when}, {steps} steps"
         + f"\ntrainable {spec.trainable:,} beside {frozen:,} frozen parameters "

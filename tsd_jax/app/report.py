@@ -22,8 +22,9 @@ from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.scoring import fetch
 from tsd_jax.huggingface.full_tensors import neighbours
 from tsd_jax.huggingface.peft.write import PeftExport, to_peft
-from tsd_jax.storage import run_files
 from tsd_jax.storage.adapter_file import save_adapter
+from tsd_jax.storage.atomic import read_json_or_empty, write_json
+from tsd_jax.storage.directions_file import read_directions
 from tsd_jax.training.loop import LoopConfig, Stopwatch
 from tsd_jax.training.recorder import Recorder
 from tsd_jax.training.state import TrainState
@@ -76,7 +77,7 @@ def write(
       recorder: where its figures were recorded.
     """
     state = on_host(outcome.state)
-    rest = neighbours(spec.whole, paths.flatten(params))
+    rest = neighbours(spec.full, paths.flatten(params))
     rest = on_host(rest)
     if jax.process_index() != 0:
         return
@@ -97,8 +98,8 @@ def write(
         "directions": gains_used(state),
     }
     # A finished run that is started again has nothing to time: the old times stand.
-    old = {} if outcome.watch.tokens else run_files.read_json(workdir / SUMMARY)
-    run_files.write_json(workdir / SUMMARY, new | old)
+    old = {} if outcome.watch.tokens else read_json_or_empty(workdir / SUMMARY)
+    write_json(workdir / SUMMARY, new | old, sort_keys=True)
     write_plots(workdir, recorder.rows, state)
     recorder.say(f"{_told(export)} in {workdir / 'adapter'}")
     recorder.say(f"{SUMMARY} and plots/ in {workdir}")
@@ -212,7 +213,7 @@ def launched_indices(
     """Return {kernel path: launched directions, (*batch, c)}; None before launch."""
     if not state.launched:
         return None
-    found = arrays.read_directions(workdir / DIRECTIONS)
+    found = read_directions(workdir / DIRECTIONS)
     return {
         kernel.path: found[kernel.path].indices.reshape(*kernel.batch_shape, -1)
         for kernel in spec.kernels
@@ -234,7 +235,7 @@ def write_plots(
     launched = [row["step"] for row in rows if row["kind"] == "launch"]
     plots.plot_loss(rows, launched[0] if launched else None, folder / "loss.png")
     if launched:
-        spectra = arrays.read_directions(workdir / DIRECTIONS)
+        spectra = read_directions(workdir / DIRECTIONS)
         plots.plot_spectra(spectra, folder / "spectra.png")
         if any(spectrum.used is not None for spectrum in spectra.values()):
             maps.plot_gains(spectra, folder / "gains.png")

@@ -22,6 +22,7 @@ from tsd_jax.app.plan import describe
 from tsd_jax.app.settings import Settings
 from tsd_jax.core.errors import InputError
 from tsd_jax.storage import run_files
+from tsd_jax.storage.atomic import read_json_or_empty, write_json
 from tsd_jax.training import loop, processes, sharding
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.recorder import LoadingBar, Recorder
@@ -134,7 +135,7 @@ def claim(workdir: Path, recorded: Mapping[str, Any]) -> bool:
     Raises:
       InputError: the workdir cannot take this run.
     """
-    old = run_files.read_json(workdir / CONFIG).get("config")
+    old = read_json_or_empty(workdir / CONFIG).get("config")
     for key in old if isinstance(old, dict) else ():
         if key in RENAMED:
             raise InputError(
@@ -151,7 +152,7 @@ def write_config(workdir: Path, recorded: Mapping[str, Any], base: Base) -> None
     content = {"config": dict(recorded), **report.environment()}
     if base.labels is not None:
         content["labels"] = dataclasses.asdict(base.labels)
-    run_files.write_json(workdir / CONFIG, content)
+    write_json(workdir / CONFIG, content, sort_keys=True)
 
 
 def _check_shared(workdir: Path) -> None:

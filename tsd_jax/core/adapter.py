@@ -1,57 +1,94 @@
-"""What is put beside a kernel: what trains, what is frozen, and their product."""
+"""What lies beside a kernel: what trains, what is frozen, and their product."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Key
 
 from tsd_jax.core import paths
 from tsd_jax.core.dora import column_norms, rescaling
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, place_full, start_full
-from tsd_jax.core.quantization import dequantize
+from tsd_jax.core.leaves import FACTORS, GAINS, LeafSpec, leaf, map_leaves
+from tsd_jax.core.methods import Method
+from tsd_jax.core.quantization import Quantized, dequantize
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.types import Leaf
 
 
+def _restarts(method: Method) -> bool:
+    return method.restart
+
+
+def _launches(kernel: KernelSpec) -> bool:
+    return kernel.columns > 0
+
+
 class Adapter(struct.PyTreeNode):
-    """Hold what trains beside one kernel; shapes (*batch, ...), float32.
+    """What trains beside one kernel; float32.
 
     Attributes:
-      a: A, (*batch, in, r). b: B, (*batch, r, out).
-      gain: g, (*batch, s), the coordinates along the first s launched directions;
-        None where the method has none.
+      a: A, (*batch, in, r).
+      b: B, (*batch, r, out).
+      gain: g, the coordinates along the first s launched directions, (*batch, s); None
+        where the method has none.
       kernel: the kernel's static description.
-      magnitude: m, (*batch, out), the norms of the adapted kernel's columns with DoRA;
+      magnitude: m, the norms of the adapted kernel's columns with DoRA, (*batch, out);
         None without.
     """
 
-    a: Leaf
-    b: Leaf
-    gain: Leaf
+    a: Leaf = struct.field(
+        metadata=leaf("in", "rank", group=FACTORS, renewed=_restarts)
+    )
+    b: Leaf = struct.field(
+        metadata=leaf("rank", "out", group=FACTORS, renewed=_restarts)
+    )
+    gain: Leaf = struct.field(
+        metadata=leaf(
+            "gains",
+            group=GAINS,
+            exists=lambda kernel: kernel.gains,
+            renewed=lambda method: method.gains,
+        )
+    )
     kernel: KernelSpec = struct.field(pytree_node=False)
-    magnitude: Leaf = None
+    magnitude: Leaf = struct.field(
+        default=None,
+        metadata=leaf(
+            "out",
+            group=FACTORS,
+            exists=lambda kernel: kernel.dora,
+            renewed=lambda method: method.begins_again,
+        ),
+    )
 
 
 class Directions(struct.PyTreeNode):
-    """Hold what is frozen beside one kernel; zeros until launch, None for `lora`.
+    """What is frozen beside one kernel; zeros until launch, None for `lora`.
 
     Attributes:
-      left: L, (*batch, in, c). right: R, (*batch, out, c).
+      left: L, (*batch, in, c).
+      right: R, (*batch, out, c).
       offset: o, (*batch, c).
-      gate: 1 for the gains a matrix uses, 0 for the others, (*batch, s), where launch
-        decides how many it uses; None otherwise.
+      gate: 1 for the gains that a matrix uses and 0 for the others, (*batch, s), where
+        launch decides how many it uses; None otherwise.
     """
 
-    left: Leaf
-    right: Leaf
-    offset: Leaf
-    gate: Leaf = None
+    left: Leaf = struct.field(metadata=leaf("in", "columns", exists=_launches))
+    right: Leaf = struct.field(metadata=leaf("out", "columns", exists=_launches))
+    offset: Leaf = struct.field(metadata=leaf("columns", exists=_launches))
+    gate: Leaf = struct.field(
+        default=None, metadata=leaf("gains", exists=lambda kernel: kernel.gated)
+    )
 
 
 class Trainable(struct.PyTreeNode):
@@ -59,7 +96,7 @@ class Trainable(struct.PyTreeNode):
 
     Attributes:
       adapters: {kernel path: Adapter}.
-      full: {parameter path: FullParam}, of the parameters that train whole.
+      full: {parameter path: FullParam} of the fully trained parameters.
     """
 
     adapters: dict[str, Adapter] = struct.field(default_factory=dict)
@@ -76,70 +113,87 @@ class Trainable(struct.PyTreeNode):
 
 
 AllDirections = dict[str, Directions]
+"""{kernel path: Directions}."""
+
+Kernel = Float[Array | np.ndarray, "..."] | Quantized
+"""A kernel as stored, in floats or quantized."""
+
+
+def leaves_beside(
+    kernel: KernelSpec, make: Callable[[LeafSpec], Any]
+) -> tuple[Adapter, Directions]:
+    """Return what lies beside a kernel, made leaf by leaf.
+
+    Args:
+      kernel: the kernel's description.
+      make: LeafSpec -> the leaf: an array, a sharding or a label.
+    """
+    adapter = Adapter(kernel=kernel, **map_leaves(Adapter, kernel, make))
+    return adapter, Directions(**map_leaves(Directions, kernel, make))
 
 
 def init_kernel(
-    key: jax.Array,
+    key: Key[Array, ""],
     kernel: KernelSpec,
-    dtype: jnp.dtype,
-    base: jax.Array | None = None,
+    dtype: DTypeLike,
+    base: Kernel | None = None,
 ) -> tuple[Adapter, Directions]:
-    """Start one kernel's adapter: A uniform in +-1/sqrt(in), all else zero.
+    """Return one kernel's start: A uniform in +-1/sqrt(in), all else zero.
 
     The same as PEFT's default (`kaiming_uniform_(a=sqrt(5))`). With DoRA the magnitudes
-    start at the norms of the base's columns, `base` being the stored kernel.
+    start at the norms of the base's columns.
+
+    Args:
+      key: a JAX random key.
+      kernel: the kernel's description.
+      dtype: type of all leaves.
+      base: the stored kernel; only needed with DoRA.
+
+    Raises:
+      InputError: the kernel has DoRA, and there is no base.
     """
-    batch, size = kernel.batch_shape, (kernel.fan_in, kernel.fan_out)
-    bound = size[0] ** -0.5
-    a = jax.random.uniform(
-        key, (*batch, size[0], kernel.rank), dtype, minval=-bound, maxval=bound
+    adapter, directions = leaves_beside(
+        kernel, lambda spec: jnp.zeros(spec.shape(kernel), dtype)
     )
-    b = jnp.zeros((*batch, kernel.rank, size[1]), dtype)
-    gain = jnp.zeros((*batch, kernel.gains), dtype) if kernel.gains else None
-    magnitude = None
+    bound = kernel.fan_in**-0.5
+    a = jax.random.uniform(key, adapter.a.shape, dtype, minval=-bound, maxval=bound)
+    adapter = adapter.replace(a=a)
     if kernel.dora:
         if base is None:
             raise InputError(
                 f"{kernel.path}: DoRA starts at the norms of the base's kernels; give "
                 "params=, the base's parameter tree"
             )
-        magnitude = column_norms(base, layout=kernel.layout).astype(dtype)
-    adapter = Adapter(a, b, gain, kernel, magnitude)
-    if not kernel.columns:
-        return adapter, Directions(None, None, None)
-    return adapter, Directions(
-        left=jnp.zeros((*batch, size[0], kernel.columns), dtype),
-        right=jnp.zeros((*batch, size[1], kernel.columns), dtype),
-        offset=jnp.zeros((*batch, kernel.columns), dtype),
-        gate=jnp.zeros((*batch, kernel.gains), dtype) if kernel.gated else None,
-    )
+        norms = column_norms(base, layout=kernel.layout)
+        adapter = adapter.replace(magnitude=norms.astype(dtype))
+    return adapter, directions
 
 
 def init(
-    key: jax.Array,
+    key: Key[Array, ""],
     spec: Spec,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     params: Mapping[str, Any] | None = None,
 ) -> tuple[Trainable, AllDirections]:
-    """Create what trains and the directions of a spec; the function does not change.
+    """Return what trains and the directions of a spec; the function does not change.
 
     Each kernel's key is folded from its path, so that its start does not depend on
     which other kernels are adapted.
 
     Args:
       key: a JAX random key.
-      spec: of `make_spec`.
-      dtype: of all leaves; float32 also beside a bfloat16 base.
-      params: the base's tree, where parts or DoRA's magnitudes start from it; else it
-        is not needed.
+      spec: as `make_spec` returns it.
+      dtype: type of all leaves; float32 also beside a bfloat16 base.
+      params: the base's parameter tree; only needed for fully trained parameters and
+        DoRA's magnitudes, which start from it.
 
     Returns:
-      what trains, and {kernel path: Directions}.
+      What trains, and {kernel path: Directions}.
 
     Raises:
-      InputError: the spec trains parameters whole or has DoRA, and `params` is missing,
-        lacks one or has it in another shape.
+      InputError: the spec has fully trained parameters or DoRA, and `params` is
+        missing, lacks one of them or has it in another shape.
     """
     dora = tuple(kernel.path for kernel in spec.kernels if kernel.dora)
     bases = {} if params is None else paths.select(params, dora)
@@ -152,40 +206,45 @@ def init(
     }
     trainable = Trainable(
         adapters={path: pair[0] for path, pair in pairs.items()},
-        full=_start_parts(spec, params, dtype),
+        full=_start_full_params(spec, params, dtype),
     )
     return trainable, {path: pair[1] for path, pair in pairs.items()}
 
 
-def _start_parts(
-    spec: Spec, params: Mapping[str, Any] | None, dtype: jnp.dtype
+def _start_full_params(
+    spec: Spec, params: Mapping[str, Any] | None, dtype: DTypeLike
 ) -> dict[str, FullParam]:
-    """Start what trains whole at the base's own values."""
-    if not spec.whole:
+    """Return the fully trained parameters at the base's values."""
+    if not spec.full:
         return {}
     if params is None:
         raise InputError(
-            f"{spec.whole[0].path} trains whole and starts from the base: give params"
+            f"{spec.full[0].path} trains in full and starts from the base: give "
+            "params=, the base's parameter tree"
         )
-    leaves = paths.select(params, tuple(part.path for part in spec.whole))
-    return {
-        part.path: start_full(leaves[part.path], part, dtype) for part in spec.whole
-    }
+    leaves = paths.select(params, tuple(part.path for part in spec.full))
+    return {part.path: start_full(leaves[part.path], part, dtype) for part in spec.full}
 
 
 def low_rank_factors(
     adapter: Adapter, directions: Directions
-) -> tuple[jax.Array, jax.Array]:
-    """Write all that is added to a kernel as one product.
+) -> tuple[
+    Float[Array | np.ndarray, "*batch in R"], Float[Array | np.ndarray, "*batch R out"]
+]:
+    """Return everything that is added to a kernel as one product.
 
         dK = gamma A B + L diag(g + o) R^T = down @ up
         down = [A, L],  up = [gamma B; diag(g + o) R^T]
 
-    The forward pass, merging and export all use this one form. Gains behind a gate
-    count as gate o g.
+    The forward pass, merging and export all use this form. Gains with a gate enter as
+    gate o g.
+
+    Args:
+      adapter: what trains beside one kernel.
+      directions: what is frozen beside it.
 
     Returns:
-      down (*batch, in, r + c), up (*batch, r + c, out).
+      down (*batch, in, R) and up (*batch, R, out), R = r + c.
     """
     up = adapter.kernel.scale * adapter.b
     if directions.left is None:
@@ -206,15 +265,22 @@ def low_rank_factors(
 
 
 def output_scale(
-    adapter: Adapter, kernel: jax.Array, down: jax.Array, up: jax.Array
-) -> jax.Array | None:
+    adapter: Adapter,
+    kernel: Kernel,
+    down: Float[Array, "*batch in R"],
+    up: Float[Array, "*batch R out"],
+) -> Float[Array, "*batch out"] | None:
     """Return DoRA's c = m / ||K + down @ up||, (*batch, out); None without DoRA.
 
-    The norm is a constant to the gradient (arXiv:2402.09353, section 4.3).
+    The norm is a constant to the gradient.
 
     Args:
-      adapter: of the kernel. kernel: as stored.
-      down, up: of `low_rank_factors`.
+      adapter: what trains beside the kernel.
+      kernel: K as stored.
+      down: first factor, as `low_rank_factors` returns it, (*batch, in, R).
+      up: second factor, (*batch, R, out).
+
+    Source: arXiv:2402.09353, section 4.3.
     """
     if adapter.magnitude is None:
         return None
@@ -224,14 +290,14 @@ def output_scale(
 
 
 def _adapted_matrices(
-    adapter: Adapter, directions: Directions, kernel: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return K and the kernel that is used instead, (*batch, in, out)."""
+    adapter: Adapter, directions: Directions, kernel: Kernel
+) -> tuple[Float[Array, "*batch in out"], Float[Array, "*batch in out"]]:
+    """Return K and the adapted kernel, both (*batch, in, out)."""
     down, up = low_rank_factors(adapter, directions)
-    change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+    added = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
     floats = dequantize(kernel)
-    base = adapter.kernel.layout.to_matrices(floats).astype(change.dtype)
-    total = base + change
+    base = adapter.kernel.layout.to_matrices(floats).astype(added.dtype)
+    total = base + added
     if adapter.magnitude is not None:
         scale = rescaling(adapter.magnitude, jnp.linalg.norm(total, axis=-2))
         total = scale[..., None, :] * total
@@ -239,15 +305,16 @@ def _adapted_matrices(
 
 
 def delta(
-    adapter: Adapter, directions: Directions, kernel: jax.Array | None = None
-) -> jax.Array:
-    """Return dK in the kernel's stored shape, in the adapter's dtype.
+    adapter: Adapter, directions: Directions, kernel: Kernel | None = None
+) -> Float[Array, "..."]:
+    """Return dK in the kernel's stored shape, in the adapter's type.
 
     With DoRA it is c o (K + dK) - K, which depends on the kernel.
 
     Args:
-      adapter: of one kernel. directions: likewise.
-      kernel: K as stored; needed with DoRA alone.
+      adapter: what trains beside one kernel.
+      directions: what is frozen beside it.
+      kernel: K as stored; only needed with DoRA.
 
     Raises:
       InputError: the adapter has DoRA, and there is no kernel.
@@ -255,37 +322,38 @@ def delta(
     spec = adapter.kernel
     if adapter.magnitude is None:
         down, up = low_rank_factors(adapter, directions)
-        change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+        added = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
     elif kernel is None:
         raise InputError(
             f"{spec.path}: what DoRA adds depends on the kernel; give kernel="
         )
     else:
         base, total = _adapted_matrices(adapter, directions, kernel)
-        change = total - base
-    return spec.layout.from_matrices(change, spec.shape)
+        added = total - base
+    return spec.layout.from_matrices(added, spec.shape)
 
 
 def merge(
     params: Mapping,
     trainable: Trainable,
     directions: Mapping[str, Directions],
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
 ) -> dict:
-    """Add every dK to its kernel: K + gamma A B + L diag(g + o) R^T.
+    """Return the parameters with every dK added: K + gamma A B + L diag(g + o) R^T.
 
-    With DoRA its columns are scaled to their magnitudes. Parameters that trained whole
-    are replaced by their trained values. Merging into a bfloat16 kernel rounds most of
-    a small dK away; `dtype` asks for merged kernels in a wider type.
+    With DoRA the columns are scaled to their magnitudes. Fully trained parameters are
+    replaced by their trained values. Merging into a bfloat16 kernel rounds away most of
+    a small dK; ask for a wider `dtype` to keep it.
 
     Args:
-      params: the parameter tree.
-      trainable: what trained. directions: {kernel path: Directions}.
-      dtype: of the merged leaves; None keeps each one's own.
+      params: the base's parameter tree.
+      trainable: what trained.
+      directions: {kernel path: Directions}.
+      dtype: type of the merged leaves; None for each one's own.
 
     Returns:
-      A new tree in which only what was adapted or trained whole differs; adapted
-      kernels that were quantized are floats.
+      A new tree in which only what trained differs; adapted kernels that were quantized
+      are floats.
 
     Raises:
       InputError: a kernel is not in the tree.
@@ -298,6 +366,6 @@ def merge(
     for path, adapter in trainable.adapters.items():
         _, total = _adapted_matrices(adapter, directions[path], base[path])
         spec = adapter.kernel
-        whole = spec.layout.from_matrices(total, spec.shape)
-        merged[path] = whole.astype(dtype or base[path].dtype)
+        kernel = spec.layout.from_matrices(total, spec.shape)
+        merged[path] = kernel.astype(dtype or base[path].dtype)
     return paths.update(params, merged)

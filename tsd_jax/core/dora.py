@@ -1,9 +1,9 @@
-"""DoRA's magnitudes: the norms of the adapted kernel's columns, trained on their own.
+"""DoRA's magnitudes: the norms of the adapted kernel's columns, trained separately.
 
     W' = c o (K + dK),  c_j = m_j / ||K_j + dK_j||,  dK = down @ up
 
-one m_j an output j, the norm over the inputs. It is a constant to the gradient (paper,
-section 4.3), and is had without forming K + dK:
+There is one m_j per output j, and the norm is over the inputs. The norm is a constant
+to the gradient (paper, section 4.3), and is computed without forming K + dK:
 
     ||K_j + dK_j||^2 = ||K_j||^2 + up_j . (2 down^T K_j + (down^T down) up_j)
 
@@ -17,21 +17,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float
 
 from tsd_jax.core.layout import Layout
-from tsd_jax.core.quantization import dequantize
+from tsd_jax.core.quantization import Quantized, dequantize
 
 _EXACT = lax.Precision.HIGHEST
 
 
 def squared_norms(
-    base: jax.Array, seen: jax.Array, down: jax.Array, up: jax.Array
-) -> jax.Array:
-    """Return ||K_j + dK_j||^2, (*batch, out), of ||K_j||^2 and down^T K (*batch, R, out).
+    base: Float[Array, "*batch out"],
+    seen: Float[Array, "*batch R out"],
+    down: Float[Array, "*batch in R"],
+    up: Float[Array, "*batch R out"],
+) -> Float[Array, "*batch out"]:
+    """Return ||K_j + dK_j||^2 of every output j, (*batch, out).
 
-    In float32 the error is that of a sum of squares, about 1e-7 of the norm; where dK
-    takes most of a column away, it grows as the share that is left falls, squared.
+    In float32 the error is that of a sum of squares, about 1e-7 of the norm. Where dK
+    removes most of a column, it grows with the inverse square of the share that is
+    left.
+
+    Args:
+      base: ||K_j||^2, (*batch, out).
+      seen: down^T K, (*batch, R, out).
+      down: first factor of dK, (*batch, in, R).
+      up: second factor of dK, (*batch, R, out).
     """
     gram = jnp.matmul(jnp.swapaxes(down, -1, -2), down, precision=_EXACT)
     moved = 2 * seen + jnp.matmul(gram, up, precision=_EXACT)
@@ -39,58 +50,73 @@ def squared_norms(
 
 
 def _norms(
-    matrices: jax.Array, down: jax.Array | None, up: jax.Array | None
-) -> jax.Array:
-    """Return the norms (*batch, out) of matrices, in float32 at least."""
-    wide = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
-    squares = jnp.sum(wide * wide, -2)
+    matrices: Float[Array, "*batch in out"],
+    down: Float[Array, "*batch in R"] | None,
+    up: Float[Array, "*batch R out"] | None,
+) -> Float[Array, "*batch out"]:
+    """Return the norms of the columns of K + dK, (*batch, out), float32 or wider."""
+    exact = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
+    squares = jnp.sum(exact * exact, -2)
     if down is None or up is None:
         return jnp.sqrt(squares)
-    wide = wide.astype(jnp.promote_types(wide.dtype, down.dtype))
-    seen = jnp.matmul(jnp.swapaxes(down, -1, -2), wide, precision=_EXACT)
+    exact = exact.astype(jnp.promote_types(exact.dtype, down.dtype))
+    seen = jnp.matmul(jnp.swapaxes(down, -1, -2), exact, precision=_EXACT)
     return jnp.sqrt(squared_norms(squares, seen, down, up))
 
 
 @functools.partial(jax.jit, static_argnames="layout")
 def column_norms(
-    kernel: jax.Array,
-    down: jax.Array | None = None,
-    up: jax.Array | None = None,
+    kernel: Float[Array, "..."] | Quantized,
+    down: Float[Array, "*batch in R"] | None = None,
+    up: Float[Array, "*batch R out"] | None = None,
     *,
     layout: Layout,
-) -> jax.Array:
+) -> Float[Array, "*batch out"]:
     """Return ||K_j + dK_j|| of every output j of a stored kernel, (*batch, out).
 
     Costs one read of the kernel and as much arithmetic as a forward pass of R rows.
-    Layers stacked by a scan are taken one after the other, as the model takes them, so
-    that no more than one of them is ever widened to float32.
+    Layers stacked by a scan are processed one after the other, as in the model, so that
+    at most one of them is converted to float32 at a time.
 
     Args:
-      kernel: as stored. layout: of its axes.
-      down: (*batch, in, R). up: (*batch, R, out); None where nothing is added.
+      kernel: as stored, any float type or quantized.
+      down: first factor of dK, (*batch, in, R); None where nothing is added.
+      up: second factor of dK, (*batch, R, out); None where nothing is added.
+      layout: roles of the kernel's axes.
+
+    Returns:
+      The norms, float32 or the factors' wider type.
     """
     inner, batch, lifted = layout.visible, layout.batch, layout.lifted
     if not lifted:
         return _norms(inner.to_matrices(dequantize(kernel)), down, up)
     sizes = tuple(kernel.shape[axis] for axis in lifted)
-    places = tuple(batch.index(axis) for axis in lifted)
+    positions = tuple(batch.index(axis) for axis in lifted)  # among the batch axes
 
     def rows(x: Any, axes: tuple[int, ...]) -> Any:
-        def leaf(part: jax.Array) -> jax.Array:
+        def leaf(part: Array) -> Array:
             first = jnp.moveaxis(part, axes, range(len(axes)))
             return first.reshape(-1, *first.shape[len(axes) :])
 
         return jax.tree.map(leaf, x)
 
-    def one(parts: tuple[Any, jax.Array | None, jax.Array | None]) -> jax.Array:
+    def layer(parts: tuple[Any, Array | None, Array | None]) -> Array:
         return _norms(inner.to_matrices(dequantize(parts[0])), *parts[1:])
 
-    norms = lax.map(one, (rows(kernel, lifted), rows(down, places), rows(up, places)))
+    factors = (rows(down, positions), rows(up, positions))
+    norms = lax.map(layer, (rows(kernel, lifted), *factors))
     return jnp.moveaxis(
-        norms.reshape(*sizes, *norms.shape[1:]), range(len(sizes)), places
+        norms.reshape(*sizes, *norms.shape[1:]), range(len(sizes)), positions
     )
 
 
-def rescaling(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
-    """Return c = m / ||K + dK||, and 1 for columns that are zero, (*batch, out)."""
+def rescaling(
+    magnitude: Float[Array, "*batch out"], norms: Float[Array, "*batch out"]
+) -> Float[Array, "*batch out"]:
+    """Return c = m / ||K + dK||, (*batch, out); 1 for columns that are zero.
+
+    Args:
+      magnitude: m, (*batch, out).
+      norms: ||K + dK||, (*batch, out).
+    """
     return jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1), 1)

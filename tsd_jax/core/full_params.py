@@ -1,7 +1,7 @@
-"""Parameters that train whole beside the adapters: heads, norms, new embedding rows.
+"""Fully trained parameters beside the adapters: heads, norms, new embedding rows.
 
-What trains is the value itself and no difference to the base, in the adapters' type:
-a file of it is complete also where no checkpoint has the parameter.
+The value itself trains, not its difference to the base, in the adapters' type. A file
+of it is therefore complete even where no checkpoint has the parameter.
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.core import meta
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.types import Leaf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """Train every parameter whose whole path matches `pattern` as it is, without rank.
+    """Train every parameter whose whole path matches `pattern` in full, without rank.
 
-    Stands among the rules of adapters; the first match wins.
+    Listed among the rules of adapters; the first match wins.
 
     Attributes:
       pattern: regular expression over "/"-joined paths, matched in full.
-      rows: (start, stop): train only this part of one axis, as the embedding's rows of
-        added tokens; None for all of it.
-      axis: that `rows` counts along; 1 for a head's kernel (in, vocabulary).
+      rows: (start, stop) of the part of one axis that trains, such as the embedding
+        rows of added tokens; None for all of it.
+      axis: the axis that `rows` counts along; 1 for a head's kernel (in, vocabulary).
     """
 
     pattern: str
@@ -37,7 +42,7 @@ class Full:
     axis: int = 0
 
     def __post_init__(self):
-        """Refuse values no parameter could have."""
+        """Refuse values that fit no parameter."""
         where = f"rule {self.pattern!r}"
         try:
             re.compile(self.pattern)
@@ -56,12 +61,13 @@ class Full:
 
 @dataclass(frozen=True, kw_only=True)
 class FullSpec:
-    """Describe one parameter that trains whole, or some rows of it; static.
+    """The static description of one fully trained parameter, or of some of its rows.
 
     Attributes:
       path: "/"-joined path in the parameter tree.
-      shape: of the parameter, as stored.
-      rows: (start, stop) of what trains, or None for all. axis: that they lie along.
+      shape: shape of the parameter, as stored.
+      rows: (start, stop) of what trains, or None for all of it.
+      axis: the axis that `rows` counts along.
     """
 
     path: str
@@ -79,32 +85,32 @@ class FullSpec:
 
     @property
     def trainable(self) -> int:
-        """Count the trainable parameters."""
+        """Number of trainable parameters."""
         return math.prod(self.value_shape)
 
 
 class FullParam(struct.PyTreeNode):
-    """Hold the trained value of one parameter, or of its rows.
+    """The trained value of one parameter, or of its rows.
 
     Attributes:
-      value: `part.value_shape`, float32.
-      part: its static description.
+      value: (`part.value_shape`), float32.
+      part: the parameter's static description.
     """
 
-    value: Any
+    value: Leaf
     part: FullSpec = struct.field(pytree_node=False)
 
 
 def full_spec(path: str, leaf: Any, rule: Full) -> FullSpec:
-    """Fix what of a parameter trains.
+    """Return what of a parameter trains.
 
     Args:
-      path: of the parameter.
-      leaf: an array or ShapeDtypeStruct.
-      rule: that matched it.
+      path: path of the parameter.
+      leaf: the parameter, an array or ShapeDtypeStruct.
+      rule: the rule that matched it.
 
     Raises:
-      InputError: the parameter is quantized or of no float type, or has no such rows.
+      InputError: the parameter is quantized, is not of a float type, or lacks the rows.
     """
     if isinstance(leaf, meta.AxisMetadata):
         raise InputError(
@@ -126,28 +132,40 @@ def full_spec(path: str, leaf: Any, rule: Full) -> FullSpec:
     return FullSpec(path=path, shape=shape, rows=rule.rows, axis=rule.axis)
 
 
-def start_full(leaf: jax.Array, part: FullSpec, dtype: Any) -> FullParam:
-    """Copy what shall train out of the base.
+def start_full(
+    leaf: Float[Array | np.ndarray, "..."], part: FullSpec, dtype: DTypeLike
+) -> FullParam:
+    """Return a copy of what trains, at the base's value.
+
+    Args:
+      leaf: the base's parameter.
+      part: what of it trains.
+      dtype: type of the copy.
 
     Raises:
-      InputError: the parameter has another shape than the spec says.
+      InputError: the parameter's shape is not the spec's.
     """
     _check_shape(leaf, part)
     if part.rows is not None:
         leaf = jax.lax.slice_in_dim(leaf, *part.rows, axis=part.axis)
-    # A copy also where nothing is cast: a donated state must not take the base along.
+    # Copied even where nothing is cast: donating the state must not free the base.
     return FullParam(jnp.array(leaf, dtype, copy=True), part)
 
 
-def place_full(leaf: jax.Array, trained: FullParam, dtype: Any = None) -> jax.Array:
-    """Return the parameter with its trained value, in the base's type unless asked.
+def place_full(
+    leaf: Float[Array | np.ndarray, "*shape"],
+    trained: FullParam,
+    dtype: DTypeLike | None = None,
+) -> Float[Array | np.ndarray, "*shape"]:
+    """Return a parameter with its trained value in place.
 
     Args:
-      leaf: the base's parameter. trained: its `FullParam`.
-      dtype: of the result; None keeps the base's.
+      leaf: the base's parameter.
+      trained: its trained value.
+      dtype: type of the result; None for the base's.
 
     Raises:
-      InputError: the parameter has another shape than the spec says.
+      InputError: the parameter's shape is not the spec's.
     """
     part = trained.part
     _check_shape(leaf, part)
@@ -155,7 +173,7 @@ def place_full(leaf: jax.Array, trained: FullParam, dtype: Any = None) -> jax.Ar
     value = trained.value.astype(dtype)
     if part.rows is None:
         return value
-    # Padded and selected, not updated in place: a sharded axis stays sharded.
+    # Padded and selected rather than updated in place: a sharded axis stays sharded.
     start, stop = part.rows
     size = part.shape[part.axis]
     padding = [(0, 0)] * len(part.shape)
@@ -166,7 +184,7 @@ def place_full(leaf: jax.Array, trained: FullParam, dtype: Any = None) -> jax.Ar
     return jnp.where(chosen, jnp.pad(value, padding), leaf.astype(dtype))
 
 
-def _check_shape(leaf: jax.Array, part: FullSpec) -> None:
+def _check_shape(leaf: Array | np.ndarray, part: FullSpec) -> None:
     if tuple(leaf.shape) != part.shape:
         raise InputError(
             f"{part.path} has shape {tuple(leaf.shape)}, and the spec was made for "

@@ -1,19 +1,21 @@
-"""Which axes of a kernel are stacked, contracted and produced."""
+"""The roles of a kernel's axes: stacked, contracted or produced."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Shaped
 
 from tsd_jax.core.errors import InputError
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Name the role of every axis of a stored kernel.
+    """The role of every axis of a stored kernel.
 
     A scanned `DenseGeneral((heads, size))` of kernel shape
     (layers, width, heads, size) is `Layout(batch=(0,), inputs=(1,), outputs=(2, 3))`:
@@ -23,8 +25,8 @@ class Layout:
       batch: axes that stack independent matrices (layers, experts), ascending.
       inputs: contracted axes, in the order in which they are flattened.
       outputs: produced axes, in the order in which they are flattened.
-      lifted: the batch axes the owning module never sees, because a transform
-        (`nn.scan`, `nn.vmap`) takes them away; always as traced, never by rule.
+      lifted: batch axes that the owning module never sees, because a transform
+        (`nn.scan`, `nn.vmap`) removes them; found by tracing, never set by a rule.
     """
 
     batch: tuple[int, ...] = ()
@@ -33,7 +35,12 @@ class Layout:
     lifted: tuple[int, ...] = ()
 
     def validate(self, path: str, ndim: int) -> None:
-        """Raise InputError unless the axes are those of an array of rank `ndim`."""
+        """Raise InputError unless the axes are those of an array of a given rank.
+
+        Args:
+          path: path of the kernel, for the message.
+          ndim: rank of the array.
+        """
         axes = (*self.batch, *self.inputs, *self.outputs)
         complete = sorted(axes) == list(range(ndim))
         ordered = list(self.batch) == sorted(self.batch)
@@ -47,23 +54,25 @@ class Layout:
 
     @property
     def visible_batch(self) -> tuple[int, ...]:
-        """Batch axes counted as the owning module sees the kernel."""
-        return tuple(
-            axis - sum(lifted < axis for lifted in self.lifted)
-            for axis in self.batch
-            if axis not in self.lifted
-        )
+        """Batch axes, numbered as the owning module sees the kernel."""
+        kept = tuple(axis for axis in self.batch if axis not in self.lifted)
+        return self._without_lifted(kept)
 
     @property
     def visible(self) -> Layout:
         """The layout of the kernel as the owning module sees it."""
+        return Layout(
+            self.visible_batch,
+            self._without_lifted(self.inputs),
+            self._without_lifted(self.outputs),
+        )
 
-        def seen(axes: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(
-                axis - sum(lifted < axis for lifted in self.lifted) for axis in axes
-            )
-
-        return Layout(self.visible_batch, seen(self.inputs), seen(self.outputs))
+    def _without_lifted(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the numbers of some axes once the lifted ones are gone."""
+        return tuple(
+            axis - len([lifted for lifted in self.lifted if lifted < axis])
+            for axis in axes
+        )
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -71,19 +80,38 @@ class Layout:
         return (*self.batch, *self.inputs, *self.outputs)
 
     def shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape (*batch, in, out) of the kernel seen as stacked matrices."""
+        """Return the shape (*batch, in, out) of a kernel seen as stacked matrices.
+
+        Args:
+          kernel_shape: shape of the stored kernel.
+        """
         return (
             *(kernel_shape[axis] for axis in self.batch),
             math.prod(kernel_shape[axis] for axis in self.inputs),
             math.prod(kernel_shape[axis] for axis in self.outputs),
         )
 
-    def to_matrices(self, kernel: jax.Array) -> jax.Array:
-        """View a stored kernel as matrices, shape (*batch, in, out)."""
+    def to_matrices(
+        self, kernel: Shaped[Array | np.ndarray, "..."]
+    ) -> Shaped[Array, "*batch in out"]:
+        """Return a stored kernel as matrices, (*batch, in, out).
+
+        Args:
+          kernel: as stored, any type.
+        """
         return jnp.transpose(kernel, self.order).reshape(self.shape(kernel.shape))
 
-    def from_matrices(self, matrices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Store matrices (*batch, in, out) as a kernel of `shape`."""
+    def from_matrices(
+        self,
+        matrices: Shaped[Array | np.ndarray, "*batch in out"],
+        shape: tuple[int, ...],
+    ) -> Shaped[Array, "..."]:
+        """Return matrices as a stored kernel; the inverse of `to_matrices`.
+
+        Args:
+          matrices: (*batch, in, out), any type.
+          shape: shape of the stored kernel.
+        """
         permuted = matrices.reshape(tuple(shape[axis] for axis in self.order))
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return jnp.transpose(permuted, inverse)

@@ -1,4 +1,4 @@
-"""The methods: what happens at launch, and what trains after it."""
+"""The methods: what happens at launch, and what trains afterwards."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass, replace
 from tsd_jax.core.errors import InputError, check_choice
 
 RANKINGS = ("rates", "largest", "smallest", "random")
-"""What directions may be ranked by; `extraction.ranking` has a score for each."""
+"""What directions can be ranked by; `extraction.ranking.SCORES` has a score each."""
 
 STARTS = ("sigma", "sigma+p", "zero")
-"""What A and B may restart from; `extraction.restarts` has a formula for each."""
+"""What A and B can restart from; `extraction.restarts.RESTARTS` has a formula each."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """Say what a method does at launch; every method is one of these compositions.
+    """What happens at launch; every method is a combination of these choices.
 
     Attributes:
-      name: the name users give.
-      gains: train the coordinates of the top-s directions after launch (Dash).
-      restart: restart A and B from the top-r directions (Init).
-      keep: with `restart`, keep what pre-launch learned as frozen factors; without,
-        it is dropped and the model is the pretrained one right after launch.
-      ranking: which directions come first, one of `RANKINGS`.
-      start: with `restart`, what A and B start from, one of `STARTS`.
+      name: name of the method.
+      gains: whether the coordinates of the top-s directions train after launch (Dash).
+      restart: whether A and B restart from the top-r directions (Init).
+      keep: with `restart`, whether what pre-launch learned is kept as frozen factors;
+        otherwise it is dropped, and right after launch the model is the pretrained one.
+      ranking: which directions come first, one of RANKINGS.
+      start: with `restart`, what A and B restart from, one of STARTS.
     """
 
     name: str
@@ -41,21 +41,31 @@ class Method:
 
     @property
     def begins_again(self) -> bool:
-        """Whether launch drops all that training has changed."""
+        """Whether launch drops everything that training has changed."""
         return self.restart and not self.keep
 
     @property
     def needs_delta(self) -> bool:
-        """Whether the ranking looks at what training has changed."""
+        """Whether launch depends on what training has changed."""
         return self.launches and (self.ranking == "rates" or self.start == "sigma+p")
 
     def ranked(self, rank: int, directions: int) -> int:
-        """Count the directions that launch takes from the ranking of one kernel."""
-        return max(directions * self.gains, rank * self.restart)
+        """Return the number of directions that launch takes of one kernel's ranking.
+
+        Args:
+          rank: r of the kernel.
+          directions: s of the kernel.
+        """
+        return max(directions if self.gains else 0, rank if self.restart else 0)
 
     def columns(self, rank: int, directions: int) -> int:
-        """Count the columns of the frozen factors L and R of one kernel."""
-        return self.ranked(rank, directions) + rank * self.keep
+        """Return the number of columns of one kernel's frozen factors L and R.
+
+        Args:
+          rank: r of the kernel.
+          directions: s of the kernel.
+        """
+        return self.ranked(rank, directions) + (rank if self.keep else 0)
 
 
 METHODS = {
@@ -65,7 +75,7 @@ METHODS = {
         Method("dash", gains=True),
         Method("init", restart=True),
         Method("tsd", gains=True, restart=True),
-        # Rivals and a control, which differ from Init in their directions only.
+        # Baselines and a control, which differ from Init only in their directions.
         Method("pissa", restart=True, ranking="largest"),
         Method("milora", restart=True, ranking="smallest"),
         Method("random", restart=True, ranking="random"),
@@ -80,19 +90,21 @@ def get_method(
     ranking: str | None = None,
     start: str | None = None,
 ) -> Method:
-    """Look a method up by name, in the reading asked for.
+    """Return a method by its name, with its choices changed where asked.
 
     Args:
-      name: "lora", "dash", "init" or "tsd" (paper sections 2 to 4); "pissa", "milora"
+      name: "lora", "dash", "init" or "tsd" (paper, sections 2 to 4); "pissa", "milora"
         or "random".
       keep: see `Method.keep`.
-      ranking, start: see `Method`; None leaves the method's own.
+      ranking: see `Method.ranking`; None leaves the method's own.
+      start: see `Method.start`; None leaves the method's own.
 
     Raises:
-      InputError: the name is unknown, or a reading fits no method of this kind.
+      InputError: a name is unknown, or a choice has no meaning for the method.
+
+    Source: arXiv:2409.01035; PiSSA, arXiv:2404.02948; MiLoRA, arXiv:2406.09044.
     """
-    if name not in METHODS:
-        raise InputError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    check_choice("method", name, METHODS)
     method = METHODS[name]
     if keep and not method.restart:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Parameter trees as flat dicts of "/"-joined paths, and back."""
+"""Parameter trees as flat dicts of "/"-joined paths, and the reverse."""
 
 from __future__ import annotations
 
@@ -11,22 +11,39 @@ from tsd_jax.core.errors import InputError
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten a nested dict (or FrozenDict) to {"a/b/c": leaf}."""
+    """Return a nested dict (or FrozenDict) as {"a/b/c": leaf}.
+
+    Args:
+      tree: the nested dict.
+    """
     return traverse_util.flatten_dict(core.unfreeze(dict(tree)), sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nest {"a/b/c": leaf} again; the inverse of `flatten`."""
+    """Return {"a/b/c": leaf} as a nested dict; the inverse of `flatten`.
+
+    Args:
+      flat: {path: leaf}.
+    """
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def update(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of `tree` with the leaves at these paths added or replaced."""
+    """Return a copy of a tree with some leaves added or replaced.
+
+    Args:
+      tree: the nested dict, which is not changed.
+      leaves: {path: new leaf}.
+    """
     return unflatten({**flatten(tree), **leaves})
 
 
 def select(tree: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
-    """Return {path: leaf} of `paths`, in their order.
+    """Return {path: leaf} of some paths, in their order.
+
+    Args:
+      tree: the nested dict.
+      paths: which leaves.
 
     Raises:
       InputError: a path is not in the tree.

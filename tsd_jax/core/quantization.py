@@ -1,11 +1,12 @@
-"""Kernels in int8 or nf4 that give themselves back as floats where they are used.
+"""Kernels stored in int8 or nf4 and dequantized where they are used.
 
     K = scale o values,   one scale for every tile of the input axis and every output
 
-A `Quantized` kernel lies in the parameter tree in place of its array. It is a Flax box:
-`self.param` opens it, so the model need not know of it, and lifted transforms slice its
-parts as they slice arrays. Inside a scan one layer is a float at a time. The number
-formats are qwix's (nf4: QLoRA, arXiv:2305.14314, without its second quantization).
+A `Quantized` kernel replaces its array in the parameter tree. It is a Flax box:
+`self.param` unboxes it, so that the model does not know of it, and lifted transforms
+slice its arrays as they slice others. Inside a scan one layer at a time is in floats.
+The number formats are qwix's (nf4: QLoRA, arXiv:2305.14314, without double
+quantization).
 """
 
 from __future__ import annotations
@@ -21,27 +22,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.core import meta
+from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, UInt8
 
 from tsd_jax.core import paths
-from tsd_jax.core.errors import InputError
+from tsd_jax.core.errors import InputError, check_choice
 from tsd_jax.core.types import Leaf
 
 FORMATS: Mapping[str, int] = {"int8": 128, "nf4": 64}
-"""The size of a tile of each format, unless another is asked for."""
+"""Each format and the size of its tiles, unless another one is asked for."""
 
 
 class Quantized(struct.PyTreeNode, meta.AxisMetadata):
-    """Hold a kernel of any number of axes, in the place of its array.
+    """A quantized kernel of any number of axes, in place of its array.
 
-    Two places in nf4's table lie in one byte, neighbours along the input axis, and not
-    as uint4, which XLA's CPU backend unpacks as a whole stack before a scan, and which
-    JAX cannot hand to a program compiled ahead.
+    nf4 packs two 4-bit codes, neighbors along the input axis, into one byte. It does
+    not use uint4, which XLA's CPU backend unpacks for a whole stack before a scan, and
+    which JAX cannot pass to a program compiled ahead of time.
 
     Attributes:
-      values: int8 of the kernel's shape; for nf4 uint8 of half the input axis.
-      scale: float32, of the kernel's shape but for the input axis, which counts tiles.
-      format: of FORMATS. dtype: of the kernel where it is used.
+      values: int8 of the kernel's shape; for nf4 uint8 with half the input axis.
+      scale: float32 of the kernel's shape, but with one entry per tile along the input
+        axis.
+      format: a key of FORMATS.
+      dtype: type of the kernel where it is used.
     """
 
     values: Leaf
@@ -64,17 +69,17 @@ class Quantized(struct.PyTreeNode, meta.AxisMetadata):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that both parts take."""
+        """Bytes that values and scales take."""
         return self.values.size + self.scale.size * self.scale.dtype.itemsize
 
     @property
     def _packed_axis(self) -> int:
-        """Find the input axis: of nf4, tiles hold more than one byte of it."""
+        """Input axis of nf4: the one where a tile holds more than one byte."""
         sizes = zip(self.values.shape, self.scale.shape, strict=True)
         return next(n for n, (values, tiles) in enumerate(sizes) if values != tiles)
 
-    def unbox(self) -> jax.Array:
-        """Return the kernel as floats: multiplied in float32, rounded once."""
+    def unbox(self) -> Float[Array, "..."]:
+        """Return the kernel in its `dtype`: multiplied in float32, rounded once."""
         qwix = _qwix()
         values = self.values
         if self.format == "nf4":
@@ -84,27 +89,42 @@ class Quantized(struct.PyTreeNode, meta.AxisMetadata):
         return qwix.dequantize(parts).astype(self.dtype)
 
     def replace_boxed(self, val: Any) -> Any:
-        """Hold another value from the same place, which is no longer quantized."""
+        """Return the new value as it is: it is no longer quantized.
+
+        Args:
+          val: what takes the kernel's place.
+        """
         return val
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
-        """Do nothing: the parts gain the axis themselves."""
+        """Return the same kernel: its arrays gain the axis themselves.
+
+        Args:
+          index: position of the axis.
+          params: metadata of the transform.
+        """
         del index, params
         return self
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Quantized:
-        """Do nothing: the parts lose the axis themselves."""
+        """Return the same kernel: its arrays lose the axis themselves.
+
+        Args:
+          index: position of the axis.
+          params: metadata of the transform.
+        """
         del index, params
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Say how kernels are quantized; hashable.
+    """How kernels are quantized; hashable.
 
     Attributes:
-      format: of FORMATS.
-      tile: neighbours along the input axis that share a scale; 0 for the format's.
+      format: a key of FORMATS.
+      tile: number of neighbors along the input axis that share a scale; 0 for the
+        format's default.
       axis: the input axis, counted from the end.
     """
 
@@ -113,16 +133,12 @@ class Quantization:
     axis: int = -2
 
     def __post_init__(self):
-        """Refuse what no kernel could have."""
-        if self.format not in FORMATS:
-            raise InputError(
-                f"unknown quantization {self.format!r}; choose one of "
-                f"{', '.join(FORMATS)}"
-            )
+        """Refuse settings that fit no kernel."""
+        check_choice("quantization", self.format, FORMATS)
         if self.tile < 0:
-            raise InputError(f"a tile of {self.tile} makes no sense: use at least 1")
+            raise InputError(f"a tile must have at least 1 element, not {self.tile}")
         if self.format == "nf4" and self.size % 4:
-            raise InputError(f"nf4 needs a tile that 4 divides, not {self.tile}")
+            raise InputError(f"nf4 needs a tile divisible by 4, not {self.tile}")
 
     @property
     def size(self) -> int:
@@ -130,21 +146,36 @@ class Quantization:
         return self.tile or FORMATS[self.format]
 
     def check(self, path: str, shape: tuple[int, ...]) -> None:
-        """Raise InputError unless tiles divide the kernel at `path`."""
+        """Raise InputError unless tiles divide a kernel.
+
+        Args:
+          path: path of the kernel, for the message.
+          shape: shape of the kernel.
+        """
         if len(shape) < 2:
-            raise InputError(f"{path} of shape {shape} is no kernel: leave it as it is")
+            raise InputError(
+                f"{path} of shape {shape} is not a kernel and cannot be quantized: "
+                "leave it out of the pattern"
+            )
         size = shape[self.axis]
         if size % self.size:
             step = 4 if self.format == "nf4" else 1
             most = [n for n in range(step, self.size, step) if size % n == 0]
             way = f"use a tile of {most[-1]}" if most else "leave it out"
             raise InputError(
-                f"{path}: its input axis of {size} is no multiple of the "
+                f"{path}: its input axis of {size} is not a multiple of the "
                 f"{self.format} tile of {self.size}; {way}"
             )
 
-    def quantize(self, kernel: jax.Array, dtype: DTypeLike | None = None) -> Quantized:
-        """Round a kernel (..., in, out); `dtype` is that of its use, or its own."""
+    def quantize(
+        self, kernel: Float[Array, "..."], dtype: DTypeLike | None = None
+    ) -> Quantized:
+        """Return a kernel rounded to this format.
+
+        Args:
+          kernel: (..., in, out), any float type.
+          dtype: type of the kernel where it is used; None for its own.
+        """
         axis = self.axis % kernel.ndim
         parts = _qwix().quantize(
             kernel.astype(jnp.float32),
@@ -159,10 +190,10 @@ class Quantization:
         return Quantized(values, parts.scale, self.format, used)
 
 
-def _packed(places: jax.Array, axis: int) -> jax.Array:
-    """Put two neighbours of 4 bits into one byte, the first one low."""
-    even = jax.lax.slice_in_dim(places, 0, None, 2, axis)
-    odd = jax.lax.slice_in_dim(places, 1, None, 2, axis)
+def _packed(codes: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
+    """Return 4-bit codes packed two to a byte along an axis, the first one low."""
+    even = jax.lax.slice_in_dim(codes, 0, None, 2, axis)
+    odd = jax.lax.slice_in_dim(codes, 1, None, 2, axis)
     return even | (odd << 4)
 
 
@@ -175,13 +206,13 @@ def quantize(
     """Quantize every parameter whose whole path matches, one after the other.
 
     Args:
-      params: the tree; arrays or ShapeDtypeStructs.
-      quantization: how, or the name of a format.
-      pattern: regular expression over "/"-joined paths.
-      dtype: of the kernels where they are used; None for each kernel's own.
+      params: the parameter tree, of arrays or ShapeDtypeStructs.
+      quantization: how to quantize, or the name of a format.
+      pattern: regular expression over "/"-joined paths, matched in full.
+      dtype: type of the kernels where they are used; None for each kernel's own.
 
     Returns:
-      A new tree with a `Quantized` leaf for each of them; the others are passed on.
+      A new tree with a `Quantized` leaf for each match; the other leaves are the same.
 
     Raises:
       InputError: nothing matches, or tiles do not divide a kernel.
@@ -202,22 +233,34 @@ def quantize(
 
 
 def dequantize(kernel: Any) -> Any:
-    """Return a kernel as an array of floats, quantized or not."""
+    """Return a kernel as an array of floats.
+
+    Args:
+      kernel: an array or a `Quantized` kernel.
+    """
     return kernel.unbox() if isinstance(kernel, Quantized) else kernel
 
 
 def stored(kernel: Any) -> Any:
-    """Return the array that lies where a kernel lies, quantized or not."""
+    """Return the array that tells a kernel's devices and sharding.
+
+    Args:
+      kernel: an array or a `Quantized` kernel.
+    """
     return kernel.values if isinstance(kernel, Quantized) else kernel
 
 
 def cut_shape(kernel: Any) -> tuple[int, ...]:
-    """Return the sizes a mesh must divide: those of the scales of a quantized kernel."""
+    """Return the sizes a mesh must divide: for a quantized kernel, the scales' shape.
+
+    Args:
+      kernel: an array or a `Quantized` kernel, or their ShapeDtypeStructs.
+    """
     return tuple((kernel.scale if isinstance(kernel, Quantized) else kernel).shape)
 
 
 def _qwix() -> Any:
-    """Import qwix where it is needed."""
+    """Return the qwix module, imported on first use."""
     try:
         import qwix
     except ImportError:

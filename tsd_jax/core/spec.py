@@ -1,4 +1,4 @@
-"""Rules choose what trains; a spec fixes the shapes of all that is put beside them."""
+"""Rules choose what trains; a spec fixes the shapes of everything that is added."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tsd_jax.core.errors import InputError
+from tsd_jax.core.errors import InputError, check_choice
 from tsd_jax.core.full_params import Full, FullSpec
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
@@ -26,17 +26,17 @@ class Rule:
 
     Attributes:
       pattern: regular expression over "/"-joined paths, matched in full.
-      rank: r, columns of A.
+      rank: r, the number of columns of A.
       alpha: numerator of the scale; gamma = alpha / r ("lora") or alpha / sqrt(r)
         ("rslora", arXiv:2312.03732).
       directions: s, the number of task-specific directions Dash trains.
-      auto_directions: let every matrix train as many of them as its change rates
-        have before their knee, and `directions` at most.
-      dora: train the norms of the adapted kernel's columns apart from their
-        directions (DoRA, arXiv:2402.09353), whatever the method.
       dropout: probability of dropping an input element of the low-rank path.
       scaling: "lora" or "rslora".
-      layout: roles of the kernel's axes, where the traced ones shall not hold.
+      layout: roles of the kernel's axes; None for those found by tracing.
+      auto_directions: whether every matrix trains only the directions before the knee
+        of its change rates, at most `directions` of them.
+      dora: whether the norms of the adapted kernel's columns train separately from
+        their directions (DoRA, arXiv:2402.09353), whatever the method.
     """
 
     pattern: str
@@ -50,7 +50,7 @@ class Rule:
     dora: bool = False
 
     def __post_init__(self):
-        """Refuse values no kernel could have."""
+        """Refuse values that fit no kernel."""
         where = f"rule {self.pattern!r}"
         try:
             re.compile(self.pattern)
@@ -67,11 +67,7 @@ class Rule:
             raise InputError(f"{where}: alpha must be positive, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"{where}: dropout must be in [0, 1), not {self.dropout}")
-        if self.scaling not in SCALINGS:
-            raise InputError(
-                f"{where}: unknown scaling {self.scaling!r}; "
-                f"choose one of {', '.join(SCALINGS)}"
-            )
+        check_choice("scaling", self.scaling, SCALINGS, where=where)
 
 
 AnyRule = TypeVar("AnyRule", bound=Rule | Full)
@@ -79,18 +75,20 @@ AnyRule = TypeVar("AnyRule", bound=Rule | Full)
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec:
-    """Describe one adapted kernel; static and hashable.
+    """The static description of one adapted kernel; hashable.
 
     Attributes:
       path: "/"-joined path in the parameter tree.
       shape: shape as stored.
       layout: roles of the stored axes.
-      rank: r. alpha: as in the rule. scale: gamma.
-      gains: trainable coordinates; 0 where the method has none.
-      gated: whether launch decides how many of them every matrix uses.
-      ranked: directions taken at launch.
-      columns: columns of the frozen factors L and R.
-      dropout: probability on the low-rank path's input.
+      rank: r.
+      alpha: numerator of the scale, as in the rule.
+      scale: gamma.
+      gains: number of trainable coordinates; 0 where the method has none.
+      ranked: number of directions taken at launch.
+      columns: number of columns of the frozen factors L and R.
+      dropout: probability of dropping an input element of the low-rank path.
+      gated: whether launch decides how many of the gains every matrix uses.
       dora: whether a magnitude is trained for every output.
     """
 
@@ -124,25 +122,25 @@ class KernelSpec:
 
     @property
     def trainable(self) -> int:
-        """Count the trainable parameters beside this kernel."""
+        """Number of trainable parameters beside this kernel."""
         factors = self.rank * (self.fan_in + self.fan_out)
-        per_matrix = factors + self.gains + self.fan_out * self.dora
-        return math.prod(self.batch_shape) * per_matrix
+        magnitudes = self.fan_out if self.dora else 0
+        return math.prod(self.batch_shape) * (factors + self.gains + magnitudes)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Hold what is adapted and how; static under jit.
+    """What is adapted and how; static under jit.
 
     Attributes:
       kernels: one entry per adapted kernel, in the order of the parameter tree.
       method: what happens at launch.
-      whole: parameters that train whole beside them, in the same order.
+      full: one entry per fully trained parameter, in the same order.
     """
 
     kernels: tuple[KernelSpec, ...]
     method: Method
-    whole: tuple[FullSpec, ...] = ()
+    full: tuple[FullSpec, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -151,15 +149,21 @@ class Spec:
 
     @property
     def trainable(self) -> int:
-        """Count the trainable parameters."""
-        return sum(each.trainable for each in (*self.kernels, *self.whole))
+        """Number of trainable parameters."""
+        return sum(each.trainable for each in (*self.kernels, *self.full))
 
 
 def match_rules(paths: Sequence[str], rules: Sequence[AnyRule]) -> dict[str, AnyRule]:
-    """Return {path: rule} for every path a rule matches in full; the first rule wins.
+    """Return {path: rule} for every path that a rule matches in full.
+
+    The first rule that matches wins.
+
+    Args:
+      paths: paths of the parameters.
+      rules: the rules, in order.
 
     Raises:
-      InputError: no rule is of kernels, a rule matches nothing, or only paths that
+      InputError: no rule adapts kernels, or a rule matches nothing or only paths that
         earlier rules took.
     """
     if not any(isinstance(rule, Rule) for rule in rules):
@@ -186,7 +190,14 @@ def match_rules(paths: Sequence[str], rules: Sequence[AnyRule]) -> dict[str, Any
 def kernel_spec(
     path: str, shape: tuple[int, ...], layout: Layout, rule: Rule, method: Method
 ) -> KernelSpec:
-    """Fix the shapes beside one kernel.
+    """Return the shapes of everything beside one kernel.
+
+    Args:
+      path: path of the kernel.
+      shape: shape as stored.
+      layout: roles of its axes.
+      rule: the rule that matched it.
+      method: what happens at launch.
 
     Raises:
       InputError: the layout does not fit, rank or directions exceed min(in, out), or
@@ -217,7 +228,7 @@ def kernel_spec(
         rank=rule.rank,
         alpha=rule.alpha,
         scale=SCALINGS[rule.scaling](rule.alpha, rule.rank),
-        gains=rule.directions * method.gains,
+        gains=rule.directions if method.gains else 0,
         ranked=method.ranked(rule.rank, rule.directions),
         columns=method.columns(rule.rank, rule.directions),
         dropout=rule.dropout,
@@ -231,19 +242,22 @@ def build_spec(
     layouts: Mapping[str, Layout],
     matched: Mapping[str, Rule],
     method: Method,
-    whole: tuple[FullSpec, ...] = (),
+    full: tuple[FullSpec, ...] = (),
 ) -> Spec:
-    """Put the specs of all matched kernels together.
+    """Return the spec of all matched kernels.
 
     Args:
-      shapes: {path: stored shape}.
-      layouts: {path: layout}, a rule's own taken in where it has one.
-      matched: {path: rule}, of `match_rules`.
+      shapes: {path: shape as stored}.
+      layouts: {path: layout}, the rule's own where it has one.
+      matched: {path: rule}, as `match_rules` returns them.
       method: what happens at launch.
-      whole: what trains whole beside them, of `full_spec`.
+      full: fully trained parameters, as `full_spec` returns them.
+
+    Raises:
+      InputError: see `kernel_spec`.
     """
     kernels = (
         kernel_spec(path, shapes[path], layouts[path], rule, method)
         for path, rule in matched.items()
     )
-    return Spec(tuple(kernels), method, whole)
+    return Spec(tuple(kernels), method, full)

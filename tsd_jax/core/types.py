@@ -1,4 +1,4 @@
-"""Types that several rooms share, each with one meaning."""
+"""Types shared across the package, each with one meaning."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import jax
 
 Leaf = Any
-"""A jax.Array; in trees derived from a tree of arrays: its shape, sharding or label."""
+"""A jax.Array; in a tree derived from one of arrays, its shape, sharding or label."""
 
 Batch = Mapping[str, Any]
-"""{name: array (examples, positions)}, of one kind of data."""
+"""{name: array (examples, positions)}."""
 
 LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
-"""(model variables, batch) -> (summed loss (), counted targets ())."""
+"""(bound model or its variables, batch) -> (sum of losses, (); counted targets, ())."""
 
 Progress = Callable[[int, int], None]
-"""(done so far, of how many) -> None."""
+"""(number done, total number) -> None."""

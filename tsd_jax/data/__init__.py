@@ -1,1 +1,1 @@
-"""Data: sources, prompt templates, encoding, deterministic iteration."""
+"""Data: reading, prompt templates, encoding and deterministic batches."""

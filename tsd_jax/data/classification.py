@@ -1,7 +1,9 @@
-"""Labelled texts and pairs of texts, as GLUE has them: read, and encoded.
+"""Labelled texts and pairs of texts, as in GLUE.
 
-A batch is a dict of "tokens", "mask" and "token_types" (B, T) int32, of "targets"
-(B, 1), int32 classes or float32 numbers, and of "weights" (B, 1) float32.
+A file is read once, `items = read_labelled(path)`; `find_labels(items)` says what its
+labels mean, and `encode_labelled(items, ...)` makes the arrays: "tokens", "mask" and
+"token_types" (N, T) int32, "targets" (N, 1), int32 classes or float32 numbers, and
+"weights" (N, 1) float32.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.data.encoding import Arrays, Tokenizer
 from tsd_jax.data.sources import read_rows
 
-# Fields that hold the texts, in the order they are looked for; GLUE's, and BoolQ's.
+# The fields of the texts in GLUE and BoolQ; the first match is taken.
 TEXT_FIELDS: tuple[tuple[str, ...], ...] = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -30,15 +32,19 @@ TEXT_FIELDS: tuple[tuple[str, ...], ...] = (
     ("text",),
 )
 PROBLEMS = ("classification", "regression")
+_DTYPES = {"classification": np.int32, "regression": np.float32}
 
 Label = str | int | float
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One item: one text or two, and its label, a name, a class or a number.
+    """One item: one text or two, with a label.
 
-    where: it was read, to name in errors.
+    Attributes:
+      texts: one or two.
+      label: name or number of a class, or the number to predict.
+      where: file and row, for error messages.
     """
 
     texts: tuple[str, ...]
@@ -48,12 +54,12 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Labels:
-    """Say what labels mean.
+    """What the labels of a data set mean.
 
     Attributes:
-      problem: of `PROBLEMS`.
-      count: classes, or 1 number.
-      names: of classes, in order; () where they are numbers.
+      problem: one of `PROBLEMS`.
+      count: number of classes; 1 for a regression.
+      names: names of the classes, in order; () where labels are numbers.
     """
 
     problem: str
@@ -61,36 +67,38 @@ class Labels:
     names: tuple[str, ...] = ()
 
     def target(self, item: Labelled) -> int | float:
-        """Return the class or number that a label stands for.
+        """Return the class or number that an item's label stands for.
 
         Raises:
-          InputError: it is none of these; the line names the item.
+          InputError: the label is not one of these.
         """
         label, where = item.label, item.where
         if self.names:
             if label in self.names:
                 return self.names.index(str(label))
             known = ", ".join(self.names)
-            raise InputError(f"{where}: label {label!r} is none of {known}")
+            raise InputError(f"{where}: label {label!r} is not one of {known}")
         if isinstance(label, str):
-            raise InputError(f"{where}: label {label!r} is no number")
+            raise InputError(f"{where}: label {label!r} is not a number")
         if self.problem == "regression":
             if math.isfinite(label):
                 return float(label)
         elif label == int(label) and 0 <= label < self.count:
             return int(label)
-        kind = "number" if self.problem == "regression" else f"class below {self.count}"
-        raise InputError(f"{where}: label {label!r} is no {kind}")
+        wanted = "finite number"
+        if self.problem == "classification":
+            wanted = f"class from 0 to {self.count - 1}"
+        raise InputError(f"{where}: label {label!r} is not a {wanted}")
 
 
 def read_labelled(path: str | Path) -> list[Labelled]:
     """Read a JSON list or JSON lines of labelled texts.
 
     Every row needs a `label` and the fields of one of `TEXT_FIELDS`; other fields are
-    ignored. All rows have the same number of texts.
+    ignored. All rows need the same number of texts.
 
     Raises:
-      InputError: the file is missing, empty or not JSON, or a row has not the format.
+      InputError: the file is missing, empty or not JSON, or a row is malformed.
     """
     rows = read_rows(path)
     items = [_item(row, f"{path}, row {n}") for n, row in enumerate(rows, start=1)]
@@ -98,7 +106,8 @@ def read_labelled(path: str | Path) -> list[Labelled]:
     for number, count in enumerate(counts, start=1):
         if count != counts[0]:
             raise InputError(
-                f"{path}, row {number} has {count} texts, but row 1 has {counts[0]}"
+                f"{path}, row {number} has {count} texts, but row 1 has {counts[0]}; "
+                "give all rows the same number"
             )
     return items
 
@@ -106,33 +115,33 @@ def read_labelled(path: str | Path) -> list[Labelled]:
 def find_labels(
     items: Sequence[Labelled], problem: str = "", known: tuple[str, ...] = ()
 ) -> Labels:
-    """Say what the labels of some items mean.
+    """Return what the labels of some items mean.
 
-    Words are classes, in the order of `known` where it has all of them, or else of the
-    alphabet. Numbers that are all whole are classes from 0 on; others are a regression.
+    Words are classes: in the order of `known` if it has all of them, else sorted.
+    Integers are classes counted from 0; other numbers are a regression.
 
     Args:
-      items: of `read_labelled`.
-      problem: of `PROBLEMS`, where the labels do not tell; "" lets them.
-      known: names that a checkpoint's head has.
+      items: from `read_labelled`.
+      problem: one of `PROBLEMS`; "" to decide by the labels.
+      known: names of the classes of a checkpoint's head.
 
     Raises:
-      InputError: unknown problem, labels of several kinds, or fewer than two classes.
+      InputError: unknown problem, words mixed with numbers, or fewer than two classes.
     """
     if problem not in ("", *PROBLEMS):
         raise InputError(
             f"unknown data.problem {problem!r}; choose {' or '.join(PROBLEMS)}, or '' "
-            "for what the labels are"
+            "to decide by the labels"
         )
     labels = {item.label for item in items}
     words = {label for label in labels if isinstance(label, str)}
     if words and words != labels:
         some = min(labels - words, key=repr)
         raise InputError(
-            f"labels are words ({min(words)!r}) and numbers ({some!r}); make them alike"
+            f"labels are words ({min(words)!r}) and numbers ({some!r}); use one kind"
         )
     if words and problem == "regression":
-        raise InputError(f"label {min(words)!r} is no number: a regression needs some")
+        raise InputError(f"label {min(words)!r} is not a number, as a regression needs")
     if words:
         names = known if words <= {*known} else tuple(sorted(words))
         return _classes(len(names), names)
@@ -151,21 +160,26 @@ def encode_labelled(
 ) -> tuple[Arrays, int]:
     """Encode items with the tokenizer's special tokens, padded or cut to `length`.
 
-    Of two texts the longer one is cut. Padding stands where the tokenizer puts it.
+    Of two texts the longer one is cut. The tokenizer decides the side of the padding.
+
+    Args:
+      items: from `read_labelled`.
+      tokenizer: of the model.
+      labels: what the labels mean, from `find_labels`.
+      length: T, tokens of a row.
 
     Returns:
-      The batch of all items (N, T), and how many of them were cut.
+      The arrays of all items, and how many of them were cut.
 
     Raises:
-      InputError: a label is none of `labels`, or there is no room for any text.
+      InputError: a label is not one of `labels`, or no text fits into the length.
     """
-    kinds = {"classification": np.int32, "regression": np.float32}
     targets = [labels.target(item) for item in items]
     texts = [list(column) for column in zip(*(i.texts for i in items), strict=True)]
     plain: dict[str, Any] = {"add_special_tokens": True, "verbose": False}
-    whole = tokenizer(*texts, **plain)["input_ids"]
-    if length < min(4, max(map(len, whole))):
-        raise InputError(f"data.length {length} has no room for a text; raise it")
+    uncut = tokenizer(*texts, **plain)["input_ids"]
+    if length < min(4, max(map(len, uncut))):
+        raise InputError(f"data.length {length} has no room for any text; raise it")
     encoded = tokenizer(
         *texts,
         **plain,
@@ -176,20 +190,20 @@ def encode_labelled(
         return_attention_mask=True,
     )
     shape = (len(items), 1)
-    batch = {
+    arrays = {
         "tokens": np.asarray(encoded["input_ids"], np.int32),
         "mask": np.asarray(encoded["attention_mask"], np.int32),
         "token_types": np.asarray(encoded["token_type_ids"], np.int32),
-        "targets": np.asarray(targets, kinds[labels.problem]).reshape(shape),
+        "targets": np.asarray(targets, _DTYPES[labels.problem]).reshape(shape),
         "weights": np.ones(shape, np.float32),
     }
-    return batch, sum(len(ids) > length for ids in whole)
+    return arrays, sum(1 for ids in uncut if len(ids) > length)
 
 
 def _classes(count: int, names: tuple[str, ...]) -> Labels:
     if count < 2:
         raise InputError(
-            f"the labels have {count} class; a classification needs at least two"
+            f"the labels have {count} class; a classification needs two or more"
         )
     return Labels("classification", count, names)
 
@@ -204,20 +218,20 @@ def _item(row: Any, where: str) -> Labelled:
     has = f"it has: {', '.join(map(str, row)) or 'nothing'}"
     if fields is None:
         known = "; ".join(", ".join(names) for names in TEXT_FIELDS)
-        raise InputError(f"{where} has the fields of no known texts ({known}); {has}")
+        raise InputError(f"{where} has no known text fields ({known}); {has}")
     if "label" not in row:
         raise InputError(f'{where} has no field "label" ({has})')
     for name in fields:
         if not isinstance(row[name], str) or not row[name].strip():
-            raise InputError(f'{where}: field "{name}" is no text: {row[name]!r}')
+            raise InputError(f'{where}: field "{name}" is not a text: {row[name]!r}')
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, str | int | float):
-        raise InputError(f"{where}: label {label!r} is no word and no number")
+        raise InputError(f"{where}: label {label!r} is neither a word nor a number")
     if isinstance(label, str) and not label:
         raise InputError(f'{where}: field "label" is empty')
     if isinstance(label, int) and label < 0:
         raise InputError(
-            f"{where}: label {label} says that there is none, as in GLUE's test files; "
-            "give a file with labels"
+            f"{where}: label {label} means no label, as in GLUE's test files; give a "
+            "file with labels"
         )
     return Labelled(tuple(row[name] for name in fields), label, where)

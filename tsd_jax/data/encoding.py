@@ -1,11 +1,11 @@
-"""Turn records and text into arrays of tokens, targets and weights.
+"""Encoding of records and text into arrays of tokens, targets and weights.
 
-A batch is a dict of "tokens" (B, T) int32, "targets" (B, T) int32 and "weights"
-(B, T) float32: position t reads tokens[t], predicts targets[t], and counts with
-weights[t]. Padding is on the right with weight 0, so a causal model needs no mask.
+Encoded rows are {"tokens": (N, T) int32, "targets": (N, T) int32, "weights": (N, T)
+float32}: position t reads tokens[t] and predicts targets[t] with weight weights[t].
+Padding is on the right with weight 0, so a causal model needs no mask.
 
-Prompt and target are encoded each on its own and then joined: no token straddles
-the boundary, and a prompt has the same tokens in training and in generation.
+Prompt and output are encoded separately and then joined: no token crosses the boundary,
+and a prompt has the same tokens in training and in generation.
 """
 
 from __future__ import annotations
@@ -20,34 +20,37 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.data.sources import Record
 
 Arrays = dict[str, np.ndarray]
+"""{name: one array over all rows, (N, ...)}."""
+
 Template = Callable[[Record], str]
+"""Record -> prompt."""
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
+    """The part of a transformers tokenizer used here."""
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that begins a text, if there is one."""
+        """The token that begins a text; None if there is none."""
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token that ends a text, if there is one."""
+        """The token that ends a text; None if there is none."""
 
     def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """Return "input_ids" of a list of texts."""
+        """Return the "input_ids" of a list of texts."""
         ...
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded training or evaluation rows, and what the length cost.
+    """Encoded rows for training or evaluation.
 
     Attributes:
-      arrays: tokens, targets, weights, each (N, T).
-      rows: (N,) index of the record that each row came from.
-      truncated: rows that lost the end of their target.
-      dropped: records left out, because nothing of their target fitted.
+      arrays: tokens, targets and weights, each (N, T).
+      rows: index of the record of each row, (N,).
+      truncated: number of rows whose output was cut at the end.
+      dropped: number of records left out because their prompt filled the length.
     """
 
     arrays: Arrays
@@ -58,13 +61,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Choices:
-    """One row per option of each record, to be ranked by likelihood.
+    """One row for each option of each record, to be ranked by likelihood.
 
     Attributes:
-      arrays: tokens, targets, weights, each (R, T); weights mark the option's tokens.
-      groups: (R,) index of the record that each row belongs to.
-      labels: (N,) place of the right option among its record's rows.
-      truncated: records whose prompt lost its beginning.
+      arrays: tokens, targets and weights, each (R, T); weights are 1 on the option.
+      groups: index of the record of each row, (R,).
+      labels: index of the correct option among those of its record, (N,).
+      truncated: number of records whose prompt was cut at the beginning.
     """
 
     arrays: Arrays
@@ -79,8 +82,8 @@ class Prompts:
 
     Attributes:
       tokens: (N, T) int32.
-      mask: (N, T) bool, True at real tokens.
-      truncated: prompts that lost their beginning.
+      mask: True at real tokens, (N, T) bool.
+      truncated: number of prompts that were cut at the beginning.
     """
 
     tokens: np.ndarray
@@ -98,10 +101,15 @@ def encode_examples(
 ) -> Examples:
     """Encode records as BOS + prompt + output + EOS, at most `length` + 1 tokens.
 
-    Weights are 1 on the output and EOS, and on the prompt too if `train_on_prompt`.
+    Args:
+      records: to encode.
+      tokenizer: of the model.
+      template: makes the prompts.
+      length: T, tokens of a row.
+      train_on_prompt: give the prompt weight 1 as well, not only output and EOS.
 
     Raises:
-      InputError: no example is left, or the tokenizer has no EOS token.
+      InputError: no prompt is short enough, or the tokenizer has no EOS token.
     """
     _check_length(length)
     if tokenizer.eos_token_id is None:
@@ -112,14 +120,14 @@ def encode_examples(
     rows = [n for n, prompt in enumerate(prompts) if len(prompt) <= length]
     if not rows:
         raise InputError(
-            f"nothing to train on: {len(prompts)} records, and none has any of its "
+            f"nothing to train on: none of {len(prompts)} records has any of its "
             f"output within length {length}; raise the length"
         )
     pairs = [(prompts[n], outputs[n]) for n in rows]
     return Examples(
         arrays=_pack(pairs, length, train_on_prompt),
         rows=np.asarray(rows, np.int32),
-        truncated=sum(len(p) + len(o) > length + 1 for p, o in pairs),
+        truncated=sum(1 for p, o in pairs if len(p) + len(o) > length + 1),
         dropped=len(prompts) - len(rows),
     )
 
@@ -132,21 +140,25 @@ def encode_choices(
 ) -> Choices:
     """Encode every option of every record as BOS + prompt + option.
 
-    An option is written the way the output writes the answer ("the correct answer is
-    answer2"). A prompt that is too long loses its beginning, never the option.
+    An option is phrased as the output phrases the answer ("the correct answer is
+    answer2"). If a row is too long, the beginning of the prompt is cut.
+
+    Args:
+      records: to encode.
+      tokenizer: of the model.
+      template: makes the prompts.
+      length: T, tokens of a row.
 
     Raises:
-      InputError: a record has no two options, or its answer is not among them, or
-        an option alone is longer than `length`.
+      InputError: a record has fewer than two options, or its answer is not one of them,
+        or an option alone is longer than `length`.
     """
     _check_length(length)
     for number, record in enumerate(records, start=1):
         _check_options(record, number)
     prompts = _encode_prompts(records, tokenizer, template)
     groups = np.repeat(np.arange(len(records)), [len(r.options) for r in records])
-    texts = [
-        _written(record, option) for record in records for option in record.options
-    ]
+    texts = [_phrase(record, option) for record in records for option in record.options]
     options = _encode(tokenizer, texts)
     pairs, cut = [], set()
     for group, text, option in zip(groups.tolist(), texts, options, strict=True):
@@ -173,7 +185,17 @@ def encode_prompts(
     template: Template,
     length: int | None = None,
 ) -> Prompts:
-    """Encode prompts alone, padded on the left to `length` (default: the longest)."""
+    """Encode prompts alone, padded on the left.
+
+    Args:
+      records: to encode.
+      tokenizer: of the model.
+      template: makes the prompts.
+      length: T, tokens of a row; by default those of the longest prompt.
+
+    Raises:
+      InputError: there are no prompts, or the length is not positive.
+    """
     prompts = _encode_prompts(records, tokenizer, template)
     if not any(prompts):
         raise InputError("there are no prompts to encode")
@@ -187,16 +209,16 @@ def encode_prompts(
         if ids:
             tokens[row, -len(ids) :] = ids
             mask[row, -len(ids) :] = True
-    return Prompts(tokens, mask, sum(len(p) > length for p in prompts))
+    return Prompts(tokens, mask, sum(1 for p in prompts if len(p) > length))
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Encode plain text as one run of token ids, (N,) int32, no special tokens."""
+    """Return the token ids of plain text, (N,) int32, without special tokens."""
     return np.asarray(_encode(tokenizer, [text])[0], np.int32)
 
 
 def split_text(text: str, fraction: float) -> tuple[str, str]:
-    """Cut off the last `fraction` of the characters, to be held out.
+    """Split off the last `fraction` of the characters, to be held out.
 
     Raises:
       InputError: the fraction is not between 0 and 1, or a part would be empty.
@@ -208,27 +230,28 @@ def split_text(text: str, fraction: float) -> tuple[str, str]:
     cut = len(text) - round(len(text) * fraction)
     if not 0 < cut < len(text):
         raise InputError(
-            f"a text of {len(text)} characters is too short to hold out {fraction}"
+            f"a text of {len(text)} characters is too short to hold out {fraction} of "
+            "it; give more text or another fraction"
         )
     return text[:cut], text[cut:]
 
 
 def windows(ids: np.ndarray, length: int) -> Arrays:
-    """Cut ids (N,) into (N - 1) // length disjoint windows of a batch.
+    """Split ids (N,) into (N - 1) // T disjoint windows of T = `length` tokens.
 
-    Window i reads ids[i·T : i·T + T] and predicts the ids one further on, so that its
-    last target is the first token of the next window, and every id but the first is
-    predicted exactly once (an incomplete window at the end is left out).
+    Window i reads ids[i·T : i·T + T] and predicts each next id, so its last target is
+    the first token of window i + 1: every id but the first is predicted exactly once.
+    An incomplete window at the end is left out.
 
     Raises:
-      InputError: the ids do not fill one window.
+      InputError: the ids are too few for one window.
     """
     _check_length(length)
     count = (len(ids) - 1) // length
     if count < 1:
         raise InputError(
             f"the text has {len(ids)} tokens, too few for one window of {length} "
-            f"(it takes {length + 1}); give more text or a shorter length"
+            f"(which needs {length + 1}); give more text or a shorter length"
         )
     shape = (count, length)
     return {
@@ -246,8 +269,8 @@ def _check_length(length: int) -> None:
 def _check_options(record: Record, number: int) -> None:
     if len(record.options) < 2:
         raise InputError(
-            f"record {number} has {len(record.options)} options; "
-            "ranking options needs at least two"
+            f"record {number} has {len(record.options)} options; give it two or more "
+            "to rank"
         )
     if record.answer not in record.options:
         raise InputError(
@@ -256,8 +279,8 @@ def _check_options(record: Record, number: int) -> None:
         )
 
 
-def _written(record: Record, option: str) -> str:
-    """Write the option into the output, in the place of the answer that ends it."""
+def _phrase(record: Record, option: str) -> str:
+    """Return the output with `option` in place of the answer at its end."""
     if record.output.endswith(record.answer):
         return record.output.removesuffix(record.answer) + option
     return option
@@ -266,14 +289,14 @@ def _written(record: Record, option: str) -> str:
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    # verbose=False: no warning about texts beyond the model's context, cut later.
+    # verbose=False: no warning about texts longer than the model's context.
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _encode_prompts(
     records: Sequence[Record], tokenizer: Tokenizer, template: Template
 ) -> list[list[int]]:
-    """Encode prompts, with BOS in front if the tokenizer has one."""
+    """Return the ids of prompts, with BOS in front if the tokenizer has one."""
     prompts = _encode(tokenizer, [template(record) for record in records])
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -282,7 +305,7 @@ def _encode_prompts(
 
 
 def _keep_end(ids: list[int], room: int) -> list[int]:
-    """Cut from the beginning, but keep the first token: it may be BOS."""
+    """Cut ids to `room` from the beginning, but keep the first one: it may be BOS."""
     if len(ids) <= room:
         return ids
     return ids[:1] + ids[len(ids) - room + 1 :]
@@ -291,12 +314,12 @@ def _keep_end(ids: list[int], room: int) -> list[int]:
 def _pack(
     pairs: list[tuple[list[int], list[int]]], length: int, train_on_prompt: bool
 ) -> Arrays:
-    """Join (prompt, target) pairs into right-padded rows, shifted by one."""
+    """Return the rows of (prompt, output) pairs, padded on the right."""
     shape = (len(pairs), length)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     weights = np.zeros(shape, np.float32)
-    for row, (prompt, target) in enumerate(pairs):
-        ids = (prompt + target)[: length + 1]
+    for row, (prompt, output) in enumerate(pairs):
+        ids = (prompt + output)[: length + 1]
         end = len(ids) - 1
         tokens[row, :end] = ids[:-1]
         targets[row, :end] = ids[1:]

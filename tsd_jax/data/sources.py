@@ -1,4 +1,4 @@
-"""Read instruction files and plain text, and say clearly what is wrong with them."""
+"""Reading of instruction files and plain text, with clear errors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 from tsd_jax.core.errors import InputError
 
-# How the commonsense files (LLM-Adapters) announce what may be answered.
+# How the commonsense files of LLM-Adapters list the possible answers.
 _ANSWER_FORMAT = re.compile(r"Answer format: (\S+(?:/\S+)+)\s*$")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One task item: what is asked, what is to be written, and what counts as right.
+    """One item of an instruction file.
 
     Attributes:
       instruction: the task in words.
-      input: further context, often empty.
+      input: further context; often empty.
       output: the text the model learns to write.
-      answer: the part of the output that is marked, empty where nothing is.
-      options: all answers that could be chosen, empty where it is an open question.
+      answer: the part of the output that is graded; empty if none is.
+      options: all possible answers; empty for an open question.
     """
 
     instruction: str
@@ -37,11 +37,11 @@ def read_instructions(path: str | Path) -> list[Record]:
     """Read a JSON list or JSON lines of instruction records.
 
     Every row needs a non-empty `instruction` and `output`; `input`, `answer` and
-    `options` may be missing. Without `options`, those named by a closing
-    "Answer format: a/b/c" in the instruction are taken. Other fields are ignored.
+    `options` may be missing. Without `options`, they are taken from an
+    "Answer format: a/b/c" at the end of the instruction. Other fields are ignored.
 
     Raises:
-      InputError: the file is missing, empty or not JSON, or a row has not the format.
+      InputError: the file is missing, empty or not JSON, or a row is malformed.
     """
     rows = read_rows(path)
     return [_record(row, f"{path}, row {n}") for n, row in enumerate(rows, start=1)]
@@ -55,7 +55,7 @@ def read_rows(path: str | Path) -> list[Any]:
     """
     rows = _parse(_read(path), path)
     if not rows:
-        raise InputError(f"{path} holds no rows; give a file with at least one")
+        raise InputError(f"{path} has no rows; give a file with at least one")
     return rows
 
 
@@ -63,7 +63,7 @@ def read_text(path: str | Path) -> str:
     """Read plain UTF-8 text.
 
     Raises:
-      InputError: the file is missing, is not UTF-8, or holds only white space.
+      InputError: the file is missing, not UTF-8, or only white space.
     """
     return _read(path)
 
@@ -88,14 +88,14 @@ def _read(path: str | Path) -> str:
 
 
 def _parse(text: str, path: str | Path) -> list[Any]:
-    """Split a JSON list, or one JSON object per line, into rows."""
+    """Return the rows of a JSON list, or of one JSON value per line."""
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise _not_json(path, error.lineno, error.msg) from None
     rows = []
-    # Split at newlines only: str.splitlines also cuts at U+2028, valid inside JSON.
+    # Split at newlines only: str.splitlines also splits at U+2028, valid in JSON.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -109,7 +109,7 @@ def _parse(text: str, path: str | Path) -> list[Any]:
 def _not_json(path: str | Path, line: int, why: str) -> InputError:
     return InputError(
         f"{path} is not JSON (line {line}: {why}); "
-        "give a list of objects, or one object a line"
+        "give a list of objects, or one object per line"
     )
 
 

@@ -1,4 +1,4 @@
-"""Prompt templates: a record in, the text the model continues out."""
+"""Prompt templates: functions from a record to the text that the model continues."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Callable
 from tsd_jax.data.sources import Record
 
 # The template of the paper's commonsense experiments was written inside indented
-# code, and what it trained on has that indentation, trailing spaces included.
+# code: the prompts have its indentation, trailing spaces included.
 _INDENT = " " * 16
 
 
 def plain(record: Record) -> str:
-    """Return the instruction and the input, each on lines of their own."""
+    """Return the instruction and the input, on separate lines."""
     parts = [part for part in (record.instruction, record.input) if part]
     return "\n".join(parts) + "\n"
 
 
 def alpaca(record: Record) -> str:
-    """Return the prompt the paper trains on for commonsense, white space included.
+    """Return the prompt of the paper's commonsense experiments, white space included.
 
-    Source: LLM-Adapters, `finetune.py`; its two branches differ in the spaces after
-    "request.".
+    Source:
+      LLM-Adapters, `finetune.py`; its two branches differ in the spaces after
+      "request.".
     """
     if record.input:
         head = (

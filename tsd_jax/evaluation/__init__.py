@@ -1,1 +1,1 @@
-"""Evaluation: losses, scoring by likelihood, generation, tasks."""
+"""Evaluation: losses, scoring by likelihood, generation and grading."""

@@ -1,4 +1,4 @@
-"""Losses and scores of classifications and regressions, as GLUE has them."""
+"""Losses and scores of classification and regression, as in GLUE."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LogitsFn = Callable[[Any, Batch], jax.Array]
 
 
 def make_logits(apply_fn: Callable[..., jax.Array]) -> LogitsFn:
-    """Make the function (variables, batch) -> logits (B, labels).
+    """Return the function (variables, batch) -> logits (B, labels).
 
     Args:
       apply_fn: (variables, tokens, positions, mask, token types) -> logits.
@@ -32,10 +32,10 @@ def make_logits(apply_fn: Callable[..., jax.Array]) -> LogitsFn:
 
 
 def classification_loss(apply_fn: Callable[..., jax.Array]) -> LossFn:
-    """Make the loss: fn(variables, batch) -> (summed cross-entropy, summed weights).
+    """Return the loss (variables, batch) -> (summed cross-entropy, summed weights).
 
     Args:
-      apply_fn: as of `make_logits`.
+      apply_fn: as for `make_logits`.
     """
     logits_fn = make_logits(apply_fn)
 
@@ -48,10 +48,10 @@ def classification_loss(apply_fn: Callable[..., jax.Array]) -> LossFn:
 
 
 def regression_loss(apply_fn: Callable[..., jax.Array]) -> LossFn:
-    """Make the loss: fn(variables, batch) -> (summed squared error, summed weights).
+    """Return the loss (variables, batch) -> (summed squared error, summed weights).
 
     Args:
-      apply_fn: as of `make_logits`, with one label.
+      apply_fn: as for `make_logits`, with one label.
     """
     logits_fn = make_logits(apply_fn)
 
@@ -75,13 +75,13 @@ def predict(
     batch_size: int,
     place: PlaceFn = lambda batch: batch,
 ) -> np.ndarray:
-    """Return the logits of all rows, (N, labels) float32; no padding is among them.
+    """Return the logits of all rows, (N, labels) float32, without padding rows.
 
     Args:
-      logits_fn: of `make_logits`; jitted here, compiled once for all calls with it.
+      logits_fn: from `make_logits`; compiled once for all calls with the same object.
       variables: its first argument, sharded or not.
       arrays: tokens, mask, token_types and more, each (N, ...).
-      batch_size: rows a batch.
+      batch_size: rows in a batch.
       place: puts a batch on the devices.
     """
     step = jax.jit(logits_fn)
@@ -93,28 +93,29 @@ def predict(
 def classification_scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Return accuracy, F1, Matthews' correlation and the mean cross-entropy.
 
-    F1 is that of class 1 where there are two, and else the mean over classes.
+    F1 is that of class 1 for two classes, else the mean over the classes.
 
     Args:
-      logits: (N, C). targets: (N,) classes.
+      logits: (N, C).
+      targets: classes, (N,) int.
 
     Raises:
       InputError: there are no rows.
     """
     _check_rows(targets)
-    found = np.argmax(logits, axis=-1)
+    predicted = np.argmax(logits, axis=-1)
     count = logits.shape[-1]
-    table = np.zeros((count, count), np.float64)  # [target, found]
-    np.add.at(table, (targets, found), 1)
-    wide = logits.astype(np.float64)
-    peak = np.max(wide, axis=-1, keepdims=True)
-    log_sum = np.log(np.sum(np.exp(wide - peak), axis=-1)) + peak[:, 0]
-    loss = np.mean(log_sum - wide[np.arange(len(targets)), targets])
+    confusion = np.zeros((count, count), np.float64)  # [target, predicted]
+    np.add.at(confusion, (targets, predicted), 1)
+    exact = logits.astype(np.float64)
+    peak = np.max(exact, axis=-1, keepdims=True)
+    log_sum = np.log(np.sum(np.exp(exact - peak), axis=-1)) + peak[:, 0]
+    loss = np.mean(log_sum - exact[np.arange(len(targets)), targets])
     finite = np.isfinite(logits).all(axis=-1)
     return {
-        "accuracy": float(np.mean((found == targets) & finite)),
-        "f1": _f1(table),
-        "matthews": _matthews(table),
+        "accuracy": float(np.mean((predicted == targets) & finite)),
+        "f1": _f1(confusion),
+        "matthews": _matthews(confusion),
         "loss": float(loss),
         "count": len(targets),
     }
@@ -123,21 +124,22 @@ def classification_scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, 
 def regression_scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Return Pearson's and Spearman's correlation and the mean squared error.
 
-    A correlation with what does not vary is 0.
+    A correlation with a constant is 0.
 
     Args:
-      logits: (N, 1). targets: (N,) numbers.
+      logits: (N, 1).
+      targets: numbers, (N,).
 
     Raises:
       InputError: there are no rows.
     """
     _check_rows(targets)
-    found = logits[:, 0].astype(np.float64)
-    wanted = targets.astype(np.float64)
+    predicted = logits[:, 0].astype(np.float64)
+    target = targets.astype(np.float64)
     return {
-        "pearson": _pearson(found, wanted),
-        "spearman": _pearson(_ranks(found), _ranks(wanted)),
-        "mse": float(np.mean((found - wanted) ** 2)),
+        "pearson": _pearson(predicted, target),
+        "spearman": _pearson(_ranks(predicted), _ranks(target)),
+        "mse": float(np.mean((predicted - target) ** 2)),
         "count": len(targets),
     }
 
@@ -153,19 +155,23 @@ def _check_rows(targets: np.ndarray) -> None:
         raise InputError("there are no rows to score")
 
 
-def _f1(table: np.ndarray) -> float:
-    right = np.diag(table)
-    total = table.sum(axis=0) + table.sum(axis=1)
-    each = np.divide(2 * right, total, out=np.zeros_like(total), where=total > 0)
-    return float(each[1] if len(table) == 2 else np.mean(each[total > 0]))
+def _f1(confusion: np.ndarray) -> float:
+    correct = np.diag(confusion)
+    total = confusion.sum(axis=0) + confusion.sum(axis=1)
+    each = np.divide(2 * correct, total, out=np.zeros_like(total), where=total > 0)
+    return float(each[1] if len(confusion) == 2 else np.mean(each[total > 0]))
 
 
-def _matthews(table: np.ndarray) -> float:
-    """Correlate classes (Gorodkin 2004): (s c - p·t) / sqrt((s² - p·p)(s² - t·t))."""
-    wanted, found = table.sum(axis=1), table.sum(axis=0)
-    size = table.sum()
-    above = np.trace(table) * size - wanted @ found
-    below = (size**2 - found @ found) * (size**2 - wanted @ wanted)
+def _matthews(confusion: np.ndarray) -> float:
+    """Return (s c - p·t) / sqrt((s² - p·p)(s² - t·t)), for any number of classes.
+
+    Source:
+      Gorodkin 2004.
+    """
+    target, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    size = confusion.sum()
+    above = np.trace(confusion) * size - target @ predicted
+    below = (size**2 - predicted @ predicted) * (size**2 - target @ target)
     return float(above / np.sqrt(below)) if below > 0 else 0.0
 
 
@@ -176,7 +182,7 @@ def _pearson(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Rank from 1 on; what is equal shares the mean of its ranks."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    """Return the ranks from 1; equal values share the mean of their ranks."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]
+    return (last - (counts - 1) / 2)[group]

@@ -1,4 +1,4 @@
-"""Continue prompts token by token, with a key-value cache, in one compiled program."""
+"""Generation token by token, with a key-value cache, in one compiled program."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from tsd_jax.core.errors import InputError
 
 
 class Generated(NamedTuple):
-    """Hold what was generated.
+    """Generated tokens.
 
-    tokens: (B, M) int32, without the prompts; a row that has ended repeats its last.
-    lengths: (B,) int32, tokens of each row before the one that ended it.
+    Attributes:
+      tokens: (B, M) int32, without the prompts; a row that has ended repeats its last
+        token.
+      lengths: number of tokens of each row before the one that ended it, (B,) int32.
     """
 
     tokens: Array
@@ -36,27 +38,27 @@ def generate(
     temperature: float = 0.0,
     key: Array | None = None,
 ) -> Generated:
-    """Continue every prompt until it ends itself or has `max_new_tokens` more.
+    """Continue every prompt until it ends or has `max_new_tokens` more tokens.
 
         next = argmax z,   or next ~ softmax(z / temperature)
 
-    One program is compiled for each `apply_fn` (the object: keep it) and shape; it
-    stops when all rows have ended.
+    One program is compiled for each shape and `apply_fn` (pass the same object again);
+    it stops when all rows have ended.
 
     Args:
       apply_fn: `model.apply`, plain or adapted, of a model called as
         `(variables, tokens, mask=mask, decode=True, mutable=["cache"])`, which keeps
-        keys and values of what came before in the collection "cache".
-      params: the parameters, with bound adapters where `apply_fn` sees them.
-      tokens: (B, T) int32, the prompts, padded on the left.
-      mask: (B, T) bool, False at padding.
+        the keys and values of earlier tokens in the collection "cache".
+      params: the parameters, with bound adapters if `apply_fn` is adapted.
+      tokens: the prompts, padded on the left, (B, T) int32.
+      mask: False at padding, (B, T) bool.
       max_new_tokens: M, at least 1.
-      eos_ids: ends a row, any of them; may be empty.
-      temperature: of the distribution sampled from; 0 takes the likeliest token.
-      key: a typed key to sample with; needed where the temperature is not 0.
+      eos_ids: tokens that end a row; may be empty.
+      temperature: of the sampling; 0 takes the most likely token.
+      key: typed key to sample with; required if the temperature is not 0.
 
     Raises:
-      InputError: if an argument does not fit the others.
+      InputError: an argument is invalid or does not fit the others.
     """
     _check(tokens, mask, max_new_tokens, temperature, key)
     return _generate(
@@ -74,18 +76,24 @@ def generate(
 def empty_cache(
     apply_fn: Callable[..., Any], params: Any, batch_size: int, length: int
 ) -> Any:
-    """Make the collection "cache" with `length` free slots for `batch_size` rows.
+    """Return an empty collection "cache"; nothing is computed.
 
-    Its shapes are those that a call without a cache makes; nothing is computed.
+    Args:
+      apply_fn: as for `generate`.
+      params: the parameters.
+      batch_size: rows.
+      length: slots of each row.
     """
     call = functools.partial(apply_fn, decode=True, mutable=["cache"])
     tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-    _, made = jax.eval_shape(call, {"params": params}, tokens)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made["cache"])
+    _, variables = jax.eval_shape(call, {"params": params}, tokens)
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["cache"]
+    )
 
 
 class _State(NamedTuple):
-    """Hold what one step hands to the next; `current` has not been read yet."""
+    """The state between two steps; the model has not read `current` yet."""
 
     step: Array
     current: Array
@@ -107,7 +115,7 @@ def _generate(
     *,
     max_new_tokens: int,
 ) -> Generated:
-    """Read all of the prompts but the last token, then step from that one."""
+    """Read the prompts but for their last token, then step from that one."""
     rows, length = tokens.shape
     read = functools.partial(_read, apply_fn, params)
 
@@ -117,14 +125,14 @@ def _generate(
         chosen = jnp.where(state.ended, state.current, chosen)
         ended = state.ended | jnp.isin(chosen, eos_ids)
         out = state.out.at[:, state.step].set(chosen)
-        lengths = state.lengths + ~ended
+        lengths = state.lengths + (~ended).astype(jnp.int32)
         return _State(state.step + 1, chosen, ended, cache, out, lengths)
 
     def unfinished(state: _State) -> Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.ended)
 
     cache = empty_cache(apply_fn, params, rows, length - 1 + max_new_tokens)
-    if length > 1:  # these logits are not used, so XLA never computes them
+    if length > 1:  # these logits are not used, so XLA does not compute them
         _, cache = read(cache, tokens[:, :-1], mask[:, :-1])
     end = lax.while_loop(
         unfinished,
@@ -149,7 +157,7 @@ def _read(
     tokens: Array,
     mask: Array | None,
 ) -> tuple[Array, Any]:
-    """Let the model read tokens (B, T); give logits (B, T, V) and the new cache."""
+    """Return the logits (B, T, V) of tokens (B, T), and the new cache."""
     variables = {"params": params, "cache": cache}
     logits, new = apply_fn(variables, tokens, mask=mask, decode=True, mutable=["cache"])
     return logits, new["cache"]
@@ -158,11 +166,13 @@ def _read(
 def _choose(
     logits: Array, step: Array, temperature: Array | None, key: Array | None
 ) -> Array:
-    """Choose each row's next token from (B, V) logits."""
+    """Return the next token of each row, (B,) int32, from logits (B, V)."""
     if temperature is None or key is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    own = jax.random.fold_in(key, step)
-    return jax.random.categorical(own, logits / temperature, axis=-1).astype(jnp.int32)
+    step_key = jax.random.fold_in(key, step)
+    return jax.random.categorical(step_key, logits / temperature, axis=-1).astype(
+        jnp.int32
+    )
 
 
 def _check(
@@ -175,10 +185,10 @@ def _check(
     """Refuse arguments that would generate nonsense."""
     if tokens.ndim != 2 or 0 in tokens.shape or mask.shape != tokens.shape:
         raise InputError(
-            f"tokens {tokens.shape} and mask {mask.shape} must have one shape (rows, "
-            "length), without an empty axis"
+            f"tokens {tokens.shape} and mask {mask.shape} must have the same shape "
+            "(rows, length), and neither may be empty"
         )
-    # An array spread over several hosts cannot be looked at from one.
+    # An array spread over several hosts cannot be read on one of them.
     seen = not isinstance(mask, Array) or mask.is_fully_addressable
     if seen and not np.asarray(mask)[:, -1].all():
         raise InputError("a prompt ends in padding: pad prompts on the left")
@@ -187,4 +197,4 @@ def _check(
     if temperature < 0:
         raise InputError(f"temperature must be 0 or more, not {temperature}")
     if temperature > 0 and key is None:
-        raise InputError("a temperature above 0 samples: give a key")
+        raise InputError("sampling at a temperature above 0 needs a key")

@@ -1,8 +1,7 @@
-"""Next-token likelihoods; one definition serves training and evaluation.
+"""Next-token likelihoods, for training and evaluation.
 
-A batch holds "tokens" (B, T), "targets" (B, T) and "weights" (B, T). What is returned
-is always a sum, never a mean: sums add up over micro-batches, hosts and batches of
-unequal token counts, means do not.
+A batch has "tokens" (B, T), "targets" (B, T) and "weights" (B, T). Losses are sums, never
+means: sums add up over micro-batches, hosts and batches of unequal token counts.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from tsd_jax.core.types import Batch, LossFn
 
 ScoreFn = Callable[[Any, Batch], jax.Array]
+"""(model variables, batch) -> one score for each row, (B,) float32."""
 
 
 def token_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -33,7 +33,7 @@ def token_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def next_token_loss(apply_fn: Callable[..., jax.Array]) -> LossFn:
-    """Make the loss: fn(variables, batch) -> (summed loss, summed weights), float32.
+    """Return the loss (variables, batch) -> (summed loss, summed weights), float32.
 
     Args:
       apply_fn: (variables, tokens (B, T)) -> logits (B, T, V).
@@ -47,7 +47,7 @@ def next_token_loss(apply_fn: Callable[..., jax.Array]) -> LossFn:
 
 
 def sequence_log_likelihood(apply_fn: Callable[..., jax.Array]) -> ScoreFn:
-    """Make the score: fn(variables, batch) -> log-likelihood of each row, (B,) float32.
+    """Return the score (variables, batch) -> log-likelihood of each row, (B,) float32.
 
     Args:
       apply_fn: (variables, tokens (B, T)) -> logits (B, T, V).

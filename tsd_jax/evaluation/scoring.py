@@ -1,8 +1,8 @@
-"""Score rows by likelihood: mean NLL, and the choice among options.
+"""Scoring by likelihood: mean NLL, and the choice among options.
 
-The last batch is filled up with rows of weight 0, so any number of rows runs through
-one compiled program. `place` puts a global batch on the devices; on several hosts
-every process gives it the same batch, and it keeps the rows of its own devices.
+The last batch is padded with rows of weight 0, so that one compiled program serves any
+number of rows. `place` puts a global batch on the devices; on several hosts every
+process passes the same batch, and keeps the rows of its own devices.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tsd_jax.core.types import Batch, LossFn
 from tsd_jax.evaluation.loss import ScoreFn
 
 PlaceFn = Callable[[Batch], Batch]
+"""Batch on the host -> the same batch on the devices."""
 
 
 def nll(
@@ -31,20 +32,20 @@ def nll(
 ) -> dict[str, float]:
     """Return the mean negative log-likelihood per counted token.
 
-    Batch sums are float32, their total is float64.
+    Sums over a batch are float32, their total is float64.
 
     Args:
-      loss_fn: of `next_token_loss`; jitted here, compiled once for all calls with it.
+      loss_fn: from `next_token_loss`; compiled once for all calls with the same object.
       variables: its first argument, sharded or not.
-      arrays: tokens, targets, weights, each (N, T).
-      batch_size: rows a batch.
+      arrays: tokens, targets and weights, each (N, T).
+      batch_size: rows in a batch.
       place: puts a batch on the devices.
 
     Returns:
       "nll", "perplexity" and "tokens", the number of counted tokens.
 
     Raises:
-      InputError: no token counts.
+      InputError: all weights are 0.
     """
     step = jax.jit(loss_fn)
     total = count = 0.0
@@ -54,7 +55,7 @@ def nll(
     if count == 0:
         raise InputError("there is no token to score: all weights are 0")
     mean = total / count
-    # exp overflows beyond 709, which a diverged model reaches.
+    # exp overflows above 709, which a diverged model reaches.
     perplexity = math.inf if mean > 700 else math.exp(mean)
     return {"nll": mean, "perplexity": perplexity, "tokens": int(count)}
 
@@ -68,17 +69,18 @@ def choices(
     batch_size: int,
     place: PlaceFn = lambda batch: batch,
 ) -> dict[str, float]:
-    """Return the share of records whose right option is the most likely one.
+    """Return the fraction of records whose correct option is the most likely one.
 
     A record with a score that is not finite counts as wrong.
 
     Args:
-      score_fn: of `sequence_log_likelihood`; jitted here, compiled once.
+      score_fn: from `sequence_log_likelihood`; compiled once for all calls with the
+        same object.
       variables: its first argument, sharded or not.
-      arrays: one row per option, each (R, T).
-      groups: (R,) the record of each row, ascending.
-      labels: (N,) place of the right option within its record.
-      batch_size: rows a batch.
+      arrays: tokens, targets and weights with a row for each option, each (R, T).
+      groups: index of the record of each row, ascending, (R,).
+      labels: index of the correct option within its record, (N,).
+      batch_size: rows in a batch.
       place: puts a batch on the devices.
 
     Returns:
@@ -93,17 +95,17 @@ def choices(
     parts = [fetch(step(variables, place(b))) for b in cut_batches(arrays, batch_size)]
     scores = np.concatenate(parts)[: len(groups)]
     starts = np.searchsorted(groups, np.arange(1, len(labels)))
-    correct = sum(
+    correct = [
         np.isfinite(own).all() and np.argmax(own) == label
         for own, label in zip(np.split(scores, starts), labels, strict=True)
-    )
-    return {"accuracy": float(correct) / len(labels), "count": len(labels)}
+    ]
+    return {"accuracy": np.count_nonzero(correct) / len(labels), "count": len(labels)}
 
 
 def cut_batches(
     arrays: Mapping[str, np.ndarray], batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Cut rows into batches, the last one filled up with zeros (weight 0)."""
+    """Yield batches of the rows; the last one is padded with zeros (weight 0)."""
     rows = len(arrays["tokens"])
     for start in range(0, rows, batch_size):
         missing = max(start + batch_size - rows, 0)
@@ -114,7 +116,7 @@ def cut_batches(
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """Return the whole array on the host, the rows of other processes included."""
+    """Return the whole array on the host, with the rows of other processes."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,4 +1,4 @@
-"""Mark generated text: find the answer in it, compare it exactly."""
+"""Grading of generated text: extract the answer and compare it exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tsd_jax.core.errors import InputError
 
 _NUMBERED = r"answer1|answer2|answer3|answer4|answer5"
 
-# What counts as an answer in the paper's commonsense tasks, case-sensitive
+# The answers of the paper's commonsense tasks, case-sensitive
 # (Subspace-Tuning, `commonsense_evaluate.py`).
 ANSWER_PATTERNS: dict[str, str] = {
     "boolq": r"true|false",
@@ -24,7 +24,7 @@ ANSWER_PATTERNS: dict[str, str] = {
 
 
 def answer_pattern(answers: Sequence[str]) -> str | None:
-    """Return the pattern that all these reference answers belong to, or None."""
+    """Return the pattern that all these reference answers match, or None."""
     for pattern in ANSWER_PATTERNS.values():
         if all(re.fullmatch(pattern, answer) for answer in answers):
             return pattern
@@ -32,10 +32,10 @@ def answer_pattern(answers: Sequence[str]) -> str | None:
 
 
 def extract_answer(text: str, pattern: str | None = None) -> str:
-    """Find the answer in generated text, prompt included or not.
+    """Return the answer in generated text, which may include the prompt.
 
-    Only what follows the last "### Response:" is read. With a pattern it is the first
-    match ("" if there is none), without one all of it, stripped.
+    Only the text after the last "### Response:" counts: the first match of the pattern
+    ("" if there is none), or without a pattern all of it, stripped.
     """
     response = text.rpartition("### Response:")[2]
     if pattern is None:
@@ -47,19 +47,19 @@ def extract_answer(text: str, pattern: str | None = None) -> str:
 def exact_match(
     texts: Sequence[str], answers: Sequence[str], pattern: str | None = None
 ) -> dict[str, float]:
-    """Return the share of texts whose answer equals the reference.
+    """Return the fraction of texts whose answer equals the reference.
 
     Args:
-      texts: generated, one per item.
-      answers: the references.
-      pattern: of `answer_pattern` or `ANSWER_PATTERNS`; None compares the whole
+      texts: generated texts, one for each item.
+      answers: reference answers.
+      pattern: from `answer_pattern` or `ANSWER_PATTERNS`; None compares the whole
         stripped text.
 
     Returns:
       "exact_match", "count", and "unanswered", the number of texts without an answer.
 
     Raises:
-      InputError: there are no items, or a reference is no answer under the pattern.
+      InputError: there are no items, or a reference does not match the pattern.
     """
     if not answers:
         raise InputError("there are no answers to compare with")
@@ -68,12 +68,12 @@ def exact_match(
             raise InputError(f"item {number} has no reference answer")
         if pattern is not None and not re.fullmatch(pattern, answer):
             raise InputError(
-                f"item {number}: the reference answer {answer!r} is none of {pattern}"
+                f"item {number}: reference answer {answer!r} is not one of {pattern}"
             )
     found = [extract_answer(text, pattern) for text in texts]
-    right = sum(a == b for a, b in zip(found, answers, strict=True))
+    correct = sum(1 for a, b in zip(found, answers, strict=True) if a == b)
     return {
-        "exact_match": right / len(answers),
+        "exact_match": correct / len(answers),
         "count": len(answers),
         "unanswered": found.count(""),
     }

@@ -1,8 +1,10 @@
-"""The launch: rank every kernel's directions once, and start what trains on them."""
+"""The launch: rank every kernel's directions once, and restart training along them."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,17 +15,24 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, AllDirections, Directions, Trainable
+from tsd_jax.core.adapter import (
+    Adapter,
+    AllDirections,
+    Trainable,
+    leaves_beside,
+)
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.leaves import KernelAxes, leaf_specs, map_leaves
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.types import Leaf, Progress
 from tsd_jax.extraction.chunks import ChunkPlan, plan_chunks, run_each
 from tsd_jax.extraction.devices import run_on_hosts
-from tsd_jax.extraction.matrix_launch import MatrixLaunch, Ranking, Started
+from tsd_jax.extraction.matrix_launch import MatrixLaunch, Ranking, Started, Trained
 from tsd_jax.extraction.ranking import EPSILON, RankSettings
 from tsd_jax.extraction.settings import Extraction
 from tsd_jax.extraction.spectra_cache import spectra_of
@@ -34,36 +43,24 @@ class Operands(NamedTuple):
 
     Attributes:
       kernel: as stored; of a chunk, its matrices (width, in, out).
-      a: A, (*batch, in, r).
-      b: B, (*batch, r, out).
-      magnitude: m, (*batch, out); None without DoRA.
+      trained: leaves of its adapter that launch reads, (*batch, ...) each.
       noise: what the ranking "random" ranks by, (*batch, k).
       delta: dK to rank by, stored as the kernel is; None for the learned one.
     """
 
     kernel: Any
-    a: Leaf
-    b: Leaf
-    magnitude: Leaf
+    trained: Trained
     noise: Leaf
     delta: Leaf
 
 
 def _chunk(operands: Operands, start: Array, plan: ChunkPlan) -> Operands:
     """Return a chunk's matrices and what lies beside them, each (width, ...)."""
-
-    def rows(x: Array | None) -> Array | None:
-        return None if x is None else plan.rows(x, start)
-
-    kernel, a, b, magnitude, noise, delta = operands
-    return Operands(
-        plan.matrices(kernel, start),
-        rows(a),
-        rows(b),
-        rows(magnitude),
-        rows(noise),
-        None if delta is None else plan.matrices(delta, start),
-    )
+    kernel, trained, noise, delta = operands
+    trained, noise = jax.tree.map(lambda x: plan.rows(x, start), (trained, noise))
+    if delta is not None:
+        delta = plan.matrices(delta, start)
+    return Operands(plan.matrices(kernel, start), trained, noise, delta)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "program"))
@@ -78,26 +75,27 @@ def _spread_chunk(operands, start, *, plan):
     return _chunk(operands, start, plan)
 
 
-def _out_shardings(adapter: Adapter):
-    """Return the results the shardings the adapter has, where it has named ones."""
+def _trained(adapter: Adapter) -> Trained:
+    """Return what launch reads of an adapter: all but the gains, zero until then."""
+    fields = (name for name in leaf_specs(Adapter) if name != "gain")
+    return {name: getattr(adapter, name) for name in fields}
+
+
+def _out_shardings(adapter: Adapter) -> Any:
+    """Return the shardings of the results, where the adapter has named ones."""
     a, b, spec = adapter.a, adapter.b, adapter.kernel
     at_a, at_b = getattr(a, "sharding", None), getattr(b, "sharding", None)
     if not (isinstance(at_a, NamedSharding) and isinstance(at_b, NamedSharding)):
         return None
     if not isinstance(at_a.mesh, Mesh):  # traced: the caller's jit decides
         return None
-    mesh, nothing = at_a.mesh, (None,) * a.ndim
+    nothing = (None,) * a.ndim
     *batch, rows, _ = (*at_a.spec, *nothing)[: a.ndim]
     *_, columns = (*at_b.spec, *nothing)[: b.ndim]
-
-    def named(*axes):
-        return NamedSharding(mesh, PartitionSpec(*batch, *axes))
-
-    extra = named(None) if spec.gated else None
-    magnitude = named(columns) if spec.dora else None
-    frozen = Directions(named(rows, None), named(columns, None), named(None), extra)
-    started = (named(rows, None), named(None, columns), magnitude, frozen)
-    return started, Ranking(named(None), named(None), named(None), extra)
+    axes = KernelAxes(at_a.mesh, tuple(batch), rows, columns)
+    new, frozen = leaves_beside(spec, axes.sharding)
+    ranking = Ranking(**map_leaves(Ranking, spec, axes.sharding))
+    return (_trained(new), frozen), ranking
 
 
 def _noise(kernel: KernelSpec, seed: int) -> np.ndarray:
@@ -134,18 +132,12 @@ def _launch_kernel(
         return plan.join(results, _out_shardings(adapter))
 
 
-def check_deltas(method: Method) -> None:
-    """Raise InputError unless a method's ranking alone looks at a change."""
-    if method.ranking != "rates":
-        raise InputError(
-            f"directions from a gradient: method {method.name!r} ranks by "
-            f"{method.ranking!r}, which looks at no change"
-        )
-    if method.restart and method.start == "sigma+p":
-        raise InputError(
-            "directions from a gradient: start='sigma+p' needs the change that "
-            "pre-launch made, and a gradient has no size of its own"
-        )
+def _renewed(adapter: Adapter, started: Trained, method: Method) -> Adapter:
+    """Return an adapter with what the method renews at launch, the rest as it was."""
+    gain = None if adapter.gain is None else jnp.zeros_like(adapter.gain)
+    new = {**started, "gain": gain}
+    specs = leaf_specs(Adapter).items()
+    return adapter.replace(**{f: new[f] for f, s in specs if s.renewed(method)})
 
 
 def _on_devices(operands, start, plan, program):
@@ -182,46 +174,90 @@ def _chunk_runner(extraction: Extraction, kernel: Any) -> Callable:
     return _on_devices
 
 
+def _program(
+    kernel: KernelSpec, method: Method, epsilon: float, solver: str
+) -> MatrixLaunch:
+    """Return the program that launches each matrix of a kernel."""
+    settings = RankSettings(
+        count=kernel.ranked, epsilon=epsilon, ranking=method.ranking, solver=solver
+    )
+    return MatrixLaunch(
+        method=method,
+        scale=kernel.scale,
+        settings=settings,
+        knee_budget=kernel.gains if kernel.gated else None,
+    )
+
+
+def _kernel_progress(
+    progress: Progress | None, spec: Spec
+) -> dict[str, Callable[[int], None] | None]:
+    """Return for every kernel what is called with the number of its matrices done."""
+    if progress is None:
+        return dict.fromkeys(spec.paths)
+    sizes = [math.prod(kernel.batch_shape) for kernel in spec.kernels]
+    before, total = itertools.accumulate(sizes, initial=0), sum(sizes)
+
+    def counted_from(start: int) -> Callable[[int], None]:
+        return lambda done: progress(start + done, total)
+
+    return dict(zip(spec.paths, map(counted_from, before), strict=False))
+
+
+def check_deltas(method: Method) -> None:
+    """Raise InputError unless a method can rank by deltas from elsewhere.
+
+    Args:
+      method: the method, which must rank by change rates and restart from sigma or 0.
+    """
+    if method.ranking != "rates":
+        raise InputError(
+            f"directions from a gradient: method {method.name!r} ranks by "
+            f"{method.ranking!r}, which does not depend on a gradient; use a method "
+            "that ranks by 'rates'"
+        )
+    if method.restart and method.start == "sigma+p":
+        raise InputError(
+            "directions from a gradient: start='sigma+p' needs the change that "
+            "pre-launch made, and a gradient has no size of its own; use another start"
+        )
+
+
 def launch(
-    params: Mapping,
+    params: Mapping[str, Any],
     trainable: Trainable,
     spec: Spec,
     *,
     epsilon: float = EPSILON,
     seed: int = 0,
-    deltas: Mapping[str, jax.Array] | None = None,
+    deltas: Mapping[str, Float[Array, "..."]] | None = None,
     extraction: Extraction | None = None,
     progress: Progress | None = None,
 ) -> tuple[Trainable, AllDirections, dict[str, Ranking]]:
     """Rank every kernel's directions and start the dash phase from them.
 
-    Call it once, between two steps. Extraction runs jit-compiled in float64
-    whatever the global settings; sharded kernels are spread over all devices a few
-    whole matrices at a time; results come back in the adapters' types and
-    shardings. Resetting optimizer moments is the optimizer's part: see
+    Call it once, between two steps. Extraction runs jit-compiled in float64 whatever
+    the global settings, a few whole matrices at a time over all devices; results have
+    the adapters' types and shardings. Resetting optimizer moments is left to
     `tsd_jax.training.optimizer.reset_moments`.
 
     Args:
-      params: the parameter tree with the untouched kernels; quantized ones become
-        floats a chunk at a time.
-      trainable: as trained so far; its `full` parameters go on untouched.
-      spec: of `make_spec`; its method says what is started.
+      params: parameter tree with the base's kernels, quantized or not.
+      trainable: as trained so far.
+      spec: as `make_spec` returns it; its method says what launch does.
       epsilon: of the change rate |p_i| / (sigma_i + epsilon).
       seed: of the ranking "random".
-      deltas: {path: dK, stored as the kernel is} to rank by, in place of gamma A B:
-        a gradient dL/dK gives directions without pre-launch. Its scale deltas
-        nothing; asked for kernel by kernel, in the spec's order.
+      deltas: {path: dK as stored} to rank by instead of gamma A B, such as gradients
+        dL/dK, whose scale has no effect; read one by one, in the spec's order.
       extraction: where and how to decompose.
-      progress: called after every chunk with the matrices done and their number.
+      progress: called after every chunk.
 
     Returns:
-      trainable (gains zero; A, B new where the method restarts them, DoRA's
-      magnitudes where it drops what pre-launch learned), directions, and
-      {path: Ranking}.
+      What trains next (gains zero; A, B and m new where the method renews them), the
+      frozen directions, and {path: Ranking}.
 
     Raises:
-      InputError: a kernel is not in the tree, the method has no launch, or it makes
-        nothing of `deltas`.
+      InputError: a kernel is missing, the method has no launch or cannot use `deltas`.
 
     Source: arXiv:2409.01035, sections 3 to 5.
     """
@@ -231,49 +267,16 @@ def launch(
         check_deltas(spec.method)
     extraction = extraction or Extraction()
     kernels = paths.select(params, spec.paths)
-    total = sum(int(np.prod(kernel.batch_shape)) for kernel in spec.kernels)
-    before = 0
+    tell = _kernel_progress(progress, spec)
     adapters, directions, report = {}, {}, {}
     for kernel in spec.kernels:
-        adapter = trainable.adapters[kernel.path]
-        program = MatrixLaunch(
-            method=spec.method,
-            scale=kernel.scale,
-            settings=RankSettings(
-                count=kernel.ranked,
-                epsilon=epsilon,
-                ranking=spec.method.ranking,
-                solver=extraction.solver,
-            ),
-            knee_budget=kernel.gains if kernel.gated else None,
+        path, adapter = kernel.path, trainable.adapters[kernel.path]
+        delta = None if deltas is None else deltas[path]
+        noise = _noise(kernel, seed)
+        operands = Operands(kernels[path], _trained(adapter), noise, delta)
+        program = _program(kernel, spec.method, epsilon, extraction.solver)
+        (started, directions[path]), report[path] = _launch_kernel(
+            operands, adapter, program, extraction, tell[path]
         )
-
-        def tell(done: int, before: int = before) -> None:
-            assert progress is not None
-            progress(before + done, total)
-
-        (a, b, magnitude, frozen), ranking = _launch_kernel(
-            Operands(
-                kernels[kernel.path],
-                adapter.a,
-                adapter.b,
-                adapter.magnitude,
-                _noise(kernel, seed),
-                None if deltas is None else deltas[kernel.path],
-            ),
-            adapter,
-            program,
-            extraction,
-            None if progress is None else tell,
-        )
-        before += int(np.prod(kernel.batch_shape))
-        if not spec.method.restart:
-            a, b = adapter.a, adapter.b
-        if not spec.method.begins_again:
-            magnitude = adapter.magnitude
-        gain = None if adapter.gain is None else jnp.zeros_like(adapter.gain)
-        new = adapter.replace(a=a, b=b, gain=gain, magnitude=magnitude)
-        adapters[kernel.path] = new
-        directions[kernel.path] = frozen
-        report[kernel.path] = ranking
+        adapters[path] = _renewed(adapter, started, spec.method)
     return trainable.replace(adapters=adapters), directions, report

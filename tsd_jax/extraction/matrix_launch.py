@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from tsd_jax.core.adapter import Directions
+from tsd_jax.core.leaves import leaf
 from tsd_jax.core.methods import Method
 from tsd_jax.core.types import Leaf
 from tsd_jax.extraction.deltas import DenseDelta, learned_delta, matrix_norms
@@ -19,8 +22,11 @@ from tsd_jax.extraction.ranking import Ranked, RankSettings, rank_delta
 from tsd_jax.extraction.restarts import RESTARTS
 from tsd_jax.extraction.spectra import DenseSpectrum
 
-Started = tuple[Array, Array, Array | None, Directions]
-"""A, B, m (None without DoRA) and the frozen factors of one matrix, after launch."""
+Trained = Mapping[str, Any]
+"""{field of Adapter: array of one matrix or of a chunk}, the gains left out."""
+
+Started = tuple[Trained, Directions]
+"""What trains and the frozen factors of one matrix, right after launch."""
 
 
 class Ranking(struct.PyTreeNode):
@@ -34,10 +40,12 @@ class Ranking(struct.PyTreeNode):
         int32; None otherwise.
     """
 
-    sigma: Leaf
-    rates: Leaf
-    indices: Leaf
-    used: Leaf = None
+    sigma: Leaf = struct.field(metadata=leaf("spectrum"))
+    rates: Leaf = struct.field(metadata=leaf("spectrum"))
+    indices: Leaf = struct.field(metadata=leaf("ranked"))
+    used: Leaf = struct.field(
+        default=None, metadata=leaf("one", exists=lambda kernel: kernel.gated)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +68,22 @@ class MatrixLaunch:
     def __call__(
         self,
         kernel: Float[Array, "in out"],
-        a: Float[Array, "in r"],
-        b: Float[Array, "r out"],
-        magnitude: Float[Array, "out"] | None,
+        trained: Trained,
         noise: Float[Array, "k"],
         delta: Float[Array, "in out"] | None,
         spectrum: DenseSpectrum | None = None,
     ) -> tuple[Started, Ranking]:
-        """Return A, B, m and the frozen factors right after launch, and what was seen.
+        """Return the leaves right after launch, and what was seen.
 
         Args:
           kernel: K, (in, out), any float type.
-          a: A, (in, r).
-          b: B, (r, out).
-          magnitude: m, (out,); None without DoRA.
+          trained: A, (in, r), B, (r, out), and with DoRA m, (out,).
           noise: what the ranking "random" ranks by, (k,).
           delta: dK to rank by, (in, out); None for what A, B and m have learned.
           spectrum: spectrum of the short side's Gram matrix, where it is known.
         """
-        dtype = a.dtype
-        a, b = a.astype(jnp.float64), b.astype(jnp.float64)
+        dtype, magnitude = trained["a"].dtype, trained["magnitude"]
+        a, b = (trained[name].astype(jnp.float64) for name in ("a", "b"))
         ranked = rank_delta(
             kernel,
             learned_delta(kernel, a, b, self.scale, magnitude)
@@ -101,7 +105,7 @@ class MatrixLaunch:
             ranked.indices,
             used,
         )
-        started = (a, b, magnitude, frozen)
+        started = ({"a": a, "b": b, "magnitude": magnitude}, frozen)
         return jax.tree.map(lambda x: x.astype(dtype), started), report
 
     def _norms(

@@ -1,4 +1,4 @@
-"""The numbers that shape a decoder, whatever family it is of."""
+"""The config of a decoder, for every family."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from tsd_jax.models.layers import ACTIVATIONS
 from tsd_jax.models.rope import RopeScaling
 
 
-def check_positive(numbers: object, *, zero: Sequence[str] = ()) -> None:
-    """Refuse a dataclass whose ints or floats are not positive; None may be.
+def check_positive(config: object, *, zero: Sequence[str] = ()) -> None:
+    """Check that every int and float of a config is positive and finite.
 
     Args:
-      numbers: the dataclass. zero: names of fields that may be 0.
+      config: an instance of a dataclass.
+      zero: names of the fields that may also be 0.
 
     Raises:
-      InputError: if one is not.
+      InputError: a number is not.
     """
-    for field in dataclasses.fields(numbers):  # pyright: ignore[reportArgumentType]
-        value = getattr(numbers, field.name)
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        value = getattr(config, field.name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         zeros = field.name in zero and value == 0
         if number and not (0 < value < math.inf or zeros):
@@ -33,17 +34,18 @@ def check_positive(numbers: object, *, zero: Sequence[str] = ()) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """Hold the numbers of a mixture of experts, the same in every layer.
+    """The config of a mixture of experts, the same in every layer.
 
     Attributes:
-      num_experts: in each layer. num_experts_per_tok: that a token is sent to.
+      num_experts: experts in each layer.
+      num_experts_per_tok: experts that each token is routed to.
       intermediate_size: width of one expert.
       norm_topk_prob: make the weights of a token's experts sum to one.
-      shared_intermediate_size: width of the expert that sees every token; None for
-        none.
+      shared_intermediate_size: width of the expert that every token goes to; None where
+        there is no such expert.
 
     Raises:
-      InputError: if a size is not positive, or more experts are chosen than there are.
+      InputError: a size is not positive, or tokens go to more experts than there are.
     """
 
     num_experts: int
@@ -64,29 +66,34 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Hold the numbers that shape a decoder; without the later ones, it is a Llama.
+    """The config of a decoder; with the defaults it is a Llama.
+
+    The fields up to `mlp_bias` are named as in Hugging Face's config.json.
 
     Attributes:
-      vocab_size ... mlp_bias: as Hugging Face names them.
-      model_type: of the family, which names the tensors in files.
+      model_type: the family, which decides how tensors are named in files.
       hidden_act: a key of `ACTIVATIONS`.
-      qkv_bias: biases of q, k and v alone; `attention_bias` has one of o too.
-      rope_scaling: of the rotary positions; None for none.
-      partial_rotary_factor: the part of each head that is turned.
-      rope_local_theta: of windowed layers, without scaling; None for the one theta.
-      rope_layers: whether each layer turns its heads; () for all.
-      sliding_window: slots that a token of a windowed layer attends to, itself
-        among them. window_layers: whether each layer is windowed; () for all.
+      qkv_bias: q, k and v have a bias; with `attention_bias` o has one too.
+      rope_scaling: scaling of the rotary positions; None for no scaling.
+      partial_rotary_factor: the fraction of each head that is rotated.
+      rope_local_theta: theta of windowed layers, which then have no scaling; None for
+        the same rotary positions in all layers.
+      rope_layers: whether each layer has rotary positions; () for all.
+      sliding_window: how many slots a token of a windowed layer attends to, its own
+        included; None for no limit.
+      window_layers: whether each layer is windowed; () for all.
       qk_norm: normalise each head of queries and keys.
-      query_pre_attn_scalar: attention's scale is its -1/2th power; None for head_dim.
-      attn_logit_softcapping, final_logit_softcapping: limits; None for none.
-      norm_around_one: norms multiply by 1 + scale. post_norms: also normalise what
-        attention and feed-forward give. scale_embeddings: by √hidden_size.
-      fused_projections: one kernel for q, k, v, and one for gate and up.
-      experts: in place of the feed-forward; None for none.
+      query_pre_attn_scalar: scores are divided by its square root; None for head_dim.
+      attn_logit_softcapping: limit of the attention scores; None for no limit.
+      final_logit_softcapping: limit of the logits; None for no limit.
+      norm_around_one: norms multiply by 1 + scale.
+      post_norms: also normalise the outputs of attention and feed-forward.
+      scale_embeddings: multiply embeddings by √hidden_size.
+      fused_projections: one kernel for q, k and v, and one for gate and up.
+      experts: mixture of experts in place of the feed-forward; None for none.
 
     Raises:
-      InputError: if a size is not positive, or the numbers do not fit together.
+      InputError: a size is not positive, or the values contradict each other.
     """
 
     vocab_size: int
@@ -130,11 +137,9 @@ class DecoderConfig:
                 "model's config"
             )
         if self.rotary_width % 2 or not 0 < self.rotary_width <= self.head_dim:
-            part = self.partial_rotary_factor
-            of = "" if part == 1 else f", or the part {part} of it,"
             raise InputError(
-                f"head_dim ({self.head_dim}){of} must be even, for the rotary "
-                "embedding turns pairs: correct the model's config"
+                f"head_dim ({self.head_dim}) has {self.rotary_width} rotated channels, "
+                "which must be pairs within it: correct the model's config"
             )
         if self.hidden_act not in ACTIVATIONS:
             raise InputError(
@@ -145,20 +150,20 @@ class DecoderConfig:
             length = len(getattr(self, name))
             if length not in (0, self.num_hidden_layers):
                 raise InputError(
-                    f"{name} tells of {length} layers, but there are "
-                    f"{self.num_hidden_layers}: correct the model's config"
+                    f"{name} has {length} entries, but there are "
+                    f"{self.num_hidden_layers} layers: correct the model's config"
                 )
         if self.rope_scaling is not None:
             self.rope_scaling.check(self.rotary_width, self.rope_theta)
 
     @property
     def rotary_width(self) -> int:
-        """The width of each head that is turned."""
+        """The width of the rotated part of each head."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def windowed(self) -> tuple[bool, ...]:
-        """Tell of each layer whether it is windowed."""
+        """Whether each layer is windowed."""
         if self.sliding_window is None:
             return (False,) * self.num_hidden_layers
         return self.window_layers or (True,) * self.num_hidden_layers

@@ -1,26 +1,26 @@
-"""One configurable decoder in Linen, for every family, that knows nothing of adapters.
+"""One configurable Linen decoder for every family; it knows nothing of adapters.
 
 The parameter tree, with the layers stacked on a leading axis L by the scan:
 
     embed_tokens/embedding                              (V, D)
     layers/input_layernorm/scale                        (L, D)
     layers/self_attn/{q,k,v,o}_proj/{kernel,bias}       (L, in, out), (L, out)
-    layers/self_attn/{q,k}_norm/scale                   (L, H), where it has them
+    layers/self_attn/{q,k}_norm/scale                   (L, H), if any
     layers/post_attention_layernorm/scale               (L, D)
-    layers/{pre,post}_feedforward_layernorm/scale       (L, D), where it has them
+    layers/{pre,post}_feedforward_layernorm/scale       (L, D), if any
     layers/mlp/{gate,up,down}_proj/{kernel,bias}        (L, in, out), (L, out)
     norm/scale                                          (D,)
-    lm_head/kernel                                      (D, V), where it is not tied
+    lm_head/kernel                                      (D, V), unless tied
 
-With fused projections, `self_attn/qkv_proj` and `mlp/gate_up_proj` take the place of
-their parts. With experts, E of them to a layer, the feed-forward is
+With fused projections, `self_attn/qkv_proj` and `mlp/gate_up_proj` replace the
+separate ones. With E experts in a layer, the feed-forward is
 
     layers/mlp/gate/kernel                                      (L, D, E), the router
     layers/mlp/experts/{gate,up,down}_proj/kernel               (L, E, in, out)
     layers/mlp/shared_expert/{gate,up,down}_proj/kernel         (L, in, out)
     layers/mlp/shared_expert_gate/kernel                        (L, D, 1)
 
-Without the scan the layers are `layers_0`, `layers_1`, ... and have no axis L.
+Without the scan the layers are `layers_0`, `layers_1`, ... without an axis L.
 
 Shapes are named B (batch), T (tokens of this call), S (tokens attended to),
 N (query heads), K (key and value heads), H (head width), D (hidden), V (vocabulary).
@@ -30,29 +30,28 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, cast
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 
-from tsd_jax.models.blocks import Block, LayerKind, Placement, make_norm
+from tsd_jax.models.base import LayeredModel
+from tsd_jax.models.blocks import AttentionInputs, Block, LayerKind, make_norm
 from tsd_jax.models.config import DecoderConfig
-from tsd_jax.models.layers import cap, rotary_tables
+from tsd_jax.models.layers import rotary_tables, soft_cap
 
+# Projections that widen D, and those that narrow to D.
 _WIDENING = r"(q|k|v|qkv|gate|up|gate_up)_proj"
 _NARROWING = r"(o|down)_proj"
 
 
 def _stacked(axes: int, *spec: str) -> PartitionSpec:
-    """Leave the first axes whole, which stack matrices."""
+    """Return the spec with the leading axes, which stack matrices, not sharded."""
     return PartitionSpec(*(None,) * axes, *spec)
 
 
-# Inner axes on fsdp, heads and feed-forward columns on tensor: a block then needs one
+# Hidden axes on fsdp, heads and feed-forward columns on tensor: a block then needs one
 # reduction over `tensor` after o_proj and one after down_proj. First full match wins.
 DECODER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),
@@ -68,27 +67,17 @@ DECODER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*", PartitionSpec()),
 )
 
-
 LINEAR_KERNELS = r"layers[^/]*/.+_proj/kernel"
-"""Kernels that are worth quantizing: not embeddings, heads, routers or norms."""
+"""Kernels worth quantizing: not embeddings, heads, routers or norms."""
 
 
-class Decoder(nn.Module):
-    """Predict the next token at every position.
+class Decoder(LayeredModel):
+    """A causal language model: predicts the next token at every position.
 
-    Attributes:
-      config: the numbers that shape the model.
-      dtype: of the computation; norms, rotations, softmax and logits are float32.
-      param_dtype: of the parameters that `init` makes.
-      scan_layers: stack the layers' parameters and compile one block, not L.
-      remat: keep only each block's input for the gradient and recompute the rest.
+    Norms, rotations, softmax and logits are float32, whatever `dtype` is.
     """
 
     config: DecoderConfig
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-    scan_layers: bool = True
-    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -99,19 +88,19 @@ class Decoder(nn.Module):
         *,
         decode: bool = False,
     ) -> Array:
-        """Return the logits of the token after each one.
+        """Return the logits of the token that follows each one.
 
         Args:
           tokens: (B, T) int32.
           positions: (B, T) int32; by default counted along the tokens `mask` keeps.
-          mask: (B, T) bool, True at real tokens; padding may stand on either side.
-          decode: let these tokens follow those of the calls before, whose keys and
-            values the collection "cache" holds (it must be mutable). A call without
-            one makes it, empty, with as many slots as it has tokens; how many of them
-            are free is the caller's to count.
+          mask: (B, T) bool, True at real tokens; padding may be on either side.
+          decode: treat these tokens as the continuation of earlier calls, whose keys
+            and values are in the collection "cache" (which must be mutable). A call
+            without that collection creates it, empty, with as many slots as there are
+            tokens; the caller keeps count of the free slots.
 
         Returns:
-          (B, T, V) float32; rows of padding are finite and mean nothing.
+          (B, T, V) float32; rows of padding are finite but meaningless.
         """
         config = self.config
         embed = nn.Embed(
@@ -121,72 +110,53 @@ class Decoder(nn.Module):
             param_dtype=self.param_dtype,
             name="embed_tokens",
         )
-        placement = self._place(tokens, positions, mask, decode)
+        inputs = self._attention_inputs(tokens, positions, mask, decode)
         x = embed(tokens)
         if config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(config.hidden_size), self.dtype)
-        x = self._run_layers(x, placement)
-        x = make_norm(config, self.dtype, self.param_dtype)(name="norm")(x)
-        # Logits leave the product in float32: bfloat16 would round them to 3 digits.
+        x = self.run_layers(Block, self.settings, x, inputs, self._layer_kinds())
+        x = make_norm(*self.settings)(name="norm")(x)
+        logits = self._logits(x, embed)
+        limit = config.final_logit_softcapping
+        return logits if limit is None else soft_cap(logits, limit)
+
+    def _logits(self, x: Array, embed: nn.Embed) -> Array:
+        """Map hidden states (B, T, D) to logits (B, T, V) float32."""
+        config = self.config
+        # The product accumulates to float32: bfloat16 would keep 3 digits of a logit.
         product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
         if config.tie_word_embeddings:
             table = jnp.asarray(embed.embedding, self.dtype)
-            logits = product(x, table, (((2,), (1,)), ((), ())))
-        else:
-            logits = nn.Dense(
-                config.vocab_size,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                dot_general=product,
-                name="lm_head",
-            )(x)
-        limit = config.final_logit_softcapping
-        return logits if limit is None else cap(logits, limit)
-
-    def _run_layers(self, x: Array, placement: Placement) -> Array:
-        """Send (B, T, D) through all blocks."""
-        settings = (self.config, self.dtype, self.param_dtype)
-        number = self.config.num_hidden_layers
-        kinds = self._kinds()
-        block: Any = Block
-        if self.remat:
-            # In a scan nothing can be merged across iterations, so no barrier.
-            block = nn.remat(Block, prevent_cse=not self.scan_layers)
-        if not self.scan_layers:
-            for layer in range(number):
-                kind = jax.tree.map(lambda each, layer=layer: each[layer], kinds)
-                x, _ = block(*settings, name=f"layers_{layer}")(x, placement, kind)
-            return x
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "cache": 0},
-            split_rngs={"params": True},
-            in_axes=cast(Any, (nn.broadcast, 0)),  # the placement is not scanned over
-            length=number,
+            return product(x, table, (((2,), (1,)), ((), ())))
+        head = nn.Dense(
+            config.vocab_size,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            dot_general=product,
+            name="lm_head",
         )
-        x, _ = scanned(*settings, name="layers")(x, placement, kinds)
-        return x
+        return head(x)
 
-    def _kinds(self) -> LayerKind:
-        """Gather over the layers what is not the same in all of them."""
+    def _layer_kinds(self) -> LayerKind:
+        """Return what differs between layers, stacked over them."""
 
-        def gathered(each: tuple[bool, ...]) -> Array | None:
-            return jnp.asarray(each) if len({*each}) > 1 else None
+        def stack(values: tuple[bool, ...]) -> Array | None:
+            return jnp.asarray(values) if len({*values}) > 1 else None
 
         return LayerKind(
-            windowed=gathered(self.config.windowed),
-            turned=gathered(self.config.rope_layers),
+            windowed=stack(self.config.windowed),
+            rotary=stack(self.config.rope_layers),
         )
 
-    def _place(
+    def _attention_inputs(
         self, tokens: Array, positions: Array | None, mask: Array | None, decode: bool
-    ) -> Placement:
-        """Find positions, visible slots and the cache's index of `tokens` (B, T)."""
+    ) -> AttentionInputs:
+        """Return rotary tables, masks and the cache's index for `tokens` (B, T)."""
         known, index = mask, None
         if decode:
             real = jnp.ones(tokens.shape, bool) if mask is None else mask
-            known, index = self._remember_mask(real)
+            known, index = self._update_mask(real)
         length = tokens.shape[1]
         start = jnp.zeros((), jnp.int32) if index is None else index
         if known is None:
@@ -195,18 +165,19 @@ class Decoder(nn.Module):
             counted = jnp.maximum(jnp.cumsum(known, axis=1, dtype=jnp.int32) - 1, 0)
             counted = lax.dynamic_slice_in_dim(counted, start, length, axis=1)
         positions = counted if positions is None else positions
-        wide, near = self._tables(positions), self._near_tables(positions)
-        window = self._window(known, start, length)
-        if known is None and window is not None:
+        tables, window_tables = self._tables(positions), self._window_tables(positions)
+        window_mask = self._window_mask(known, start, length)
+        if known is None and window_mask is not None:
             known = jnp.ones((1, length), bool)
-        visible = None if known is None else _visible(known, start, length)
+        full_mask = None if known is None else _attention_mask(known, start, length)
         if all(self.config.windowed):
-            wide, near = wide if near is None else near, None
-            visible, window = visible if window is None else window, None
-        return Placement(*wide, visible, index, (near, window))
+            tables = tables if window_tables is None else window_tables
+            full_mask = full_mask if window_mask is None else window_mask
+            window_tables = window_mask = None
+        return AttentionInputs(*tables, full_mask, index, window_tables, window_mask)
 
     def _tables(self, positions: Array) -> tuple[Array, Array]:
-        """Return cos and sin for `positions` (B or 1, T)."""
+        """Return the rotary tables of `positions` (B or 1, T)."""
         config = self.config
         if config.rope_layers and not any(config.rope_layers):
             ones = jnp.ones((*positions.shape, 1, config.rotary_width), jnp.float32)
@@ -215,28 +186,30 @@ class Decoder(nn.Module):
             positions, config.rotary_width, config.rope_theta, config.rope_scaling
         )
 
-    def _near_tables(self, positions: Array) -> tuple[Array, Array] | None:
-        """Return those of windowed layers, where they have a theta of their own."""
+    def _window_tables(self, positions: Array) -> tuple[Array, Array] | None:
+        """Return the rotary tables of windowed layers, if they differ."""
         theta = self.config.rope_local_theta
         if theta is None or not any(self.config.windowed):
             return None
         return rotary_tables(positions, self.config.rotary_width, theta)
 
-    def _window(self, known: Array | None, start: Array, length: int) -> Array | None:
-        """Tell what windowed layers see; None where no window is left behind."""
+    def _window_mask(
+        self, known: Array | None, start: Array, length: int
+    ) -> Array | None:
+        """Return the mask of windowed layers; None if the window covers all slots."""
         window = self.config.sliding_window
         slots = length if known is None else known.shape[1]
         if not any(self.config.windowed) or window is None or window >= slots:
             return None
         known = jnp.ones((1, length), bool) if known is None else known
-        return _visible(known, start, length, window)
+        return _attention_mask(known, start, length, window)
 
-    def _remember_mask(self, real: Array) -> tuple[Array, Array]:
-        """Write `real` (B, T) into the cache; give (B, S) and its index before."""
+    def _update_mask(self, real: Array) -> tuple[Array, Array]:
+        """Write `real` (B, T) into the cache; return (B, S) and the index before."""
         exists = self.has_variable("cache", "mask")
         slots = self.variable("cache", "mask", jnp.zeros, real.shape, jnp.bool_)
         index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
-        if not exists:  # this call only gives the cache its shape
+        if not exists:  # this call only creates the cache
             return real, index.value
         start = index.value
         slots.value = lax.dynamic_update_slice(slots.value, real, (0, start))
@@ -244,21 +217,26 @@ class Decoder(nn.Module):
         return slots.value, start
 
 
-def _visible(
+def _attention_mask(
     known: Array, start: Array, length: int, window: int | None = None
 ) -> Array:
-    """Tell which of the slots `known` (B, S) each of the new tokens attends to.
+    """Return which slots each of the new tokens attends to.
 
-    A token sees the real ones up to itself, and always itself: a row of padding then
-    has a softmax over something, on every backend, and stays finite. With a window it
-    sees no further back than that many slots, its own among them.
+    A token attends to the real slots up to its own, and always to its own: a row of
+    padding then has a softmax over something, and stays finite on every backend.
+
+    Args:
+      known: which slots are real, (B, S) bool.
+      start: slot of the first new token, () int32.
+      length: T, number of new tokens.
+      window: how many slots back a token attends, its own included; None for all.
 
     Returns:
       (B, 1, T, S) bool.
     """
     slots = jnp.arange(known.shape[1])[None, None, :]
     own = (start + jnp.arange(length))[None, :, None]
-    seen = slots <= own
+    allowed = slots <= own
     if window is not None:
-        seen &= slots > own - window
-    return ((seen & known[:, None, :]) | (slots == own))[:, None]
+        allowed &= slots > own - window
+    return ((allowed & known[:, None, :]) | (slots == own))[:, None]

@@ -1,4 +1,4 @@
-"""What encoders are made of: embeddings, attention, feed-forward, heads.
+"""The parts of encoders: embeddings, attention, feed-forward and heads.
 
 Modules are named as in Hugging Face's files. Shapes are named B (batch), T (tokens),
 N (heads), H (head width), D (hidden), P (rows of the table of relative positions).
@@ -17,14 +17,17 @@ from flax import struct
 from jax import Array
 from jax.typing import DTypeLike
 
+from tsd_jax.models.base import ModelPart
 from tsd_jax.models.encoder_config import ENCODER_ACTIVATIONS, EncoderConfig
 
 
 @struct.dataclass
-class Relative:
-    """Hold the relative positions that T tokens can have.
+class RelativePositions:
+    """The relative positions within T tokens.
 
-    table: (P, D), their embeddings. rows: (T, T) int32, the row of query i, key j.
+    Attributes:
+      table: embeddings, (P, D).
+      rows: the row of `table` for query i and key j, (T, T) int32.
     """
 
     table: Array
@@ -32,10 +35,14 @@ class Relative:
 
 
 @struct.dataclass
-class Joining:
-    """Hold what joins the first layer's result: LayerNorm(x + added) where kept.
+class ConvBranch:
+    """What DeBERTa adds to the first layer's output: LayerNorm(x + added) · kept.
 
-    added: (B, T, D). kept: (B, T, 1). scale, bias: (D,), of the norm.
+    Attributes:
+      added: output of the convolution, (B, T, D).
+      kept: whether a token is real, (B, T, 1) bool.
+      scale: of the norm, (D,).
+      bias: of the norm, (D,).
     """
 
     added: Array
@@ -45,24 +52,38 @@ class Joining:
 
 
 @struct.dataclass
-class Context:
-    """What every layer sees beside the stream; None where a family has no such thing.
+class EncoderContext:
+    """What every layer gets besides the hidden states.
 
-    visible: (B, 1, T or 1, T) bool, or None for all. relative: positions. joining:
-    what the first layer's result is joined by.
+    Attributes:
+      mask: which tokens each one attends to, (B, 1, T or 1, T) bool; None for all.
+      relative: relative positions; None where a family has none.
+      convolution: added after the first layer; None where a family has none.
     """
 
-    visible: Array | None
-    relative: Relative | None = None
-    joining: Joining | None = None
+    mask: Array | None
+    relative: RelativePositions | None = None
+    convolution: ConvBranch | None = None
 
 
-class Embeddings(nn.Module):
-    """Sum the embeddings of tokens, positions and token types, and normalise."""
+class EncoderPart(ModelPart):
+    """A module inside an encoder."""
 
     config: EncoderConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+
+    def norm(self) -> nn.LayerNorm:
+        """Create the norm; its statistics are float32, and exact for a tiny ε."""
+        return nn.LayerNorm(
+            epsilon=self.config.layer_norm_eps,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            use_fast_variance=False,
+            name="LayerNorm",
+        )
+
+
+class Embeddings(EncoderPart):
+    """The normalised sum of the embeddings of tokens, positions and token types."""
 
     @nn.compact
     def __call__(
@@ -75,18 +96,12 @@ class Embeddings(nn.Module):
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + self._table(config.type_vocab_size, "token_type_embeddings")(types)
         if config.absolute_positions:
-            places = self._positions(tokens) if positions is None else positions
+            rows = self._positions(tokens) if positions is None else positions
             table = self._table(config.max_position_embeddings, "position_embeddings")
-            x = x + table(places)
+            x = x + table(rows)
         if config.embedding_size is not None:
-            x = nn.Dense(
-                config.hidden_size,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name="embed_proj",
-            )(x)
-        return make_norm(config, self.dtype, self.param_dtype)(x)
+            x = self.dense(config.hidden_size, "embed_proj", use_bias=False)(x)
+        return self.norm()(x)
 
     def _table(self, rows: int, name: str) -> nn.Embed:
         width = self.config.embedding_size or self.config.hidden_size
@@ -95,7 +110,7 @@ class Embeddings(nn.Module):
         )
 
     def _positions(self, tokens: Array) -> Array:
-        """Count the slots, or the tokens that are no padding from behind its id."""
+        """Count all slots from 0, or the real tokens from the padding id plus one."""
         if not self.config.counted_positions:
             return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         pad = self.config.pad_token_id
@@ -103,101 +118,92 @@ class Embeddings(nn.Module):
         return jnp.cumsum(real, axis=1) * real + pad
 
 
-class SelfAttention(nn.Module):
-    """Attend to every visible token."""
-
-    config: EncoderConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+class SelfAttention(EncoderPart):
+    """Attention of every token to all tokens of the mask."""
 
     @nn.compact
-    def __call__(self, x: Array, context: Context) -> Array:
+    def __call__(self, x: Array, context: EncoderContext) -> Array:
         """Map (B, T, D) to (B, T, D)."""
         query, key, value = (
-            split_heads(make_dense(self, self.config.hidden_size, name)(x), self.config)
+            split_heads(self.dense(self.config.hidden_size, name)(x), self.config)
             for name in ("query", "key", "value")
         )
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=context.visible)
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=context.mask)
         return mixed.reshape(x.shape)
 
 
-class Attention(nn.Module):
-    """Attend, project and add.
+class Attention(EncoderPart):
+    """Attention with its output projection, added to x and normalised.
 
     Attributes:
-      mixing: the module that attends.
+      self_attention: the module that attends.
     """
 
-    config: EncoderConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    mixing: type[nn.Module]
+    self_attention: type[EncoderPart]
 
     @nn.compact
-    def __call__(self, x: Array, context: Context) -> Array:
+    def __call__(self, x: Array, context: EncoderContext) -> Array:
         """Map (B, T, D) to (B, T, D)."""
-        settings: Any = (self.config, self.dtype, self.param_dtype)
-        mixed = self.mixing(*settings, name="self")(x, context)
-        return Residual(*settings, name="output")(mixed, x)
+        mixed = self.self_attention(*self.settings, name="self")(x, context)
+        return Residual(*self.settings, name="output")(mixed, x)
 
 
-class Intermediate(nn.Module):
-    """Widen: act(x K + b)."""
-
-    config: EncoderConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+class Intermediate(EncoderPart):
+    """The first layer of the feed-forward network: act(x K + b)."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Map (B, T, D) to (B, T, intermediate size)."""
-        wide = make_dense(self, self.config.intermediate_size, "dense")(x)
+        wide = self.dense(self.config.intermediate_size, "dense")(x)
         return ENCODER_ACTIVATIONS[self.config.hidden_act](wide)
 
 
-class Residual(nn.Module):
-    """Project, add to the stream, and normalise the sum."""
-
-    config: EncoderConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+class Residual(EncoderPart):
+    """A projection, added to the residual stream and normalised."""
 
     @nn.compact
     def __call__(self, x: Array, stream: Array) -> Array:
-        """Map (B, T, anything) and (B, T, D) to (B, T, D)."""
-        added = make_dense(self, self.config.hidden_size, "dense")(x)
-        return make_norm(self.config, self.dtype, self.param_dtype)(stream + added)
+        """Map x (B, T, any) and the stream (B, T, D) to (B, T, D)."""
+        added = self.dense(self.config.hidden_size, "dense")(x)
+        return self.norm()(stream + added)
 
 
-class Block(nn.Module):
-    """Attention, then feed-forward, each added to the stream and normalised.
+class EncoderBlock(EncoderPart):
+    """One layer: attention, then feed-forward.
 
     Attributes:
-      mixing: the module that attends.
+      self_attention: the module that attends.
     """
 
-    config: EncoderConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    mixing: type[nn.Module]
+    self_attention: type[EncoderPart]
 
     @nn.compact
-    def __call__(self, x: Array, context: Context, layer: Array) -> tuple[Array, None]:
-        """Map (B, T, D) to (B, T, D), in the form a scan wants; layer: () int."""
-        settings: Any = (self.config, self.dtype, self.param_dtype)
-        mixed = Attention(*settings, mixing=self.mixing, name="attention")(x, context)
-        middle = Intermediate(*settings, name="intermediate")(mixed)
-        x = Residual(*settings, name="output")(middle, mixed)
-        if context.joining is not None:
-            joined = join(x, context.joining, self.config.layer_norm_eps)
+    def __call__(
+        self, x: Array, context: EncoderContext, layer: Array
+    ) -> tuple[Array, None]:
+        """Map (B, T, D) to (B, T, D), in the form that a scan expects.
+
+        Args:
+          x: hidden states.
+          context: of every layer.
+          layer: number of this one, () int32.
+        """
+        attention = Attention(*self.settings, self.self_attention, name="attention")
+        mixed = attention(x, context)
+        middle = Intermediate(*self.settings, name="intermediate")(mixed)
+        x = Residual(*self.settings, name="output")(middle, mixed)
+        if context.convolution is not None:
+            joined = add_convolution(x, context.convolution, self.config.layer_norm_eps)
             x = jnp.where(layer == 0, joined, x)
         return x, None
 
 
 class Pooler(nn.Module):
-    """Map the first token's state: act(x K + b), in float32.
+    """The first token's state through act(x K + b), in float32.
 
     Attributes:
+      config: the model's config.
+      param_dtype: of the parameters.
       activation: a key of `ENCODER_ACTIVATIONS`.
     """
 
@@ -215,7 +221,12 @@ class Pooler(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """Map the first token's state to logits through one layer of its own (RoBERTa)."""
+    """The head of a RoBERTa: one hidden layer between the first token and the logits.
+
+    Attributes:
+      config: the model's config.
+      param_dtype: of the parameters.
+    """
 
     config: EncoderConfig
     param_dtype: DTypeLike
@@ -243,17 +254,19 @@ HEADS: Mapping[str, Callable[[EncoderConfig, DTypeLike, Array], Array]] = {
 }
 
 
-def read_out(config: EncoderConfig, param_dtype: DTypeLike, x: Array) -> Array:
+def classify(config: EncoderConfig, param_dtype: DTypeLike, x: Array) -> Array:
     """Return the logits of the first slot, in float32; without a head, all states.
 
-    Transformers reads the first slot too, also where padding stands there: pad on the
+    As in transformers the first slot is read even where it is padding, so pad on the
     right.
 
     Args:
-      config: of the model. param_dtype: of the head. x: (B, T, D).
+      config: of the model.
+      param_dtype: of the head.
+      x: hidden states, (B, T, D).
 
     Returns:
-      (B, labels), or (B, T, D) where there are no labels.
+      (B, labels), or (B, T, D) where the model has no labels.
     """
     x = x.astype(jnp.float32)
     if not config.num_labels:
@@ -261,32 +274,18 @@ def read_out(config: EncoderConfig, param_dtype: DTypeLike, x: Array) -> Array:
     return HEADS[config.head](config, param_dtype, x[:, 0])
 
 
-def make_dense(module: Any, features: int, name: str) -> nn.Dense:
-    """Make a projection of a module here, in its own types."""
-    return nn.Dense(
-        features, dtype=module.dtype, param_dtype=module.param_dtype, name=name
-    )
+def add_convolution(x: Array, branch: ConvBranch, epsilon: float) -> Array:
+    """Return LayerNorm(x + added), zero at padding.
 
-
-def make_norm(
-    config: EncoderConfig, dtype: DTypeLike, param_dtype: DTypeLike
-) -> nn.LayerNorm:
-    """Make the norm, whose statistics are float32 and exact for a tiny ε."""
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        use_fast_variance=False,
-        name="LayerNorm",
-    )
-
-
-def join(x: Array, joining: Joining, epsilon: float) -> Array:
-    """Return LayerNorm(x + added), zero where nothing is kept."""
-    wide = (x + joining.added).astype(jnp.float32)
-    unit = jax.nn.standardize(wide, axis=-1, epsilon=epsilon)
-    scale, bias = joining.scale[None, None], joining.bias[None, None]
-    return ((unit * scale + bias) * joining.kept).astype(x.dtype)
+    Args:
+      x: output of the first layer, (B, T, D).
+      branch: the output of the convolution, and the norm.
+      epsilon: ε of the norm.
+    """
+    total = (x + branch.added).astype(jnp.float32)
+    unit = jax.nn.standardize(total, axis=-1, epsilon=epsilon)
+    scale, bias = branch.scale[None, None], branch.bias[None, None]
+    return ((unit * scale + bias) * branch.kept).astype(x.dtype)
 
 
 def split_heads(x: Array, config: EncoderConfig) -> Array:

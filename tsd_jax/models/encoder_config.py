@@ -1,4 +1,4 @@
-"""The numbers that shape an encoder, whatever family it is of."""
+"""The config of an encoder, for every family."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tsd_jax.models.config import check_positive
 REGRESSION = "regression"
 CLASSIFICATION = "single_label_classification"
 PROBLEM_TYPES = {"classification": CLASSIFICATION, "regression": REGRESSION}
-"""{what a task is: what config.json calls it}."""
+"""{kind of task: its name in config.json}."""
 
 
 def _exact_gelu(x: Array) -> Array:
     return nn.gelu(x, approximate=False)
 
 
-# As Hugging Face names them: "gelu" is the exact one there, and here.
+# Named as in Hugging Face's models, where "gelu" is the exact one.
 ENCODER_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": _exact_gelu,
     "gelu_new": nn.gelu,
@@ -34,14 +34,16 @@ ENCODER_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
-    """Hold the numbers of DeBERTa's convolution, whose result joins the first layer.
+class ConvConfig:
+    """The config of DeBERTa's convolution, which is added after the first layer.
 
     Attributes:
-      width: of the kernel, odd. groups: of channels. activation: of the result.
+      width: of the kernel, odd.
+      groups: groups of channels.
+      activation: a key of `ENCODER_ACTIVATIONS`.
 
     Raises:
-      InputError: if the width is even, or the activation is not known.
+      InputError: the width is even, or the activation is unknown.
     """
 
     width: int
@@ -53,23 +55,26 @@ class Convolution:
         _check_activation("conv_act", self.activation)
         if self.width % 2 == 0:
             raise InputError(
-                f"conv_kernel_size is {self.width}, and only odd ones keep the "
+                f"conv_kernel_size is {self.width}, and only odd sizes keep the "
                 "length: choose another checkpoint"
             )
 
 
 @dataclasses.dataclass(frozen=True)
-class Disentangled:
-    """Hold the numbers of attention to relative positions (arXiv:2006.03654).
+class DisentangledConfig:
+    """The config of attention to relative positions (arXiv:2006.03654).
 
     Attributes:
-      max_relative_positions: no distance counts as more.
-      position_buckets: distances past half of them share buckets whose width grows
-        with the logarithm of the distance; None gives every distance its own.
-      content_to_position, position_to_content: the terms of the scores beside content
-        to content.
-      share_att_key: positions go through the projections of content, not their own.
+      max_relative_positions: the largest distance; farther tokens count as this far.
+      position_buckets: number of buckets; distances past half of it share buckets of
+        logarithmic width. None for a bucket for every distance.
+      content_to_position: score contents against positions.
+      position_to_content: score positions against contents.
+      share_att_key: project positions with the projections of content.
       norm_embeddings: normalise the table of positions.
+
+    Raises:
+      InputError: a number is not positive.
     """
 
     max_relative_positions: int
@@ -90,27 +95,32 @@ class Disentangled:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Hold the numbers that shape an encoder; without the later ones, it is a BERT.
+    """The config of an encoder; with the defaults it is a BERT.
+
+    The fields up to `layer_norm_eps` are named as in Hugging Face's config.json; a
+    `type_vocab_size` of 0 means no token types.
 
     Attributes:
-      vocab_size ... layer_norm_eps: as Hugging Face names them; no token types where
-        type_vocab_size is 0.
-      model_type: of the family, which names the tensors in files.
-      hidden_act, pooler_act: keys of `ENCODER_ACTIVATIONS`.
+      model_type: the family, which decides how tensors are named in files.
+      hidden_act: a key of `ENCODER_ACTIVATIONS`.
+      pooler_act: a key of `ENCODER_ACTIVATIONS`.
       head: a key of `tsd_jax.models.encoder_blocks.HEADS`.
-      pad_token_id: of padding. counted_positions: count them from behind it, along
-        the tokens that are not padding (RoBERTa).
+      pad_token_id: the token of padding.
+      counted_positions: count positions from `pad_token_id` + 1 along the tokens that
+        are not padding (RoBERTa).
       absolute_positions: add embeddings of positions to those of tokens.
-      embedding_size: of tokens, projected to the hidden one; None for the same.
+      embedding_size: width of the embeddings before a projection; None for hidden_size
+        and no projection.
       disentangled: attention to relative positions; None for plain attention.
-      convolution: beside the first layer; None for none.
-      initializer_range: standard deviation of the kernels of a fresh head.
-      num_labels: of the head; 0 for none: the network gives its hidden states.
-      label_names: of a classification, in order; () where they have none.
+      convolution: added after the first layer; None for none.
+      initializer_range: standard deviation of the kernels of a new head.
+      num_labels: outputs of the head; 0 for no head, the model then returns its hidden
+        states.
+      label_names: names of the classes, in order; () where they have none.
       problem_type: `CLASSIFICATION` or `REGRESSION`.
 
     Raises:
-      InputError: if a size is not positive, or the numbers do not fit together.
+      InputError: a size is not positive, or the values contradict each other.
     """
 
     vocab_size: int
@@ -129,8 +139,8 @@ class EncoderConfig:
     counted_positions: bool = False
     absolute_positions: bool = True
     embedding_size: int | None = None
-    disentangled: Disentangled | None = None
-    convolution: Convolution | None = None
+    disentangled: DisentangledConfig | None = None
+    convolution: ConvConfig | None = None
     initializer_range: float = 0.02
     num_labels: int = 0
     label_names: tuple[str, ...] = ()
@@ -159,7 +169,7 @@ class EncoderConfig:
 
     @property
     def longest(self) -> int | None:
-        """The most tokens of one sequence; None where nothing limits it."""
+        """The largest number of tokens in a sequence; None for no limit."""
         if not self.absolute_positions:
             return None
         taken = self.pad_token_id + 1 if self.counted_positions else 0

@@ -1,4 +1,4 @@
-"""The parts that hold a decoder's numerics: positions, norms and attention."""
+"""The numerics of a decoder: rotary positions, norms and attention."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def rotary_tables(
     theta: float,
     scaling: RopeScaling | None = None,
 ) -> tuple[Array, Array]:
-    """Return cos and sin of the angles position · frequency_i, i < H/2, twice over.
+    """Return cos and sin of the angles position · frequency_i, i < H/2, repeated.
 
     Args:
-      positions: (B, T) integers.
-      width: H, the width that is turned.
-      theta: base of the wavelengths.
-      scaling: of the frequencies; by default none, theta^(-2i/H).
+      positions: (B, T), integers.
+      width: H, the rotated part of a head.
+      theta: base of the frequencies theta^(-2i/H).
+      scaling: changes the frequencies; None for no change.
 
     Returns:
-      Two arrays (B, T, 1, H) float32.
+      (cos, sin), each (B, T, 1, H) float32.
     """
     if scaling is None:
         frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
@@ -48,28 +48,34 @@ def rotary_tables(
 
 
 def rotate(heads: Array, cos: Array, sin: Array) -> Array:
-    """Turn `heads` (B, T, N, H): x cos + [-x₂, x₁] sin, with x₁, x₂ the two halves.
+    """Return x cos + [-x₂, x₁] sin, where x₁ and x₂ are the two halves of each head.
 
-    Where the tables are narrower than H, what is past them stays as it is. The pairing
-    of halves is Hugging Face's; the arithmetic is float32 throughout, as bfloat16
-    cannot tell neighbouring angles apart at large positions.
+    Halves are paired as in Hugging Face's models. The arithmetic is float32 throughout:
+    bfloat16 cannot tell neighbouring angles apart at large positions.
+
+    Args:
+      heads: x, (B, T, N, H).
+      cos: (B or 1, T, 1, W) float32; where W < H, the rest of a head is not rotated.
+      sin: like `cos`.
     """
     width = cos.shape[-1]
-    wide = heads[..., :width].astype(jnp.float32)
-    first, second = jnp.split(wide, 2, axis=-1)
-    turned = wide * cos + jnp.concatenate([-second, first], axis=-1) * sin
-    turned = turned.astype(heads.dtype)
+    x = heads[..., :width].astype(jnp.float32)
+    first, second = jnp.split(x, 2, axis=-1)
+    rotated = x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+    rotated = rotated.astype(heads.dtype)
     if width == heads.shape[-1]:
-        return turned
-    return jnp.concatenate([turned, heads[..., width:]], axis=-1)
+        return rotated
+    return jnp.concatenate([rotated, heads[..., width:]], axis=-1)
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit root mean square: x / √(mean x² + ε) · scale, in float32.
+    """Root mean square normalisation: x / √(mean x² + ε) · scale, in float32.
 
     Attributes:
-      epsilon: ε. dtype: of the result. param_dtype: of the scale.
-      around_one: keep the scale's distance from 1 as the parameter (Gemma).
+      epsilon: ε.
+      dtype: of the result.
+      param_dtype: of the scale.
+      around_one: the parameter is scale - 1, not scale (Gemma).
     """
 
     epsilon: float
@@ -79,19 +85,19 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalise the last axis; the result has the compute dtype."""
+        """Normalise the last axis."""
         start = nn.initializers.zeros if self.around_one else nn.initializers.ones
         scale = self.param("scale", start, x.shape[-1:], self.param_dtype)
         if self.around_one:
             scale = 1 + scale.astype(jnp.float32)
-        wide = x.astype(jnp.float32)
-        power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        unit = wide * lax.rsqrt(power + self.epsilon)
+        exact = x.astype(jnp.float32)
+        power = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
+        unit = exact * lax.rsqrt(power + self.epsilon)
         return (unit * jnp.expand_dims(scale, range(x.ndim - 1))).astype(self.dtype)
 
 
-def cap(x: Array, limit: float) -> Array:
-    """Bound `x` softly: limit · tanh(x / limit)."""
+def soft_cap(x: Array, limit: float) -> Array:
+    """Return limit · tanh(x / limit)."""
     return limit * jnp.tanh(x / limit)
 
 
@@ -99,35 +105,38 @@ def attend(
     query: Array,
     key: Array,
     value: Array,
-    visible: Array | None,
+    mask: Array | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Array:
-    """Mix values by softmax(cap(query · key · scale)), in float32.
+    """Return softmax(soft_cap(query · key · scale)) · value, softmax in float32.
 
     Args:
-      query: (B, T, N, H). key, value: (B, S, K, H), N a multiple of K.
-      visible: (B, 1, T, S) bool, or None for plain causal attention over T = S.
-      scale: by default 1/√H. softcap: limit of the scores; None for none.
+      query: (B, T, N, H).
+      key: (B, S, K, H), with N a multiple of K.
+      value: (B, S, K, H).
+      mask: (B, 1, T, S) bool; None for plain causal attention over T = S.
+      scale: by default 1/√H.
+      softcap: limit of the scores; None for no limit.
 
     Returns:
       (B, T, N, H).
     """
     if softcap is None:
         return jax.nn.dot_product_attention(
-            query, key, value, mask=visible, scale=scale, is_causal=visible is None
+            query, key, value, mask=mask, scale=scale, is_causal=mask is None
         )
     batch, length, number, width = query.shape
-    if visible is None:
-        visible = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    if mask is None:
+        mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
     grouped = query.reshape(batch, length, key.shape[2], -1, width)
     scores = jnp.einsum(
         "btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32
     )
-    scores = cap(scores * (width**-0.5 if scale is None else scale), softcap)
-    # A finite floor: a gradient through a row of -inf would be NaN.
-    scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    scores = soft_cap(scores * (width**-0.5 if scale is None else scale), softcap)
+    # A finite minimum: the gradient of a row of -inf would be NaN.
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(
         batch, length, number, width

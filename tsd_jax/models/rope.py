@@ -1,8 +1,8 @@
-"""How rotary positions are stretched past the length a model was first trained on.
+"""Scalings of rotary positions, for sequences longer than a model was trained on.
 
-A kind of scaling is a frozen dataclass whose fields are those of Hugging Face's
-`rope_parameters`; `ROPE_TYPES` names them all. H is the width that is turned,
-and 2i/H below counts its pairs.
+Each is a frozen dataclass with the fields of Hugging Face's `rope_parameters`;
+`ROPE_TYPES` names them all. H is the rotated width of a head, and i < H/2 counts its
+pairs of channels.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tsd_jax.core.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Say how the angles position · theta^(-2i/H) are changed.
+    """A change of the angles position · theta^(-2i/H).
 
     Raises:
-      InputError: if a number is not positive.
+      InputError: a number is not positive.
     """
 
     def __post_init__(self) -> None:
@@ -37,30 +37,35 @@ class RopeScaling:
                 )
 
     def check(self, width: int, theta: float) -> None:
-        """Refuse a head, or a base of wavelengths, that this cannot be done to.
+        """Check that this scaling is defined for these heads.
+
+        Args:
+          width: H, the rotated width of a head.
+          theta: base of the frequencies.
 
         Raises:
-          InputError: if the angles would not be numbers.
+          InputError: it is not.
         """
 
     @property
     def magnitude(self) -> float:
-        """What cos and sin are multiplied by."""
+        """The factor of cos and sin."""
         return 1.0
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
         """Return the angle per position of each pair, (H/2,) float32.
 
         Args:
-          width: H. theta: base of the wavelengths.
-          length: () int32, the largest position of the call and one more.
+          width: H, the rotated width of a head.
+          theta: base of the frequencies.
+          length: largest position of the call plus one, () int32.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling(RopeScaling):
-    """Divide every position by `factor`."""
+    """Linear scaling: divides every position by `factor`."""
 
     factor: float
 
@@ -72,32 +77,32 @@ class LinearScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True)
 class DynamicScaling(RopeScaling):
-    """Stretch theta with the length of the call, past the trained length.
+    """Dynamic NTK scaling: theta grows with the length of a call past the trained one.
 
-    Keys in a cache keep the turn they were given, so that decoding past that length
-    is not the full forward; it is what transformers does.
+    Cached keys keep the rotation they were given, so decoding past the trained length
+    differs from one forward pass over all tokens, as it does in transformers.
     """
 
     factor: float
     max_position_embeddings: int
 
     def check(self, width: int, theta: float) -> None:
-        """Refuse heads of one pair, whose theta cannot be stretched."""
+        """Refuse heads of one pair: the exponent of theta would divide by zero."""
         if width <= 2:
-            raise _unfit(f"dynamic needs heads of 4 or more, not {width}")
+            raise _unfit(f"dynamic scaling needs a rotated width over 2, not {width}")
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
         """Return theta'^(-2i/H), theta' = theta (f n / N - f + 1)^(H / (H - 2))."""
         trained = self.max_position_embeddings
-        reached = jnp.maximum(length, trained).astype(jnp.float32)
-        stretch = self.factor * reached / trained - (self.factor - 1)
+        longest = jnp.maximum(length, trained).astype(jnp.float32)
+        stretch = self.factor * longest / trained - (self.factor - 1)
         base = theta * stretch ** (width / (width - 2))
         return base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling(RopeScaling):
-    """Divide low frequencies by `factor`, keep high ones, and blend between."""
+    """Llama 3 scaling: divides low frequencies by `factor`, and keeps high ones."""
 
     factor: float
     low_freq_factor: float
@@ -105,13 +110,13 @@ class Llama3Scaling(RopeScaling):
     original_max_position_embeddings: int
 
     def check(self, width: int, theta: float) -> None:
-        """Refuse limits between which nothing lies."""
+        """Refuse limits with nothing between them."""
         low, high = self.low_freq_factor, self.high_freq_factor
         if not low < high:
             raise _unfit(f"high_freq_factor {high} must exceed low_freq_factor {low}")
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
-        """Blend by how often a wave fits into the trained length."""
+        """Blend by the number of rotations within the trained length."""
         del length
         plain = _plain(width, theta)
         turns = self.original_max_position_embeddings * plain / (2 * math.pi)
@@ -122,7 +127,7 @@ class Llama3Scaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling(RopeScaling):
-    """Divide slow pairs by `factor`, keep fast ones, and sharpen attention."""
+    """YaRN: divides low frequencies, keeps high ones, and sharpens attention."""
 
     factor: float
     original_max_position_embeddings: int
@@ -134,13 +139,13 @@ class YarnScaling(RopeScaling):
     truncate: bool = True
 
     def check(self, width: int, theta: float) -> None:
-        """Refuse a theta that makes all wavelengths one."""
+        """Refuse a theta that gives all pairs one frequency."""
         if not theta > 1:
-            raise _unfit(f"yarn needs a rope_theta above 1, not {theta}")
+            raise _unfit(f"yarn scaling needs a rope_theta above 1, not {theta}")
 
     @property
     def magnitude(self) -> float:
-        """Return the attention factor, by default 1 + log(factor) / 10."""
+        """The attention factor, by default 1 + log(factor) / 10."""
         if self.attention_factor is not None:
             return self.attention_factor
 
@@ -152,11 +157,11 @@ class YarnScaling(RopeScaling):
         return grown(1.0)
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
-        """Blend linearly from the pair that turns beta_fast times to beta_slow."""
+        """Blend linearly between the pairs of beta_fast and beta_slow rotations."""
         del length
 
         def pair(turns: float) -> float:
-            """Find the pair that turns so often in the trained length."""
+            """Return the index of the pair with this many rotations, as a float."""
             wave = self.original_max_position_embeddings / (turns * 2 * math.pi)
             return width * math.log(wave) / (2 * math.log(theta))
 
@@ -172,9 +177,9 @@ class YarnScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True)
 class LongRope(RopeScaling):
-    """Divide each pair by a factor of its own, others past the trained length.
+    """LongRoPE: divides each frequency by its own factor, another for long calls.
 
-    As with `DynamicScaling`, keys in a cache keep the turn they were given.
+    As with `DynamicScaling`, cached keys keep the rotation they were given.
     """
 
     short_factor: tuple[float, ...]
@@ -184,30 +189,30 @@ class LongRope(RopeScaling):
     attention_factor: float | None = None
 
     def check(self, width: int, theta: float) -> None:
-        """Refuse factors that are not one for each pair, and a length of nothing."""
+        """Refuse other than one factor for each pair, and a trained length below 2."""
         for name in ("short_factor", "long_factor"):
             number = len(getattr(self, name))
             if number != width // 2:
-                raise _unfit(f"{name} has {number} numbers for {width // 2} pairs")
+                raise _unfit(f"{name} has {number} entries for {width // 2} pairs")
         if self.original_max_position_embeddings < 2:
             raise _unfit("original_max_position_embeddings must be 2 or more")
 
     @property
     def magnitude(self) -> float:
-        """Return the attention factor, by default √(1 + log factor / log length)."""
+        """The attention factor, by default √(1 + log factor / log length)."""
         if self.attention_factor is not None:
             return self.attention_factor
         length = self.original_max_position_embeddings
         return math.sqrt(1 + math.log(max(self.factor, 1.0)) / math.log(length))
 
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
-        """Return theta^(-2i/H) / factor_i, by the short or the long factors."""
+        """Return theta^(-2i/H) / factor_i, with the short or the long factors."""
         plain = _plain(width, theta)
-        short, far = (
+        short, long = (
             jnp.asarray(plain / np.asarray(each, np.float32))
             for each in (self.short_factor, self.long_factor)
         )
-        return jnp.where(length > self.original_max_position_embeddings, far, short)
+        return jnp.where(length > self.original_max_position_embeddings, long, short)
 
 
 ROPE_TYPES: Mapping[str, type[RopeScaling]] = {
@@ -230,5 +235,5 @@ def _plain(width: int, theta: float) -> np.ndarray:
 
 
 def _blend(plain: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
-    """Keep the part `kept` of each frequency, and divide the rest by `factor`."""
+    """Return frequencies of which the fraction `kept` is not divided by `factor`."""
     return (plain * (kept + (1 - kept) / factor)).astype(np.float32)

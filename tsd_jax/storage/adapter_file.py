@@ -27,11 +27,11 @@ from tsd_jax.core.adapter import (
     AllDirections,
     Directions,
     Trainable,
-    init_kernel,
 )
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.layout import Layout
+from tsd_jax.core.leaves import leaf_shapes, leaf_specs
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.storage.files import read_tensors, write_tensors
@@ -100,7 +100,7 @@ def save_adapter(
     facts = {
         "method": dataclasses.asdict(spec.method),
         "kernels": [dataclasses.asdict(kernel) for kernel in spec.kernels],
-        "whole": [dataclasses.asdict(part) for part in spec.whole],
+        "whole": [dataclasses.asdict(part) for part in spec.full],
         "launched": bool(launched),
         "base_model": base_model,
     }
@@ -155,42 +155,27 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
     )
 
 
-def _fields(kind: type) -> list[str]:
-    """Name the array leaves of Adapter, FullParam or Directions."""
-    return [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.metadata.get("pytree_node", True)
-    ]
-
-
 def _leaves(
     trainable: Trainable, directions: Mapping[str, Directions]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Return every leaf there is by its name in the file."""
-    for trees in (trainable.adapters, trainable.full, directions):
+    """Yield every leaf there is by its name in the file."""
+    for trees in (trainable.adapters, directions):
         for path, tree in trees.items():
-            for name in _fields(type(tree)):
+            for name in leaf_specs(tree):
                 leaf = getattr(tree, name)
                 if leaf is not None:
                     yield f"{path}/{name}", np.asarray(leaf)
+    for path, part in trainable.full.items():
+        yield f"{path}/value", np.asarray(part.value)
 
 
 def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every leaf a spec asks for."""
-    wanted = {f"{part.path}/value": part.value_shape for part in spec.whole}
+    wanted = {f"{part.path}/value": part.value_shape for part in spec.full}
     for kernel in spec.kernels:
-        pair = jax.eval_shape(
-            lambda base, kernel=kernel: init_kernel(
-                jax.random.key(0), kernel, jnp.dtype("float32"), base
-            ),
-            jax.ShapeDtypeStruct(kernel.shape, jnp.float32),
-        )
-        for tree in pair:
-            for name in _fields(type(tree)):
-                leaf = getattr(tree, name)
-                if leaf is not None:
-                    wanted[f"{kernel.path}/{name}"] = leaf.shape
+        for kind in (Adapter, Directions):
+            shapes = leaf_shapes(kind, kernel)
+            wanted |= {f"{kernel.path}/{name}": s for name, s in shapes.items()}
     return wanted
 
 
@@ -251,7 +236,7 @@ def _difference(saved: Spec, given: Spec) -> str | None:
         return f"it was saved for {saved.method}, the spec has {given.method}"
     for kind, ours, others in (
         ("kernel", saved.kernels, given.kernels),
-        ("part", saved.whole, given.whole),
+        ("part", saved.full, given.full),
     ):
         mine, theirs = ({each.path: each for each in some} for some in (ours, others))
         different = _first_difference(kind, mine, theirs)
@@ -291,12 +276,12 @@ def _trees(
             )
         return jnp.asarray(stored)
 
-    full = {part.path: FullParam(leaf(part.path, "value"), part) for part in spec.whole}
+    full = {part.path: FullParam(leaf(part.path, "value"), part) for part in spec.full}
     adapters: dict[str, Adapter] = {}
     directions: AllDirections = {}
     for kernel in spec.kernels:
         trained, frozen = (
-            {name: leaf(kernel.path, name) for name in _fields(kind)}
+            {name: leaf(kernel.path, name) for name in leaf_specs(kind)}
             for kind in (Adapter, Directions)
         )
         adapters[kernel.path] = Adapter(**trained, kernel=kernel)

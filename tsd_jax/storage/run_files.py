@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.extraction.launch import Ranking
+from tsd_jax.extraction.matrix_launch import Ranking
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

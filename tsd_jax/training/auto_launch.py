@@ -25,8 +25,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Trainable
+from tsd_jax.core.adapter import Adapter, Trainable
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.leaves import leaf_specs
 from tsd_jax.core.quantization import stored
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.extraction.chunks import plan_chunks
@@ -191,21 +192,20 @@ def _matrices(
 
 @functools.partial(jax.jit, static_argnames=("chosen", "place"))
 def _pick(trainable: Trainable, *, chosen: Sample, place: NamedSharding | None):
-    """Return {path: (A, B, m or None)} of the watched matrices, whole on every device."""
+    """Return {path: {field: leaf}} of the watched matrices, whole on every device."""
 
-    def rows(x: Any, indices: tuple[int, ...], rank: int = 2) -> Any:
+    def rows(adapter: Adapter, indices: tuple[int, ...], name: str) -> Any:
+        x, own = getattr(adapter, name), len(leaf_specs(Adapter)[name].axes)
         if x is None:
             return None
-        some = x.reshape(-1, *x.shape[-rank:])[np.asarray(indices)]
+        some = x.reshape(-1, *x.shape[-own:])[np.asarray(indices)]
         return some if place is None else lax.with_sharding_constraint(some, place)
 
-    pairs = {kernel.path: trainable.adapters[kernel.path] for kernel, _ in chosen}
     return {
-        kernel.path: (
-            rows(pairs[kernel.path].a, indices),
-            rows(pairs[kernel.path].b, indices),
-            rows(pairs[kernel.path].magnitude, indices, 1),
-        )
+        kernel.path: {
+            name: rows(trainable.adapters[kernel.path], indices, name)
+            for name in ("a", "b", "magnitude")
+        }
         for kernel, indices in chosen
     }
 
@@ -221,13 +221,13 @@ def _top(matrices: Any, spectra: Any, factors: Any, *, chosen: Sample, epsilon: 
 
     def sets(kernel: KernelSpec) -> jax.Array:
         def one(parts):
-            matrix, spectrum, a, b, magnitude = parts
-            change = learned_delta(matrix, a, b, kernel.scale, magnitude)
+            matrix, spectrum, trained = parts
+            delta = learned_delta(matrix, gamma=kernel.scale, **trained)
             settings = RankSettings(count=kernel.ranked, epsilon=epsilon)
-            return top_directions(matrix, change, spectrum, settings)
+            return top_directions(matrix, delta, spectrum, settings)
 
         path = kernel.path
-        return lax.map(one, (matrices[path], spectra[path], *factors[path]))
+        return lax.map(one, (matrices[path], spectra[path], factors[path]))
 
     return {kernel.path: sets(kernel) for kernel, _ in chosen}
 

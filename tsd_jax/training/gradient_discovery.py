@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from tsd_jax.binding.linen import bind
 from tsd_jax.core import paths
 from tsd_jax.core.quantization import dequantize
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.types import LossFn
 from tsd_jax.training.state import TrainState
+from tsd_jax.training.step import Bind
 
 MEMORY_BUDGET = 2**32
 """Bytes of float32 gradients that exist at a time, over all devices."""
@@ -51,7 +51,8 @@ class KernelGradients(Mapping):
     pass over the batches, and is forgotten when another one is asked for.
 
     Args:
-      loss_fn: (variables, micro-batch) -> (summed loss, counted targets).
+      loss_fn: (what `bind` returns, micro-batch) -> (summed loss, counted targets).
+      bind: puts what trains beside or into the base.
       state: before launch. params: the base's tree. spec: of `make_spec`.
       batches: leaves (micro-batches, examples, positions).
       memory_budget: bytes of gradients at a time.
@@ -60,6 +61,7 @@ class KernelGradients(Mapping):
     def __init__(
         self,
         loss_fn: LossFn,
+        bind: Bind,
         state: TrainState,
         params: Mapping[str, Any],
         spec: Spec,
@@ -67,7 +69,8 @@ class KernelGradients(Mapping):
         *,
         memory_budget: int = MEMORY_BUDGET,
     ):
-        self._loss_fn, self._state, self._params = loss_fn, state, params
+        self._loss_fn, self._bind = loss_fn, bind
+        self._state, self._params = state, params
         self._batches = batches
         self._groups = group(spec.kernels, memory_budget)
         self._held: dict[str, jax.Array] = {}
@@ -95,8 +98,8 @@ class KernelGradients(Mapping):
         def gradients(kernels, total, state, params, batch):
             def loss(kernels, micro):
                 base = paths.update(params, kernels)
-                bound = bind(base, state.trainable, state.directions)
-                return self._loss_fn({"params": bound}, micro)[0]
+                bound = self._bind(base, state.trainable, state.directions, None)
+                return self._loss_fn(bound, micro)[0]
 
             def add(total, micro):
                 grads = jax.grad(loss)(kernels, micro)

@@ -1,4 +1,4 @@
-"""One optimizer for A, B and DoRA's m ("lora"), gains ("gain") and parts ("whole").
+"""One optimizer for A, B and DoRA's m ("lora"), gains ("gain") and full parameters ("full").
 
 Before launch the gains' gradients are exactly zero (L = R = 0), so they move nothing
 and add nothing to the clipping norm. What must not go on over the launch is Adam's
@@ -18,10 +18,8 @@ import optax
 
 from tsd_jax.core.adapter import Adapter, Trainable
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.leaves import FACTORS, FULL, GAINS, GROUPS, Group, leaf_specs
 from tsd_jax.core.methods import Method
-
-GROUPS = ("lora", "gain")
-"""The groups that launch may start again; parts trained whole always go on."""
 
 DECAYS: dict[str, Callable[[float, int], optax.Schedule]] = {
     "constant": lambda peak, steps: optax.constant_schedule(peak),
@@ -72,18 +70,24 @@ def make_schedule(
 
 
 def _labels(adapter: Adapter) -> Adapter:
-    gain = None if adapter.gain is None else "gain"
-    magnitude = None if adapter.magnitude is None else "lora"
-    return adapter.replace(a="lora", b="lora", gain=gain, magnitude=magnitude)
+    """Label the leaves there are by their groups."""
+    labels = {
+        name: spec.group.name
+        for name, spec in leaf_specs(Adapter).items()
+        if spec.group is not None and getattr(adapter, name) is not None
+    }
+    return adapter.replace(**labels)
 
 
 def group_labels(trainable: Trainable) -> Trainable:
     """Label every leaf with its optimizer group, for `optax.partition`.
 
-    "lora" (A, B and m), "gain", and, where parts train whole, "whole".
+    "lora" (A, B and m), "gain", and, where there are full parameters, "full".
     """
     adapters = {path: _labels(each) for path, each in trainable.adapters.items()}
-    full = {path: each.replace(value="whole") for path, each in trainable.full.items()}
+    full = {
+        path: each.replace(value=FULL.name) for path, each in trainable.full.items()
+    }
     return Trainable(adapters=adapters, full=full)
 
 
@@ -107,21 +111,20 @@ def make_optimizer(
       weight_decay: decoupled, on A, B, parts and, as with PEFT, m; gains have none.
       clip_norm: bound on the global norm of all gradients; None for no clipping.
     """
-
-    def group(rate: optax.ScalarOrSchedule, decay: float):
-        return optax.chain(
+    if full_learning_rate is None:
+        full_learning_rate = learning_rate
+    rates: dict[Group, optax.ScalarOrSchedule] = {
+        FACTORS: learning_rate,
+        GAINS: gain_learning_rate,
+        FULL: full_learning_rate,
+    }
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        group.name: optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-            optax.add_decayed_weights(decay),
+            optax.add_decayed_weights(weight_decay if group.decays else 0.0),
             optax.scale_by_learning_rate(rate),
         )
-
-    groups: dict[Hashable, optax.GradientTransformation] = {
-        "lora": group(learning_rate, weight_decay),
-        "gain": group(gain_learning_rate, 0.0),
-        "whole": group(
-            learning_rate if full_learning_rate is None else full_learning_rate,
-            weight_decay,
-        ),
+        for group, rate in rates.items()
     }
     clip = (
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
@@ -146,9 +149,8 @@ def reset_moments(
     Raises:
       InputError: there is no partition with these groups.
     """
-    names = dict(zip(GROUPS, GROUPS, strict=True)) | dict(labels or {})
-    restarted = {"lora": method.restart, "gain": method.gains}
-    groups = {names[group] for group, again in restarted.items() if again}
+    names = {group.name: group.name for group in GROUPS} | dict(labels or {})
+    groups = {names[group.name] for group in GROUPS if group.resets(method)}
     found = False
 
     def is_adam(node) -> bool:

@@ -12,9 +12,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Adapter, Directions, Trainable
+from tsd_jax.core.adapter import Adapter, Directions, Trainable, leaves_beside
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
+from tsd_jax.core.leaves import KernelAxes
 from tsd_jax.core.quantization import cut_shape
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.training.state import TrainState
@@ -111,28 +112,8 @@ def adapter_shardings(
     Returns:
       An Adapter and a Directions whose leaves are NamedShardings.
     """
-    axes = (*sharding.spec, *(None,) * (len(kernel.shape) - len(sharding.spec)))
-
-    def flattened(group: tuple[int, ...]):
-        # A flattened axis is sharded as its first part, if the others are whole.
-        first, *others = (axes[axis] for axis in group)
-        return first if not any(others) else None
-
-    batch = tuple(axes[axis] for axis in kernel.layout.batch)
-    rows, columns = flattened(kernel.layout.inputs), flattened(kernel.layout.outputs)
-
-    def named(*last):
-        return NamedSharding(sharding.mesh, PartitionSpec(*batch, *last))
-
-    gain = named(None) if kernel.gains else None
-    magnitude = named(columns) if kernel.dora else None
-    adapter = Adapter(named(rows, None), named(None, columns), gain, kernel, magnitude)
-    if not kernel.columns:
-        return adapter, Directions(None, None, None)
-    gate = named(None) if kernel.gated else None
-    return adapter, Directions(
-        named(rows, None), named(columns, None), named(None), gate
-    )
+    axes = KernelAxes.of_kernel(kernel, sharding)
+    return leaves_beside(kernel, axes.sharding)
 
 
 def full_sharding(part: FullSpec, sharding: NamedSharding) -> FullParam:
@@ -156,10 +137,10 @@ def state_shardings(
     """
     kernels = paths.select(params, spec.paths)
     pairs = {k.path: adapter_shardings(k, kernels[k.path]) for k in spec.kernels}
-    leaves = paths.select(params, tuple(part.path for part in spec.whole))
+    leaves = paths.select(params, tuple(part.path for part in spec.full))
     trainable = Trainable(
         adapters={path: pair[0] for path, pair in pairs.items()},
-        full={p.path: full_sharding(p, leaves[p.path]) for p in spec.whole},
+        full={p.path: full_sharding(p, leaves[p.path]) for p in spec.full},
     )
     replicated = NamedSharding(mesh, PartitionSpec())
 

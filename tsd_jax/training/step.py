@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from tsd_jax.binding.linen import bind
+from tsd_jax.core.adapter import Directions, Trainable
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn, Progress
-from tsd_jax.extraction.launch import EPSILON, Extraction, Ranking, launch
+from tsd_jax.extraction.launch import launch
+from tsd_jax.extraction.matrix_launch import Ranking
+from tsd_jax.extraction.ranking import EPSILON
+from tsd_jax.extraction.settings import Extraction
 from tsd_jax.training.optimizer import reset_moments
 from tsd_jax.training.state import TrainState
+
+Bind = Callable[[Any, Trainable, Mapping[str, Directions], jax.Array | None], Any]
+"""(params, trainable, directions, dropout key or None) -> what the loss is called with.
+
+`tsd_jax.bind_variables` for Linen models, `tsd_jax.nnx.make_bind(model)` for NNX ones.
+"""
 
 
 def accumulate_gradients(
     loss_fn: LossFn,
+    bind: Bind,
     state: TrainState,
     params: Mapping[str, Any],
     batch: Mapping[str, jax.Array],
@@ -32,6 +42,7 @@ def accumulate_gradients(
 
     Args:
       loss_fn: summed loss and count of one micro-batch.
+      bind: puts what trains beside or into the base.
       state: its `trainable` is differentiated, and nothing else.
       params: the base's tree.
       batch: leaves (micro-batches, examples, positions).
@@ -41,9 +52,8 @@ def accumulate_gradients(
       gradients like `state.trainable`, mean loss (), counted targets ().
     """
 
-    def summed(trainable: Any, micro: Mapping[str, jax.Array], key):
-        bound = bind(params, trainable, state.directions, key)
-        return loss_fn({"params": bound}, micro)
+    def summed(trainable: Trainable, micro: Mapping[str, jax.Array], key):
+        return loss_fn(bind(params, trainable, state.directions, key), micro)
 
     def add(carry, micro_and_index):
         micro, index = micro_and_index
@@ -65,6 +75,7 @@ def accumulate_gradients(
 
 def make_train_step(
     loss_fn: LossFn,
+    bind: Bind,
     optimizer: optax.GradientTransformation,
     *,
     dropout: bool = False,
@@ -78,7 +89,8 @@ def make_train_step(
     one executable serves the whole run, launch included.
 
     Args:
-      loss_fn: (variables, micro-batch) -> (summed loss, counted targets).
+      loss_fn: (what `bind` returns, micro-batch) -> (summed loss, counted targets).
+      bind: puts what trains beside or into the base; see `Bind`.
       optimizer: over what trains.
       dropout: whether keys are drawn for it; `key` is folded with the step.
       state_shardings: a TrainState of shardings, or None.
@@ -91,7 +103,9 @@ def make_train_step(
 
     def train_step(state: TrainState, params, batch, key):
         own = jax.random.fold_in(key, state.step) if dropout else None
-        grads, loss, count = accumulate_gradients(loss_fn, state, params, batch, own)
+        grads, loss, count = accumulate_gradients(
+            loss_fn, bind, state, params, batch, own
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         metrics = {
             "loss": loss,

@@ -16,7 +16,8 @@ from tsd_jax.core import paths
 from tsd_jax.core.adapter import init, merge
 from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Rule
-from tsd_jax.models.llama import Llama, LlamaConfig
+from tsd_jax.models.config import DecoderConfig
+from tsd_jax.models.decoder import Decoder
 
 EVERYTHING = method_of("tsd+keep")
 
@@ -150,7 +151,7 @@ def test_the_sum_is_rounded_once():
 
 @functools.cache
 def llama():
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=17,
         hidden_size=8,
         intermediate_size=12,
@@ -159,7 +160,7 @@ def llama():
         num_key_value_heads=1,
         head_dim=4,
     )
-    model = Llama(config)
+    model = Decoder(config)
     tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 17)
     shapes = jax.eval_shape(
         functools.partial(model.init, decode=True), jax.random.key(0), tokens
@@ -214,7 +215,7 @@ def test_a_spec_can_be_made_from_a_decoding_call():
 
 def test_parts_take_the_place_of_their_parameters():
     """In outputs and gradients as merged; rows too, stacked leaves and tied tables."""
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=11,
         hidden_size=8,
         intermediate_size=12,
@@ -224,7 +225,7 @@ def test_parts_take_the_place_of_their_parameters():
         head_dim=4,
         tie_word_embeddings=True,
     )
-    model, tokens = Llama(config), jnp.arange(11)[None]
+    model, tokens = Decoder(config), jnp.arange(11)[None]
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     params = filled(0, shapes, 0.4)
     rules = [
@@ -234,7 +235,7 @@ def test_parts_take_the_place_of_their_parameters():
     ]
     spec = make_spec(model.apply, {"params": shapes}, rules, tokens, method="lora")
     assert spec.paths == ("layers/self_attn/q_proj/kernel",)
-    assert [part.path for part in spec.whole] == [
+    assert [part.path for part in spec.full] == [
         "embed_tokens/embedding",
         "layers/input_layernorm/scale",
         "layers/mlp/up_proj/kernel",

@@ -16,7 +16,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface.config import config_json
 from tsd_jax.huggingface.families.decoders import FAMILIES
 from tsd_jax.huggingface.families.encoders import ENCODERS
-from tsd_jax.models.encoder_config import REGRESSION, Disentangled
+from tsd_jax.models.encoder_config import REGRESSION, DisentangledConfig
 
 WEIGHTS = "model.safetensors"
 
@@ -60,7 +60,7 @@ def test_the_labels_are_those_of_the_head(tmp_path):
 
 def test_the_numbers_of_a_published_deberta(tmp_path):
     found = read(tmp_path, "deberta-v3", position_buckets=256, architectures=None)
-    assert found.disentangled == Disentangled(40, position_buckets=256)
+    assert found.disentangled == DisentangledConfig(40, position_buckets=256)
     assert not found.absolute_positions
     assert found.convolution is None
     assert read(tmp_path, "deberta-v2").convolution.activation == "gelu"

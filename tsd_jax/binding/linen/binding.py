@@ -96,6 +96,19 @@ def bind(
     return paths.update(params, {**leaves, **values})
 
 
+def bind_variables(
+    params: Mapping[str, Any],
+    trainable: Trainable,
+    directions: Mapping[str, Directions],
+    dropout_key: jax.Array | None = None,
+) -> dict[str, Any]:
+    """Return {"params": `bind(...)`}, what a Linen model's `apply` takes.
+
+    The binding a trainer is given for Linen models; the arguments are `bind`'s.
+    """
+    return {"params": bind(params, trainable, directions, dropout_key)}
+
+
 def adapted(
     apply_fn: Callable, handlers: Mapping[type[nn.Module], Handler] = HANDLERS
 ) -> Callable:

@@ -2,6 +2,7 @@
 
 from tsd_jax.binding.nnx.binding import bind as bind
 from tsd_jax.binding.nnx.binding import einsum as einsum
+from tsd_jax.binding.nnx.binding import make_bind as make_bind
 from tsd_jax.binding.nnx.binding import make_spec as make_spec
 from tsd_jax.binding.nnx.binding import merge as merge
 from tsd_jax.binding.nnx.binding import params as params

@@ -129,6 +129,32 @@ def bind(
     return bound
 
 
+def make_bind(
+    model: Model, handlers: Mapping[type[nnx.Module], Handler] = HANDLERS
+) -> Callable[..., Model]:
+    """Return bind(params, trainable, directions, dropout_key=None) -> bound model.
+
+    The binding a trainer is given: the parameters are an argument, a tree like
+    `params(model)`, and may be traced, sharded or differentiated. All other state of
+    the model is as it is now, in every call.
+
+    Args:
+      model: not changed.
+      handlers: as given to `make_spec`.
+    """
+
+    def bind_params(
+        params: Mapping[str, Any],
+        trainable: core.Trainable,
+        directions: Mapping[str, core.Directions],
+        dropout_key: jax.Array | None = None,
+    ) -> Model:
+        base = _with_values(model, paths.flatten(params))
+        return bind(base, trainable, directions, dropout_key, handlers)
+
+    return bind_params
+
+
 def _with_values(model: Model, values: Mapping[str, jax.Array]) -> Model:
     """Copy a model, with other values at these paths."""
     copy = nnx.clone(model, graph=True)

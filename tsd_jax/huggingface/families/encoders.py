@@ -13,8 +13,8 @@ from tsd_jax.models.encoder import ENCODER_RULES, Encoder
 from tsd_jax.models.encoder_config import (
     CLASSIFICATION,
     REGRESSION,
-    Convolution,
-    Disentangled,
+    ConvConfig,
+    DisentangledConfig,
     EncoderConfig,
 )
 
@@ -133,7 +133,7 @@ def _read_deberta(fields: Fields) -> Values:
     }
 
 
-def _read_disentangled(fields: Fields) -> Disentangled:
+def _read_disentangled(fields: Fields) -> DisentangledConfig:
     kinds = fields.values.get("pos_att_type") or []
     kinds = kinds.lower().split("|") if isinstance(kinds, str) else kinds
     kinds = [each.strip() if isinstance(each, str) else each for each in kinds]
@@ -144,7 +144,7 @@ def _read_disentangled(fields: Fields) -> Disentangled:
         longest = fields.get("max_position_embeddings", "int")
     buckets = fields.get("position_buckets", "int", -1)
     norm = fields.get("norm_rel_ebd", "str", "none").lower().split("|")
-    return Disentangled(
+    return DisentangledConfig(
         max_relative_positions=longest,
         position_buckets=buckets if buckets > 0 else None,
         content_to_position="c2p" in kinds,
@@ -154,12 +154,12 @@ def _read_disentangled(fields: Fields) -> Disentangled:
     )
 
 
-def _read_convolution(fields: Fields) -> Convolution | None:
+def _read_convolution(fields: Fields) -> ConvConfig | None:
     width = fields.get("conv_kernel_size", "int", 0)
     if width <= 0:
         return None
     groups = fields.get("conv_groups", "int", 1)
-    return Convolution(width, groups, fields.get("conv_act", "str", "tanh"))
+    return ConvConfig(width, groups, fields.get("conv_act", "str", "tanh"))
 
 
 def _write_deberta(config: EncoderConfig) -> Values:

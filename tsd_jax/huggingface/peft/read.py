@@ -120,7 +120,7 @@ class PeftAdapter:
             smaller rank for it, another shape, or no DoRA where the adapter has it; or
             `params` is missing.
         """
-        trained = {*spec.paths, *(part.path for part in spec.whole)}
+        trained = {*spec.paths, *(part.path for part in spec.full)}
         for path in (*self.kernels, *self.parts):
             if path not in trained:
                 raise InputError(
@@ -129,7 +129,7 @@ class PeftAdapter:
                 )
         trainable, directions = init(key, spec, dtype, params=params)
         adapters, full = dict(trainable.adapters), dict(trainable.full)
-        for part in spec.whole:
+        for part in spec.full:
             start = np.asarray(full[part.path].value)
             value = filled(start, part, self.parts.get(part.path, {}))
             full[part.path] = FullParam(jnp.asarray(value), part)

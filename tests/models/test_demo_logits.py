@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tsd_jax import huggingface
-from tsd_jax.models.llama import Llama
+from tsd_jax.models.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tsd_jax" / "demo" / "assets" / "model"
@@ -35,7 +35,7 @@ def test_logits_are_those_of_transformers(golden, scan_layers):
     params = huggingface.load_params(
         MODEL, config, dtype="float32", scan_layers=scan_layers
     )
-    apply = jax.jit(Llama(config, scan_layers=scan_layers).apply)
+    apply = jax.jit(Decoder(config, scan_layers=scan_layers).apply)
     mask = golden["mask"]
     logits = np.asarray(apply({"params": params}, golden["tokens"], mask=mask))
     np.testing.assert_allclose(logits[mask], golden["logits"][mask], atol=2e-4)
