@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 
 import jax
@@ -12,7 +11,6 @@ from scipy.linalg import subspace_angles
 from tsd_jax.analysis.arrays import (
     by_kind,
     learned_overlap,
-    read_directions,
     read_metrics,
     series,
     subspace_overlap,
@@ -22,8 +20,6 @@ from tsd_jax.core.adapter import Adapter, Directions, Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import KernelSpec
-from tsd_jax.extraction.matrix_launch import Ranking
-from tsd_jax.storage.run_files import write_rankings
 
 ROWS = [
     {"kind": "eval", "step": 0, "nll": 5.5},
@@ -52,48 +48,6 @@ def test_series_takes_one_figure_of_one_kind():
     np.testing.assert_array_equal(series(ROWS, "train", "loss"), [[10, 20], [4, 3]])
     np.testing.assert_array_equal(series(ROWS, "train", "grad_norm"), [[20], [1]])
     assert series(ROWS, "eval", "loss").shape == (2, 0)
-
-
-def test_directions_are_read_as_a_run_writes_them(tmp_path):
-    rng = np.random.default_rng(0)
-    path = tmp_path / "directions.npz"
-    one = Ranking(*(jnp.asarray(rng.normal(size=n)) for n in (5, 5, 2)))
-    many = Ranking(*(jnp.asarray(rng.normal(size=(3, n))) for n in (4, 4, 2)))
-    write_rankings(path, {"lm_head/kernel": one, "layers/up/kernel": many})
-    spectra = read_directions(path)
-    assert list(spectra) == ["lm_head/kernel", "layers/up/kernel"]
-    np.testing.assert_array_equal(spectra["lm_head/kernel"].sigma, one.sigma[None])
-    np.testing.assert_array_equal(spectra["layers/up/kernel"].rates, many.rates)
-    np.testing.assert_array_equal(spectra["layers/up/kernel"].indices, many.indices)
-    assert spectra["layers/up/kernel"].used is None
-    assert spectra["layers/up/kernel"].gains.all()
-
-
-def test_how_many_gains_a_matrix_uses_is_read(tmp_path):
-    path = tmp_path / "directions.npz"
-    zeros = jnp.zeros((2, 3, 4))
-    used = jnp.asarray([[1, 2, 3], [4, 1, 2]])[..., None]
-    ranking = Ranking(zeros, zeros, zeros.astype(jnp.int32), used)
-    write_rankings(path, {"experts/up/kernel": ranking})
-    seen = read_directions(path)["experts/up/kernel"]
-    np.testing.assert_array_equal(seen.used, [1, 2, 3, 4, 1, 2])
-    np.testing.assert_array_equal(seen.gains.sum(1), [1, 2, 3, 4, 1, 2])
-    assert seen.gains[1].tolist() == [True, True, False, False]
-
-
-def test_bad_directions(tmp_path):
-    path = tmp_path / "directions.npz"
-    with pytest.raises(InputError, match="does not exist; give the directions"):
-        read_directions(path)
-    np.savez(path, allow_pickle=False, **{"up/kernel/sigma": np.ones(3)})
-    with pytest.raises(InputError, match=r"no directions\.npz of a run: .*rates"):
-        read_directions(path)
-    single = io.BytesIO()
-    np.save(single, np.ones(3))
-    for content in (b"", b"PK\x03\x04 cut off", b"text", single.getvalue()):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=r"no directions\.npz of a run"):
-            read_directions(path)
 
 
 def orthonormal(rng, *shape: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +156,25 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return a tensor of a trained size; scales of norms lie around a half."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     spread = 0.5 if "norm" in name else 1.0 if "embed" in name else 0.25
-    values = spread * rng.standard_normal(shape) + 0.5 * ("norm" in name)
-    return values.astype(np.float32)
+    mean = 0.5 if "norm" in name else 0.0
+    return (spread * rng.standard_normal(shape) + mean).astype(np.float32)
 
 
 def write_decoder(folder: Path, published: Mapping[str, Any]) -> None:
-    """Write config.json and random weights, named as the family's files name them."""
+    """Write config.json and random weights, named as in the family's files."""
+    write_model(folder, published, random_tensor)
+
+
+def write_model(
+    folder: Path,
+    published: Mapping[str, Any],
+    draw: Callable[[str, tuple[int, ...]], np.ndarray],
+) -> None:
+    """Write config.json, and the weights that `draw` returns for (name, shape)."""
     (folder / "config.json").write_text(json.dumps(published))
     config = read_config(folder)
-    shapes = names.tensor_shapes(
-        names.flatten(abstract_params(config)), config.model_type
-    )
-    tensors = {name: random_tensor(name, shape) for name, shape in shapes.items()}
+    shapes = names.tensor_shapes(abstract_params(config), config.model_type)
+    tensors = {name: draw(name, shape) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

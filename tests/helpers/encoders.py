@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from tsd_jax.huggingface import abstract_params, names, read_config
+from tests.helpers.decoders import write_model
 
 _SIZES = {
     "vocab_size": 67,
@@ -78,19 +76,14 @@ def _random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return a tensor by its name; what ends in a tanh must not saturate."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     ends = "pooler" in name or "classifier.dense" in name
+    mean = 1.0 if name.endswith("LayerNorm.weight") else 0.0
     values = (0.15 if ends else 0.4) * rng.standard_normal(shape)
-    return (values + name.endswith("LayerNorm.weight")).astype(np.float32)
+    return (values + mean).astype(np.float32)
 
 
 def write_encoder(folder: Path, published: Mapping[str, Any]) -> None:
-    """Write config.json and random weights, named as the family's files name them."""
-    (folder / "config.json").write_text(json.dumps(published))
-    config = read_config(folder)
-    shapes = names.tensor_shapes(
-        names.flatten(abstract_params(config)), config.model_type
-    )
-    tensors = {name: _random_tensor(name, shape) for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    """Write config.json and random weights, named as in the family's files."""
+    write_model(folder, published, _random_tensor)
 
 
 def inputs(

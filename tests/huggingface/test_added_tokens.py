@@ -17,7 +17,7 @@ from tsd_jax.huggingface import (
     read_config,
 )
 
-DEMO = Path(__file__).resolve().parents[3] / "tsd_jax/demo/assets/model"
+DEMO = Path(__file__).resolve().parents[2] / "tsd_jax/demo/assets/model"
 
 
 def test_tokens_are_added_in_order_at_the_end():
@@ -31,10 +31,10 @@ def test_tokens_are_added_in_order_at_the_end():
 @pytest.mark.parametrize(
     ("tokens", "told"),
     [
-        (("<a>", "<a>"), "has token '<a>' already"),
-        (("the",), "has token 'the' already"),
-        (("",), "added token '' is no text"),
-        ((3,), "added token 3 is no text"),
+        (("<a>", "<a>"), "already has token '<a>'"),
+        (("the",), "already has token 'the'"),
+        (("",), "added token '' is not text"),
+        ((3,), "added token 3 is not text"),
     ],
 )
 def test_tokens_must_be_new_text(tokens, told):
@@ -50,7 +50,7 @@ def test_spare_rows_are_taken_first():
     size = config.vocab_size
     assert grown_config(config, (size, size + 3)).vocab_size == size + 3
     assert grown_config(config, (size - 5, size - 2)).vocab_size == size
-    with pytest.raises(InputError, match="they are not of one model"):
+    with pytest.raises(InputError, match="do not belong to one model"):
         grown_config(config, (size + 1, size + 2))
 
 

@@ -1,22 +1,31 @@
-"""Parts trained whole in torch's files, against tensors written down by hand."""
+"""Full parameters in torch's files, against tensors written down by hand."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from tests.helpers.full_params import (
+    HEAD,
+    LAYERS,
+    PARTS,
+    TABLE,
+    D,
+    V,
+    module_name,
+    parts,
+    trees,
+)
 from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.spec import Spec
-from tsd_jax.huggingface.factors import StackIndex
 from tsd_jax.huggingface.full_tensors import (
     FullTensor,
     filled,
@@ -24,54 +33,11 @@ from tsd_jax.huggingface.full_tensors import (
     full_tensors,
     torch_rows,
 )
-from tsd_jax.huggingface.merge import to_merged
+from tsd_jax.huggingface.names import StackIndex
 from tsd_jax.huggingface.peft.read import from_peft
 from tsd_jax.huggingface.peft.write import to_peft
-from tsd_jax.huggingface.vocabulary import grown_vocabulary
 
-V, D, LAYERS = 5, 3, 2
 PREFIX = "base_model.model."
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PARTS = {
-    "embed_tokens/embedding": FullSpec(
-        path="embed_tokens/embedding", shape=(V + 2, D), rows=(V, V + 2)
-    ),
-    "lm_head/kernel": FullSpec(
-        path="lm_head/kernel", shape=(D, V + 2), rows=(V, V + 2), axis=1
-    ),
-    "layers/norm/scale": FullSpec(path="layers/norm/scale", shape=(LAYERS, D)),
-    "layers/up/kernel": FullSpec(path="layers/up/kernel", shape=(LAYERS, D, 4)),
-}
-NAMES = {
-    "embed_tokens/embedding": "model.embed_tokens",
-    "lm_head/kernel": "lm_head",
-    "layers/norm/scale": "model.layers.{}.norm",
-    "layers/up/kernel": "model.layers.{}.up",
-    "layers/up/bias": "model.layers.{}.up",
-    "k": "model.k",
-    "stack": "model.layers.{}.stack",
-}
-
-
-def module_name(path: str, index: int | None) -> str:
-    assert ("{}" in NAMES[path]) == (index is not None)
-    return NAMES[path].format(index)
-
-
-def parts(*paths: str) -> dict[str, FullParam]:
-    rng = np.random.default_rng(4)
-    return {
-        path: FullParam(
-            jnp.asarray(rng.normal(size=PARTS[path].value_shape), "float32"), p
-        )
-        for path, p in PARTS.items()
-        if path in paths or not paths
-    }
-
-
-def trees(*paths: str) -> tuple[Any, Any]:
-    trainable, directions = random_all(0, small_spec("tsd"))
-    return trainable.replace(full=parts(*paths)), directions
 
 
 def test_tensors_lie_as_torch_has_them():
@@ -100,11 +66,11 @@ def test_tensors_lie_as_torch_has_them():
         (FullSpec(path="x/alpha", shape=(3,)), "only leaves named kernel, embedding"),
         (
             FullSpec(path="x/kernel", shape=(3, 4), rows=(0, 1)),
-            "rows along axis 0 of .* are no rows of one tensor",
+            "rows along axis 0 of .* are not rows of one torch",
         ),
         (
             FullSpec(path="x/kernel", shape=(2, 3, 4), rows=(0, 1), axis=1),
-            "no rows of one tensor",
+            "not rows of one torch",
         ),
     ],
 )
@@ -170,7 +136,9 @@ def test_a_part_beside_an_adapter_is_refused(tmp_path):
     trainable, directions = random_all(0, small_spec("tsd"))
     adapters = {"k/kernel": trainable.adapters["k"]}
     bias = FullParam(jnp.ones(7), FullSpec(path="k/bias", shape=(7,)))
-    with pytest.raises(InputError, match="k/bias trains whole and the kernel beside"):
+    with pytest.raises(
+        InputError, match="k/bias is trained in full and the kernel beside"
+    ):
         to_peft(
             tmp_path,
             Trainable(adapters=adapters, full={"k/bias": bias}),
@@ -203,7 +171,7 @@ TENSORS = {TABLE: ("embed_tokens/embedding", None), HEAD: ("lm_head/kernel", Non
 def test_parts_are_read_back(tmp_path):
     to_peft(tmp_path, *trees(), module_name, base_model="org/base")
     found = from_peft(tmp_path, PLACES, TENSORS)
-    assert found.parts.keys() == PARTS.keys()
+    assert found.full.keys() == PARTS.keys()
     base = small_spec("lora", rank=found.kernels["k"][None].rank)
     spec = Spec(base.kernels, base.method, tuple(PARTS.values()))
     flat = {path: jnp.zeros(part.shape) for path, part in PARTS.items()}
@@ -216,7 +184,7 @@ def test_parts_are_read_back(tmp_path):
         np.testing.assert_array_equal(trainable.full[path].value, part.value)
     with pytest.raises(InputError, match="changes lm_head/kernel, which the"):
         found.start(jax.random.key(0), base)
-    with pytest.raises(InputError, match="whole, and the model has no such tensor"):
+    with pytest.raises(InputError, match="in full, but the model has no such tensor"):
         from_peft(tmp_path, PLACES, {TABLE: TENSORS[TABLE]})
 
 
@@ -228,84 +196,3 @@ def test_an_adapter_at_odds_with_itself_is_refused(tmp_path):
     file.write_text(json.dumps(config | {"trainable_token_indices": indices}))
     with pytest.raises(InputError, match=r"rows of shape \(2, 3\).*names 1 of them"):
         from_peft(tmp_path, PLACES, TENSORS)
-
-
-def checkpoint(folder, *, tied: bool, dtype="float32", head: bool = True):
-    """Write a base with a vocabulary of V."""
-    folder.mkdir()
-    rng = np.random.default_rng(7)
-    shapes = {f"{name}.weight": (7, 6) for name in PLACES} | {TABLE: (V, D)}
-    shapes |= {f"model.layers.{n}.norm.weight": (D,) for n in range(LAYERS)}
-    shapes |= {HEAD: (V, D)} if head else {}
-    tensors = {n: rng.normal(size=shape).astype(dtype) for n, shape in shapes.items()}
-    if tied and head:
-        tensors[HEAD] = tensors[TABLE]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = {"vocab_size": V, "tie_word_embeddings": tied, "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("old")
-    (folder / "added_tokens.json").write_text("old")
-    return tensors
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_merged_checkpoint_grows(tmp_path, tied):
-    """With its tokenizer; a tied head that is stored follows its table."""
-    old = checkpoint(tmp_path / "base", tied=tied)
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "tokenizer.json").write_text("new")
-    some = {"embed_tokens/embedding", "layers/norm/scale"}
-    some |= set() if tied else {"lm_head/kernel"}
-    pair = trees(*some)
-    out = tmp_path / "out"
-    to_merged(
-        out,
-        *pair,
-        module_name,
-        base_folder=tmp_path / "base",
-        tokenizer_folder=tmp_path / "new",
-    )
-    found = load_file(out / "model.safetensors")
-    table = np.concatenate([old[TABLE], pair[0].full["embed_tokens/embedding"].value])
-    np.testing.assert_array_equal(found[TABLE], table)
-    new = parts()["lm_head/kernel"].value.T
-    head = table if tied else np.concatenate([old[HEAD], new])
-    np.testing.assert_array_equal(found[HEAD], head)
-    np.testing.assert_array_equal(
-        found["model.layers.1.norm.weight"], pair[0].full["layers/norm/scale"].value[1]
-    )
-    config = json.loads((out / "config.json").read_text())
-    assert config["vocab_size"] == V + 2
-    assert (out / "tokenizer.json").read_text() == "new"
-    assert not (out / "added_tokens.json").exists()
-
-
-def test_a_checkpoint_grown_in_one_place_is_refused(tmp_path):
-    checkpoint(tmp_path / "base", tied=False)
-    pair = trees("embed_tokens/embedding")
-    with pytest.raises(InputError, match="vocabulary would have 7 and 5 rows in"):
-        to_merged(tmp_path / "out", *pair, module_name, base_folder=tmp_path / "base")
-    assert not (tmp_path / "out").exists()
-
-
-def test_tensors_of_another_base_are_refused(tmp_path):
-    def grown(name, value, rows=None, shape=(V, D)):
-        tensor = FullTensor(name, "weight", np.zeros(value), rows)
-        return grown_vocabulary({tensor.name: tensor}, {tensor.name: shape}, tmp_path)
-
-    assert grown("x", (V, D)) is None
-    assert grown("x", (1, D), (V - 1,)) is None
-    assert grown("lm_head", (V + 3, D)) == V + 3
-    assert grown("lm_head", (1, D), (V,)) == V + 1
-    for bad in [
-        ("x", (V + 1, D)),
-        ("x", (1, D), (V,)),
-        ("lm_head", (V, D + 1)),
-        ("lm_head", (1, D), (V + 1,)),  # a row between would be nothing
-        ("lm_head", (1, D + 1), (V,)),
-    ]:
-        with pytest.raises(InputError, match="does not fit what was trained of it"):
-            grown(*bad)
-    tensor = FullTensor("y", "weight", np.zeros(3))
-    with pytest.raises(InputError, match=r"has no tensor 'y.weight'"):
-        grown_vocabulary({"y.weight": tensor}, {}, tmp_path)

@@ -194,7 +194,7 @@ def test_a_token_opens_a_gated_model_and_its_copy_serves_offline(tmp_path):
     try:
         done = subprocess.run(
             [sys.executable, "-c", ASK],
-            cwd=Path(__file__).resolve().parents[3],
+            cwd=Path(__file__).resolve().parents[2],
             env=environment,
             capture_output=True,
             text=True,
@@ -204,6 +204,9 @@ def test_a_token_opens_a_gated_model_and_its_copy_serves_offline(tmp_path):
         server.shutdown()
         server.server_close()
     refused, *given = done.stdout.splitlines()
-    assert "'owner/name' is no local folder, and the hub did not give it" in refused
+    assert (
+        "'owner/name' is not a local folder, and downloading it from the hub failed"
+        in refused
+    )
     assert "log in with `hf auth login`" in refused
     assert given == [SETTINGS.decode()] * 2

@@ -11,39 +11,20 @@ import pytest
 from flax import traverse_util
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers.decoders import PUBLISHED, write_decoder
+from tests.helpers.small_llama import CONFIG
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import Quantization, Quantized, dequantize, quantize
 from tsd_jax.huggingface import device_loader, names, read_config
-from tsd_jax.huggingface.load import load_params, write_checkpoint
+from tsd_jax.huggingface.load import load_params
+from tsd_jax.huggingface.save import write_checkpoint
 from tsd_jax.huggingface.tensors import StoredTensor
-from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import DECODER_RULES, LINEAR_KERNELS, Decoder
 from tsd_jax.training.sharding import make_mesh, param_shardings
 
-CONFIG = DecoderConfig(
-    vocab_size=12,
-    hidden_size=8,
-    intermediate_size=20,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    attention_bias=True,
-)
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def params():
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
-        names.abstract_params(CONFIG),
-    )
 
 
 @pytest.fixture
@@ -235,31 +216,6 @@ def test_buffers_and_the_copy_of_a_tied_head_are_passed_over(folder, params):
     found = load_params(folder, tied)
     assert "lm_head" not in found
     assert_same(found, {name: params[name] for name in found})
-
-
-def test_more_entries_go_into_the_config(tmp_path, params):
-    new = tmp_path / "not" / "yet"
-    write_checkpoint(new, CONFIG, params, extra={"eos_token_id": [2, 7]})
-    content = json.loads((new / "config.json").read_text())
-    assert content["eos_token_id"] == [2, 7]
-    assert content["architectures"] == ["LlamaForCausalLM"]
-    assert sorted(file.name for file in new.iterdir()) == ["config.json", WEIGHTS]
-    with safe_open(new / WEIGHTS, framework="np") as opened:
-        # Older transformers insist on it.
-        assert opened.metadata() == {"format": "pt"}
-
-
-def test_both_files_may_be_read_by_the_same_people(folder):
-    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
-
-
-def test_a_tree_that_does_not_fit_leaves_the_folder_as_it_was(folder, params):
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(InputError, match="lm_head/kernel"):
-        write_checkpoint(
-            folder, dataclasses.replace(CONFIG, tie_word_embeddings=True), params
-        )
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(

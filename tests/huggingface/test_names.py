@@ -118,7 +118,7 @@ def test_another_models_tree_is_refused():
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_module_places_invert_module_names(scan_layers):
+def test_module_paths_invert_module_names(scan_layers):
     params = names.abstract_params(CONFIG, scan_layers=scan_layers)
     places = names.module_paths(params)
     assert len(places) == 2 * 7 + 1
@@ -127,3 +127,103 @@ def test_module_places_invert_module_names(scan_layers):
     place = ("layers/mlp/up_proj/kernel", 1)
     place = place if scan_layers else ("layers_1/mlp/up_proj/kernel", None)
     assert places["model.layers.1.mlp.up_proj"] == place
+
+
+@pytest.mark.parametrize(
+    ("path", "index", "family", "module"),
+    [
+        (
+            "layers/mlp/experts/up_proj/kernel",
+            (3, 5),
+            "qwen3_moe",
+            "model.layers.3.mlp.experts.5.up_proj",
+        ),
+        (
+            "layers_3/mlp/experts/up_proj/kernel",
+            5,
+            "mixtral",
+            "model.layers.3.block_sparse_moe.experts.5.w3",
+        ),
+        (
+            "layers/mlp/experts/down_proj/kernel",
+            (0, 1),
+            "mixtral",
+            "model.layers.0.block_sparse_moe.experts.1.w2",
+        ),
+        (
+            "layers/mlp/gate/kernel",
+            2,
+            "mixtral",
+            "model.layers.2.block_sparse_moe.gate",
+        ),
+        (
+            "layers/self_attn/q_proj/kernel",
+            2,
+            "mixtral",
+            "model.layers.2.self_attn.q_proj",
+        ),
+        (
+            "layers/mlp/shared_expert/gate_proj/kernel",
+            1,
+            "qwen2_moe",
+            "model.layers.1.mlp.shared_expert.gate_proj",
+        ),
+        (
+            "layers/self_attn/qkv_proj/kernel",
+            1,
+            "phi3",
+            "model.layers.1.self_attn.qkv_proj",
+        ),
+        (
+            "layers/mlp/gate_up_proj/kernel",
+            1,
+            "phi3",
+            "model.layers.1.mlp.gate_up_proj",
+        ),
+        (
+            "layers/self_attn/q_norm/scale",
+            0,
+            "qwen3",
+            "model.layers.0.self_attn.q_norm",
+        ),
+    ],
+)
+def test_module_names_of_other_families(path, index, family, module):
+    assert names.module_name(path, index, family) == module
+
+
+@pytest.mark.parametrize(
+    ("path", "index"),
+    [
+        ("layers/mlp/experts/up_proj/kernel", 3),
+        ("layers/mlp/experts/up_proj/kernel", None),
+        ("layers_3/mlp/experts/up_proj/kernel", (3, 5)),
+    ],
+)
+def test_every_stacked_axis_needs_an_index(path, index):
+    with pytest.raises(ValueError, match=path):
+        names.module_name(path, index)
+
+
+def test_a_stack_index_selects_its_matrix():
+    assert names.stack_indices(()) == [None]
+    assert names.stack_indices((2,)) == [0, 1]
+    assert names.stack_indices((1, 2)) == [(0, 0), (0, 1)]
+    array = np.arange(12).reshape(2, 2, 3)
+    np.testing.assert_array_equal(array[names.axis_indices(None)], array)
+    np.testing.assert_array_equal(array[names.axis_indices(1)], array[1])
+    np.testing.assert_array_equal(array[names.axis_indices((1, 0))], array[1, 0])
+    assert names.stacked_axes("layers/mlp/experts/up_proj/kernel") == 2
+    assert names.stacked_axes("layers_0/mlp/experts/up_proj/kernel") == 1
+    assert names.stacked_axes("layers_0/mlp/up_proj/kernel") == 0
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_tensor_paths_invert_tensor_names(scan_layers):
+    params = names.abstract_params(CONFIG, scan_layers=scan_layers)
+    slots = names.tensor_paths(params)
+    assert slots.keys() == names.tensor_shapes(params).keys()
+    layer = ("layers/mlp/up_proj/kernel", 1) if scan_layers else None
+    layer = layer or ("layers_1/mlp/up_proj/kernel", None)
+    assert slots["model.layers.1.mlp.up_proj.weight"] == layer
+    assert slots["model.norm.weight"] == ("norm/scale", None)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.huggingface.tensors import open_tensors, read_json
+from tsd_jax.huggingface.tensors import open_checkpoint
 
 A = np.arange(12, dtype=np.float32).reshape(3, 4)
 B = np.arange(5).astype(jnp.bfloat16)
@@ -32,7 +32,7 @@ def test_tensors_are_described_and_read_in_part(tmp_path, sharded):
         write_shards(tmp_path)
     else:
         save_file({"a": A, "b": B}, tmp_path / SINGLE)
-    tensors = open_tensors(tmp_path)
+    tensors = open_checkpoint(tmp_path)
     assert tensors.keys() == {"a", "b"}
     assert (tensors["a"].shape, tensors["a"].dtype) == ((3, 4), np.float32)
     assert (tensors["b"].shape, tensors["b"].dtype) == ((5,), jnp.bfloat16)
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_named(tmp_path, sharded, damage):
         save_file({"a": A, "b": B}, tmp_path / SINGLE)
     damage(tmp_path / (SECOND if sharded else SINGLE))
     with pytest.raises(InputError, match="corrupt or truncated") as caught:
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
     assert (SECOND if sharded else SINGLE) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -75,27 +75,27 @@ def test_a_damaged_file_is_named(tmp_path, sharded, damage):
 def test_weights_of_another_kind_are_refused(tmp_path):
     save_file({"a": A.astype(np.int8)}, tmp_path / SINGLE)
     with pytest.raises(InputError, match=r"model\.safetensors stores tensor 'a' as I8"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(InputError, match=f"{tmp_path} holds neither.*save_pretrained"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):
     write_shards(tmp_path)
     (tmp_path / SECOND).unlink()
     with pytest.raises(InputError, match=f"{SECOND} does not exist"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_a_shard_without_its_tensor_is_named(tmp_path):
     write_shards(tmp_path)
     write_index(tmp_path, {"a": FIRST, "b": FIRST})
     with pytest.raises(InputError, match=f"{FIRST} lacks tensor 'b'"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,4 @@ def test_an_index_that_points_nowhere_is_named(tmp_path, weight_map):
     write_shards(tmp_path)
     write_index(tmp_path, weight_map)
     with pytest.raises(InputError, match=INDEX):
-        open_tensors(tmp_path)
-
-
-def test_json_that_is_no_object_is_named(tmp_path):
-    (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(InputError, match=r"x\.json is not a JSON object"):
-        read_json(tmp_path / "x.json")
+        open_checkpoint(tmp_path)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.helpers.decoder_configs import configs
 from tests.helpers.decoders import inputs
 from tsd_jax import huggingface
-from tsd_jax.huggingface.families.decoders import FAMILIES
 from tsd_jax.huggingface.families.family import DECODER
+from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.models.decoder import Decoder
 
 pytest.importorskip("torch")

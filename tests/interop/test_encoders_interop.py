@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from tests.helpers.encoders import PUBLISHED, inputs, write_encoder
 from tsd_jax import huggingface
-from tsd_jax.huggingface.families.decoders import FAMILIES
+from tsd_jax.huggingface.families.registry import FAMILIES
 
 torch = pytest.importorskip("torch")
 

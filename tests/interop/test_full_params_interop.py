@@ -31,7 +31,8 @@ from tsd_jax.huggingface import (
     tensor_paths,
 )
 from tsd_jax.huggingface.merge import to_merged
-from tsd_jax.huggingface.peft.full_params import read_full
+from tsd_jax.huggingface.peft.files import read_files
+from tsd_jax.huggingface.peft.full_params import full_of
 from tsd_jax.huggingface.peft.read import from_peft
 from tsd_jax.huggingface.peft.write import to_peft
 from tsd_jax.models.decoder import Decoder
@@ -251,4 +252,4 @@ def test_an_adapter_of_stock_peft_gives_its_logits(bases, tmp_path, tied, settin
     np.testing.assert_allclose(got, theirs, atol=3e-4)
     with pytest.raises(InputError, match="whole: give the places of tensors"):
         from_peft(tmp_path / "adapter", places[0])
-    assert read_full(tmp_path / "adapter").keys() <= places[1].keys()
+    assert full_of(read_files(tmp_path / "adapter")).keys() <= places[1].keys()

@@ -56,9 +56,7 @@ def test_tensors_are_those_of_transformers(tmp_path, name):
     assert sum(each.numel() for each in model.parameters()) == published.parameters
 
     config = read_config(tmp_path)
-    shapes = names.tensor_shapes(
-        names.flatten(abstract_params(config)), config.model_type
-    )
+    shapes = names.tensor_shapes(abstract_params(config), config.model_type)
     experts = 0 if config.experts is None else config.experts.num_experts
     assert loaded_names(shapes, experts) == wanted
     # Windows, and what else differs from layer to layer.

@@ -20,7 +20,7 @@ from tsd_jax.core.adapter import merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.spec import Rule
 from tsd_jax.huggingface import names
-from tsd_jax.huggingface.families.decoders import FAMILIES
+from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.models.encoder import ENCODER_RULES
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "encoders.npz"

@@ -2,58 +2,13 @@ from __future__ import annotations
 
 import json
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.extraction.matrix_launch import Ranking
 from tsd_jax.storage import run_files
+from tsd_jax.storage.atomic import write_json
 
 CONFIG = {"method.name": "tsd", "train.steps": 100, "mesh": (1, -1, 1), "seed": 0}
-
-
-def test_atomic_writes_leave_the_old_file_or_the_new_one(tmp_path):
-    path = tmp_path / "x.json"
-    run_files.write_json(path, {"a": 1})
-
-    def fail(part):
-        part.write_text("half a f")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        run_files.write_atomically(path, fail)
-    assert run_files.read_json(path) == {"a": 1}
-    run_files.write_json(path, {"a": 2})
-    assert run_files.read_json(path) == {"a": 2}
-
-
-def test_a_file_is_only_seen_whole(tmp_path):
-    path = tmp_path / "x"
-
-    def write(part):
-        part.write_text("whole")
-        assert not path.exists()
-        assert part.parent == tmp_path  # on the same disk, or it would be copied
-
-    run_files.write_atomically(path, write)
-    assert path.read_text() == "whole"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_json_is_sorted_and_ends_with_a_newline(tmp_path):
-    run_files.write_json(tmp_path / "x", {"b": [1, 2], "a": "é"})
-    text = (tmp_path / "x").read_text()
-    assert text.index('"a"') < text.index('"b"')
-    assert text.endswith("}\n")
-    assert run_files.read_json(tmp_path / "x") == {"b": [1, 2], "a": "é"}
-
-
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"3", b"\xff"])
-def test_what_is_no_json_object_reads_as_an_empty_one(tmp_path, content):
-    if content is not None:
-        (tmp_path / "x").write_bytes(content)
-    assert run_files.read_json(tmp_path / "x") == {}
 
 
 def test_lines(tmp_path):
@@ -74,32 +29,6 @@ def test_a_cut_off_last_line_is_left_out(tmp_path, cut):
     assert run_files.read_lines(path) == want
 
 
-def test_rankings(tmp_path):
-    """One matrix a row, stacked or not; plain arrays under the kernel's path."""
-    one = Ranking(jnp.arange(3.0), jnp.arange(3.0) + 5, jnp.array([2, 0], jnp.int32))
-    stack = np.arange(12.0, dtype=np.float32).reshape(2, 2, 3)
-    report = {
-        "head/kernel": one,
-        "layers/q/kernel": Ranking(stack, -stack, np.zeros((2, 2, 2), np.int32)),
-    }
-    run_files.write_rankings(tmp_path / "directions.npz", report)
-    with np.load(tmp_path / "directions.npz", allow_pickle=False) as arrays:
-        assert set(arrays) == {
-            f"{kernel}/{field}"
-            for kernel in report
-            for field in ("sigma", "rates", "indices")
-        }
-        np.testing.assert_array_equal(arrays["head/kernel/sigma"], [[0, 1, 2]])
-        np.testing.assert_array_equal(arrays["head/kernel/rates"], [[5, 6, 7]])
-        np.testing.assert_array_equal(arrays["head/kernel/indices"], [[2, 0]])
-        assert arrays["head/kernel/indices"].dtype == np.int32
-        np.testing.assert_array_equal(
-            arrays["layers/q/kernel/sigma"], np.arange(12).reshape(4, 3)
-        )
-        assert arrays["layers/q/kernel/indices"].shape == (4, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["directions.npz"]
-
-
 def claim(workdir, free=(), **changes):
     return run_files.claim_workdir(workdir, {**CONFIG, **changes}, free)
 
@@ -107,7 +36,7 @@ def claim(workdir, free=(), **changes):
 @pytest.fixture
 def used(tmp_path):
     """Leave a run's config behind."""
-    run_files.write_json(tmp_path / "config.json", {"config": CONFIG, "jax": "1.2"})
+    write_json(tmp_path / "config.json", {"config": CONFIG, "jax": "1.2"})
     return tmp_path
 
 
@@ -166,13 +95,13 @@ def test_a_file_in_the_place_of_the_workdir(tmp_path):
 )
 def test_an_unreadable_config_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"config\.json is no config of a run"):
+    with pytest.raises(InputError, match=r"config\.json is not the config of a run"):
         claim(tmp_path)
 
 
 def test_a_folder_in_the_place_of_the_config(tmp_path):
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(InputError, match=r"config\.json is no config of a run"):
+    with pytest.raises(InputError, match=r"config\.json is not the config of a run"):
         claim(tmp_path)
 
 

@@ -19,9 +19,7 @@ def test_pack_keeps_documents_whole():
 
 
 def test_pack_refuses_a_document_longer_than_a_row():
-    with pytest.raises(
-        ValueError, match="6 tokens, more than a row of 5"
-    ):
+    with pytest.raises(ValueError, match="6 tokens, more than a row of 5"):
         list(pretraining.pack([[1] * 6], 4, pad=0))
 
 

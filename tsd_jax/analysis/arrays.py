@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +14,6 @@ from tsd_jax.core.adapter import Directions, Trainable, low_rank_factors
 from tsd_jax.core.errors import InputError
 
 Row = Mapping[str, Any]
-_NO_ARCHIVE = (LookupError, ValueError, TypeError, EOFError, zipfile.BadZipFile)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """What launch saw in the matrices of one kernel.
-
-    Attributes:
-      sigma: (matrices, k) singular values, descending.
-      rates: (matrices, k) change rates, in the order of sigma.
-      indices: (matrices, c) launched directions, best first.
-      used: (matrices,) how many of them have gains, where launch decided it.
-    """
-
-    sigma: np.ndarray
-    rates: np.ndarray
-    indices: np.ndarray
-    used: np.ndarray | None = None
-
-    @property
-    def gains(self) -> np.ndarray:
-        """(matrices, c) whether a launched direction may have a gain."""
-        count = self.indices.shape[-1]
-        used = count if self.used is None else self.used[:, None]
-        return np.broadcast_to(np.arange(count) < used, self.indices.shape)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -77,43 +50,6 @@ def series(metrics: Iterable[Row], kind: str, name: str) -> np.ndarray:
         if row.get("kind") == kind and name in row
     ]
     return np.asarray(pairs, np.float64).reshape(-1, 2).T
-
-
-def read_directions(path: str | Path) -> dict[str, Spectrum]:
-    """Read `directions.npz`: {kernel path: Spectrum}.
-
-    Raises:
-      InputError: there is no such file, or it is not what a launch writes.
-    """
-    try:
-        # Opened here: numpy leaves the file open where it is no archive.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        kernels = dict.fromkeys(name.rpartition("/")[0] for name in arrays)
-        return {
-            kernel: Spectrum(
-                sigma=arrays[f"{kernel}/sigma"],
-                rates=arrays[f"{kernel}/rates"],
-                indices=arrays[f"{kernel}/indices"],
-                used=arrays[f"{kernel}/used"][:, 0]
-                if f"{kernel}/used" in arrays
-                else None,
-            )
-            for kernel in kernels
-        }
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist; give the directions.npz of a run that launched"
-        ) from None
-    except (
-        KeyError,
-        IndexError,
-        ValueError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise InputError(f"{path} is no directions.npz of a run: {error}") from None
 
 
 def subspace_overlap(

@@ -12,9 +12,10 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tsd_jax.analysis.arrays import Spectrum, by_kind, table
+from tsd_jax.analysis.arrays import by_kind, table
 from tsd_jax.analysis.plots import INK, save
 from tsd_jax.core.errors import InputError
+from tsd_jax.storage.directions_file import LaunchRecord
 
 SHARES: Colormap = LinearSegmentedColormap.from_list(
     "shares", ["#e4eef7", "#9cc3e3", "#4f8fc4", "#1f4e79", "#12304d"]
@@ -34,7 +35,7 @@ def plot_overlap(overlaps: Mapping[str, np.ndarray], path: str | Path) -> None:
     _plot_map(by_kind(overlaps), path, title, "mean cos² of principal angles", 1.0)
 
 
-def plot_gains(directions: Mapping[str, Spectrum], path: str | Path) -> None:
+def plot_gains(directions: Mapping[str, LaunchRecord], path: str | Path) -> None:
     """Draw how many directions every matrix trains, as a map.
 
     Args:

@@ -18,8 +18,9 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tsd_jax.analysis.arrays import Row, Spectrum, by_kind, series
+from tsd_jax.analysis.arrays import Row, by_kind, series
 from tsd_jax.core.errors import InputError
+from tsd_jax.storage.directions_file import LaunchRecord
 
 # One hue from light to dark for layers, and one colour apart for what launch chose.
 RAMP: Colormap = LinearSegmentedColormap.from_list(
@@ -53,7 +54,7 @@ DOTS = 6000
 
 
 class Matrix(NamedTuple):
-    """What launch saw in one matrix; see `Spectrum`."""
+    """What launch saw in one matrix; see `LaunchRecord`."""
 
     sigma: np.ndarray
     rates: np.ndarray
@@ -103,7 +104,7 @@ def plot_loss(
     save(draw, path, (7.5, 5.4 if shares else 4.0))
 
 
-def plot_spectra(directions: Mapping[str, Spectrum], path: str | Path) -> None:
+def plot_spectra(directions: Mapping[str, LaunchRecord], path: str | Path) -> None:
     """Draw singular values and change rates of every kernel over their index.
 
     One pair of panels per kind of kernel; layers are a colour ramp, launched
@@ -195,7 +196,7 @@ def _name_launch(axis: Axes, step: int) -> None:
 
 
 def _spectra_by_kind(
-    directions: Mapping[str, Spectrum],
+    directions: Mapping[str, LaunchRecord],
 ) -> dict[str, dict[int, Matrix]]:
     """Return {kind: {layer: Matrix}}."""
     fields = [

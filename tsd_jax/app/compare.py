@@ -14,7 +14,7 @@ from typing import Any
 
 from tsd_jax.app.plan import table
 from tsd_jax.core.errors import InputError
-from tsd_jax.storage.run_files import read_json
+from tsd_jax.storage.atomic import read_json_or_empty
 
 _HEAD = ("method", "seeds", "before", "after", "launch", "trainable", "tokens/s")
 _FIGURES = ("accuracy", "exact_match", "spearman", "nll")
@@ -26,8 +26,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises:
       InputError: the folder holds no finished run.
     """
-    summary = read_json(folder / "summary.json")
-    config = read_json(folder / "config.json").get("config")
+    summary = read_json_or_empty(folder / "summary.json")
+    config = read_json_or_empty(folder / "config.json").get("config")
     if not summary or config is None:
         raise InputError(f"{folder} holds no finished run (no summary.json)")
     return {"folder": folder, "config": config, **summary}

@@ -1,19 +1,64 @@
-"""Checkpoints in Hugging Face format, to and from our parameter trees."""
+"""Checkpoints in Hugging Face format, to and from parameter trees.
 
-from tsd_jax.huggingface.added_tokens import ROWS as ROWS
-from tsd_jax.huggingface.added_tokens import add_tokens as add_tokens
-from tsd_jax.huggingface.added_tokens import grow as grow
-from tsd_jax.huggingface.added_tokens import grown_config as grown_config
-from tsd_jax.huggingface.config import read_config as read_config
-from tsd_jax.huggingface.families.decoders import family_of as family_of
-from tsd_jax.huggingface.hub import load_tokenizer as load_tokenizer
-from tsd_jax.huggingface.hub import resolve as resolve
-from tsd_jax.huggingface.load import absent_head as absent_head
-from tsd_jax.huggingface.load import check_checkpoint as check_checkpoint
-from tsd_jax.huggingface.load import load_params as load_params
-from tsd_jax.huggingface.load import write_checkpoint as write_checkpoint
-from tsd_jax.huggingface.names import abstract_params as abstract_params
-from tsd_jax.huggingface.names import module_name as module_name
-from tsd_jax.huggingface.names import module_paths as module_paths
-from tsd_jax.huggingface.names import tensor_paths as tensor_paths
-from tsd_jax.huggingface.names import to_huggingface as to_huggingface
+    from tsd_jax import huggingface
+
+    folder = huggingface.resolve("HuggingFaceTB/SmolLM2-135M")
+    config = huggingface.read_config(folder)
+    tokenizer = huggingface.load_tokenizer(folder)
+    params = huggingface.load_params(folder, config, dtype="bfloat16")
+
+    network = huggingface.family_of(config).kind.network
+    logits = network(config).apply({"params": params}, tokens)
+
+    huggingface.write_checkpoint("copy", config, params)
+
+`module_name`, `module_paths` and `tensor_paths` translate between the names of torch
+and the paths of the tree, as `tsd_jax.to_peft`, `to_merged` and `from_peft` need them.
+"""
+
+from tsd_jax.huggingface.added_tokens import add_tokens, grow, grown_config
+from tsd_jax.huggingface.check import absent_head, check_checkpoint
+from tsd_jax.huggingface.config import config_json, read_config
+from tsd_jax.huggingface.families.family import Family, ModelConfig
+from tsd_jax.huggingface.families.registry import FAMILIES, family_of
+from tsd_jax.huggingface.hub import load_tokenizer, resolve
+from tsd_jax.huggingface.load import load_params
+from tsd_jax.huggingface.names import (
+    TOKEN_AXES,
+    ModuleName,
+    ParamSlot,
+    StackIndex,
+    abstract_params,
+    module_name,
+    module_paths,
+    tensor_paths,
+    to_huggingface,
+)
+from tsd_jax.huggingface.save import write_checkpoint
+
+__all__ = [
+    "FAMILIES",
+    "TOKEN_AXES",
+    "Family",
+    "ModelConfig",
+    "ModuleName",
+    "ParamSlot",
+    "StackIndex",
+    "absent_head",
+    "abstract_params",
+    "add_tokens",
+    "check_checkpoint",
+    "config_json",
+    "family_of",
+    "grow",
+    "grown_config",
+    "load_params",
+    "load_tokenizer",
+    "module_name",
+    "module_paths",
+    "read_config",
+    "resolve",
+    "tensor_paths",
+    "to_huggingface",
+    "write_checkpoint",
+]

@@ -1,4 +1,4 @@
-"""Tokens added to a tokenizer, and the rows that a model grows for them."""
+"""Tokens added to a tokenizer, and the rows that a decoder gets for them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jax import lax
 
+from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
+from tsd_jax.huggingface.names import TOKEN_AXES
 from tsd_jax.models.config import DecoderConfig
-
-ROWS = {"embed_tokens/embedding": 0, "lm_head/kernel": 1}
-"""{parameter with a row for each token: the axis along which they lie}."""
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, int]:
-    """Add tokens to a tokenizer, in order; give the range (start, stop) of their ids.
+    """Add tokens to a tokenizer, in order; return the range (start, stop) of their ids.
+
+    Args:
+      tokenizer: of transformers; changed in place.
+      tokens: new and distinct.
 
     Raises:
       InputError: a token is empty, given twice or known already.
@@ -27,22 +29,28 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, int]:
     known = tokenizer.get_vocab()
     for number, token in enumerate(tokens):
         if not isinstance(token, str) or not token:
-            raise InputError(f"added token {token!r} is no text: name tokens as text")
+            raise InputError(
+                f"added token {token!r} is not text: give each token as a string"
+            )
         if token in known or token in tokens[:number]:
             raise InputError(
-                f"the tokenizer has token {token!r} already: name new tokens, once each"
+                f"the tokenizer already has token {token!r}: give new tokens, once each"
             )
     tokenizer.add_tokens(list(tokens))
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     if ids != list(range(ids[0], ids[0] + len(tokens))):
         raise InputError(
-            f"the tokenizer gives added tokens the ids {ids}, which are not in a row"
+            f"the tokenizer gives added tokens the ids {ids}, which are not consecutive"
         )
     return ids[0], ids[0] + len(tokens)
 
 
 def grown_config(config: DecoderConfig, rows: tuple[int, int]) -> DecoderConfig:
-    """Return the config of a model with these rows; spare rows it has are taken first.
+    """Return the config of a model with rows for new tokens; spare rows are used first.
+
+    Args:
+      config: of the model before.
+      rows: (start, stop) of the new tokens' ids.
 
     Raises:
       InputError: the model has fewer rows than the tokenizer had tokens.
@@ -50,8 +58,8 @@ def grown_config(config: DecoderConfig, rows: tuple[int, int]) -> DecoderConfig:
     start, stop = rows
     if start > config.vocab_size:
         raise InputError(
-            f"the tokenizer has {start} tokens and the model only {config.vocab_size} "
-            "rows for them: they are not of one model"
+            f"the tokenizer has {start} tokens, but the model only "
+            f"{config.vocab_size} rows for them: they do not belong to one model"
         )
     return dataclasses.replace(config, vocab_size=max(config.vocab_size, stop))
 
@@ -59,22 +67,22 @@ def grown_config(config: DecoderConfig, rows: tuple[int, int]) -> DecoderConfig:
 def grow(
     params: Mapping[str, Any], rows: tuple[int, int], shardings: Any = None
 ) -> dict[str, Any]:
-    """Return the embedding, and an untied head, new rows at the mean of those before.
+    """Add rows to the embedding, and to an untied head: the mean of the rows before.
 
     Args:
       params: the tree of parameters, as loaded.
-      rows: (start, stop) of the new tokens.
+      rows: (start, stop) of the new tokens' ids.
       shardings: of the grown tree, or None.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    places = traverse_util.flatten_dict(shardings, sep="/") if shardings else {}
-    for path, axis in ROWS.items():
+    flat = paths.flatten(params)
+    placed = paths.flatten(shardings) if shardings else {}
+    for path, axis in TOKEN_AXES.items():
         if path in flat:
             grown = jax.jit(
-                _grown, static_argnums=(1, 2), out_shardings=places.get(path)
+                _grown, static_argnums=(1, 2), out_shardings=placed.get(path)
             )
             flat[path] = grown(flat[path], rows, axis)
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return paths.unflatten(flat)
 
 
 def _grown(leaf: jax.Array, rows: tuple[int, int], axis: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The file config.json: read into the config of a model, and written from one."""
+"""The file config.json: read into a model's config, and written from one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.huggingface.families.decoders import FAMILIES
 from tsd_jax.huggingface.families.family import Family, ModelConfig
 from tsd_jax.huggingface.families.fields import Fields
-from tsd_jax.huggingface.tensors import read_json
+from tsd_jax.huggingface.families.registry import FAMILIES, family_of
+from tsd_jax.huggingface.model_folder import CONFIG_FILE
+from tsd_jax.storage.atomic import read_json
 
 
 def read_config(folder: str | Path) -> Any:
-    """Read a model's config.json, refusing what the model here does not compute.
+    """Read a model's config.json, refusing what the networks here do not compute.
+
+    Args:
+      folder: of the model.
 
     Returns:
-      A DecoderConfig or an EncoderConfig; the model_type decides.
+      A DecoderConfig or an EncoderConfig, depending on model_type.
 
     Raises:
       InputError: if the file is missing or damaged, lacks a field, has one of the
-        wrong type, or names an architecture, activation, rotary embedding or kind of
-        layer that is not supported, or quantized weights.
+        wrong type, or asks for an unsupported architecture, activation, rotary
+        embedding or kind of layer, or for quantized weights.
     """
-    file = Path(folder) / "config.json"
+    file = Path(folder) / CONFIG_FILE
     found = read_json(file)
     family = _find_family(file, found)
     fields = Fields(file, found, family.defaults)
@@ -33,8 +37,9 @@ def read_config(folder: str | Path) -> Any:
         values |= family.read(fields)
         return family.kind.config(**{"model_type": found["model_type"], **values})
     except InputError as error:
-        known = str(error).startswith(str(file))
-        raise error if known else InputError(f"{file}: {error}") from error
+        if str(error).startswith(str(file)):
+            raise
+        raise InputError(f"{file}: {error}") from error
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -44,9 +49,9 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
       config: of the model.
       dtype: of the stored weights, by name.
     """
-    family = FAMILIES[config.model_type]
+    family = family_of(config)
     return {
-        "architectures": [family.written(config)],
+        "architectures": [family.architecture_of(config)],
         "model_type": config.model_type,
         **family.kind.write(config),
         **family.write(config),
@@ -55,19 +60,19 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _find_family(file: Path, found: Mapping[str, Any]) -> Family:
-    """Find the family by name, refusing every other, and quantized weights."""
-    kind = found.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    """Return the family a config.json names, refusing others and quantized weights."""
+    name = found.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(
-            f"{file}: model_type is {kind!r}, and only {', '.join(FAMILIES)} are "
+            f"{file}: model_type is {name!r}, and only {', '.join(FAMILIES)} are "
             f"supported: {_way_out(found)}"
         )
-    family = FAMILIES[kind]
-    only = [[name] for name in family.accepted]
+    family = FAMILIES[name]
+    only = [[each] for each in family.accepted]
     given = found.get("architectures") or only[0]
     if given not in only:
         raise InputError(
-            f"{file}: architectures of a {kind} is {given!r}, and only "
+            f"{file}: architectures of a {name} is {given!r}, and only "
             f"{' or '.join(map(repr, only))} is supported: choose another checkpoint"
         )
     settings = found.get("quantization_config")
@@ -81,7 +86,7 @@ def _find_family(file: Path, found: Mapping[str, Any]) -> Family:
 
 
 def _way_out(found: Mapping[str, Any]) -> str:
-    """Say what to do instead of loading a family that is not known."""
+    """Return what to do instead of loading an unsupported family."""
     text = found.get("text_config")
     inner = text.get("model_type") if isinstance(text, dict) else None
     if inner in FAMILIES:

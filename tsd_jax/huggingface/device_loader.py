@@ -1,8 +1,8 @@
-"""Parameters on their way to their devices: stacks fill there, a matrix at a time.
+"""Parameters on their way to their devices: stacks are filled a matrix at a time.
 
-A stacked kernel is never whole on the host. It is allocated on its devices and filled
-by donated updates; every device's part, and nothing of other processes', comes from
-this host. What is small or has no stack is placed at once.
+A stacked kernel never exists as a whole on the host. It is allocated on its devices and
+filled by donated updates; each process brings the parts of its own devices only. A
+parameter that is small or not stacked is placed in one step.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Slices = tuple[slice, ...]
 Encode = Callable[[jax.Array], Any]
-"""Matrices (..., in, out) -> a tree of arrays of as many axes; hashable."""
+"""Matrices (..., in, out) -> a tree of arrays with as many axes; hashable."""
 
 AT_ONCE = 2**25
-"""Bytes up to which a device's part of a stack is brought as one block."""
+"""Bytes up to which a device's part of a stack is placed in one step."""
 AHEAD = 2**28
-"""Bytes that are read before they are needed; one block is the least."""
+"""Bytes that are read before they are needed; at least one step's."""
 READERS = 4
-"""Threads that read."""
+"""Default number of reading threads."""
 
 _LOCAL = PartitionSpec("local")
 Job = TypeVar("Job")
 
 
 class DeviceLoader:
-    """Bring one parameter to its devices, step by step.
+    """Places one parameter on its devices, step by step.
 
     Args:
-      shape: of the parameter, at least one axis. dtype: of what arrives.
+      shape: of the parameter, with at least one axis.
+      dtype: of the blocks that are put.
       depth: number of its first axes that stack matrices.
-      sharding: where it shall lie; None for the default device, free to move.
-      encode: applied to the matrices on their devices; the tree it gives is placed.
+      sharding: of the parameter; None for the default device, uncommitted.
+      encode: applied to the matrices on their devices; the tree it returns is placed.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class DeviceLoader:
         indices = everything
         if sharding is not None:
             indices = sharding.addressable_devices_indices_map(shape)
-        # Devices that hold the same part share one read; slices themselves do not hash.
+        # Devices that hold the same part share one read; slices are not hashable.
         self._parts: dict[str, tuple[Slices, list[Any]]] = {}
         for device, index in indices.items():
-            whole = _spelled_out(index or (), shape)
-            self._parts.setdefault(str(whole), (whole, []))[1].append(device)
+            slices = _explicit(index or (), shape)
+            self._parts.setdefault(str(slices), (slices, []))[1].append(device)
         first = next(iter(self._parts.values()))[0]
         self._local = tuple(part.stop - part.start for part in first)
         self._mesh = None
@@ -78,7 +79,7 @@ class DeviceLoader:
         self._placed: Any = None
 
     def indices(self, step: tuple[int, ...]) -> list[Slices]:
-        """Name the distinct parts of the parameter that a step brings."""
+        """Return the distinct parts of the parameter that a step brings."""
         return [
             (
                 *(slice(p.start + i, p.start + i + 1) for p, i in zip(index, step)),  # noqa: B905
@@ -88,7 +89,12 @@ class DeviceLoader:
         ]
 
     def put(self, step: tuple[int, ...], blocks: Sequence[np.ndarray]) -> None:
-        """Send the parts of one step, as `indices` names them, on their way."""
+        """Place the parts of one step.
+
+        Args:
+          step: one of `steps`.
+          blocks: the values of the parts, in the order of `indices`.
+        """
         piece = self._put_apart(blocks)
         if not step:
             run = functools.partial(_encoded, encode=self._encode, mesh=self._mesh)
@@ -103,7 +109,7 @@ class DeviceLoader:
         )
 
     def finish(self) -> Any:
-        """Return the parameter, once all steps are done."""
+        """Return the parameter, after all steps."""
         sharding = self._sharding
         if sharding is None:
             return self._placed
@@ -120,7 +126,7 @@ class DeviceLoader:
         return jax.tree.map(joined, shapes, self._placed)
 
     def _put_apart(self, blocks: Sequence[np.ndarray]) -> jax.Array:
-        """Put every device's part on it: one array, cut along its first axis."""
+        """Put each device's part on it: one array, sharded along its first axis."""
         if self._mesh is None:
             return jnp.asarray(blocks[0])
         pieces = {
@@ -137,27 +143,27 @@ class DeviceLoader:
         )
 
     def _allocate(self, piece: jax.Array) -> Any:
-        """Make room for the whole stack on its devices."""
+        """Allocate the whole stack on its devices."""
         number = 1 if self._mesh is None else self._mesh.size
-        places = None if self._mesh is None else NamedSharding(self._mesh, _LOCAL)
+        sharding = None if self._mesh is None else NamedSharding(self._mesh, _LOCAL)
         shape = (number * self._local[0], *self._local[1:])
-        whole: Any = jax.ShapeDtypeStruct(shape, piece.dtype)
+        stack: Any = jax.ShapeDtypeStruct(shape, piece.dtype)
         if self._encode is not None:
-            whole = jax.eval_shape(self._encode, whole)
+            stack = jax.eval_shape(self._encode, stack)
         return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=places), whole
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), stack
         )
 
 
-def _spelled_out(index: Slices, shape: tuple[int, ...]) -> Slices:
-    """Return slices with both ends."""
-    whole = (*index, *(slice(None),) * (len(shape) - len(index)))
-    ends = (part.indices(size) for part, size in zip(whole, shape, strict=True))
+def _explicit(index: Slices, shape: tuple[int, ...]) -> Slices:
+    """Return one slice per axis, each with both ends."""
+    every = (*index, *(slice(None),) * (len(shape) - len(index)))
+    ends = (part.indices(size) for part, size in zip(every, shape, strict=True))
     return tuple(slice(start, stop) for start, stop, _ in ends)
 
 
-def _everywhere(run: Callable, mesh: Mesh | None, specs: Any) -> Callable:
-    """Run on every device's own part; nothing is exchanged."""
+def _on_each_device(run: Callable, mesh: Mesh | None, specs: Any) -> Callable:
+    """Return `run` for each device's own part, without communication."""
     if mesh is None:
         return run
     return jax.shard_map(
@@ -167,23 +173,23 @@ def _everywhere(run: Callable, mesh: Mesh | None, specs: Any) -> Callable:
 
 @functools.partial(jax.jit, static_argnames=("encode", "mesh"))
 def _encoded(piece: jax.Array, *, encode: Encode, mesh: Mesh | None) -> Any:
-    return _everywhere(encode, mesh, (_LOCAL,))(piece)
+    return _on_each_device(encode, mesh, (_LOCAL,))(piece)
 
 
 @functools.partial(jax.jit, static_argnames=("encode", "mesh"), donate_argnums=0)
 def _fill(buffer, piece, position, *, encode: Encode | None, mesh: Mesh | None) -> Any:
-    """Put one matrix (1, ..., in, out) of every device into its stack, in place."""
+    """Write one matrix (1, ..., in, out) of every device into its stack, in place."""
 
     def put(buffer, piece, position):
         new = piece if encode is None else encode(piece)
 
-        def update(whole: jax.Array, part: jax.Array) -> jax.Array:
-            inner = (np.int32(0),) * (whole.ndim - len(position))
-            return lax.dynamic_update_slice(whole, part, (*position, *inner))
+        def update(stack: jax.Array, part: jax.Array) -> jax.Array:
+            inner = (np.int32(0),) * (stack.ndim - len(position))
+            return lax.dynamic_update_slice(stack, part, (*position, *inner))
 
         return jax.tree.map(update, buffer, new)
 
-    return _everywhere(put, mesh, (_LOCAL, _LOCAL, PartitionSpec()))(
+    return _on_each_device(put, mesh, (_LOCAL, _LOCAL, PartitionSpec()))(
         buffer, piece, position
     )
 
@@ -194,13 +200,16 @@ def read_ahead(
     readers: int = READERS,
     ahead: int = AHEAD,
 ) -> Iterator[tuple[Job, Any]]:
-    """Run jobs by several threads, and give their results in order.
+    """Run jobs in several threads and yield their results in order.
 
     Args:
-      jobs: (what it is, bytes of its result, how to make it).
+      jobs: (what it is, bytes of its result, the function that returns it).
       readers: number of threads.
-      ahead: bytes of results that exist at a time, the one in use among them; one
-        result is the least.
+      ahead: bytes of results that may exist at a time, including the one in use; a
+        larger result is made alone.
+
+    Yields:
+      (what it is, its result).
     """
     waiting: deque[tuple[Job, int, Any]] = deque()
     held = 0

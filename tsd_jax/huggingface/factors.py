@@ -1,26 +1,26 @@
-"""What is added to each torch module, as two factors; and fewer columns of them."""
+"""The change of each torch module as two factors, and its best approximation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors
 from tsd_jax.core.errors import InputError
-
-StackIndex = int | tuple[int, ...] | None
-"""Which matrix of a stack: its number along one axis, numbers along several, None."""
-
-ModuleName = Callable[[str, Any], str]
-"""(kernel path, `StackIndex` of one of its matrices) -> name of the torch module."""
+from tsd_jax.huggingface.names import ModuleName, axis_indices, stack_indices
 
 
 class Factors(NamedTuple):
-    """Hold dK = down @ up of one matrix: down (in, r), up (r, out).
+    """dK = down @ up of one matrix.
 
-    With DoRA its magnitude m, (out,), too: the kernel is m o (K + dK) / ||K + dK||.
+    With DoRA the adapted kernel is m o (K + dK) / ||K + dK||, by columns.
+
+    Attributes:
+      down: (in, r).
+      up: (r, out).
+      magnitude: m, (out,), or None without DoRA.
     """
 
     down: np.ndarray
@@ -33,7 +33,11 @@ class Factors(NamedTuple):
         return self.down.shape[1]
 
     def applied(self, weight: np.ndarray) -> np.ndarray:
-        """Return the adapted weight, (out, in), of torch's own, in that type."""
+        """Return the adapted weight.
+
+        Args:
+          weight: of torch, (out, in).
+        """
         total = weight + (self.down @ self.up).T
         if self.magnitude is None:
             return total
@@ -43,11 +47,12 @@ class Factors(NamedTuple):
 
 
 class Compressed(NamedTuple):
-    """Hold factors of fewer columns, and what that cost.
+    """Factors of fewer columns, and what that cost.
 
     Attributes:
-      factors: of the new rank.
-      lost: ||dK - dK'||_F. norm: ||dK||_F.
+      factors: of dK', with the new rank.
+      lost: ||dK - dK'||_F.
+      norm: ||dK||_F.
     """
 
     factors: Factors
@@ -60,12 +65,17 @@ def module_factors(
     directions: Mapping[str, Directions],
     module_name: ModuleName,
 ) -> dict[str, Factors]:
-    """Return the float32 factors of every torch module, stacked kernels layer by layer.
+    """Return {torch module: its factors in float32}, one for each stacked matrix.
 
-    Columns of `down` that are zero are left out, but for one: a rank is needed.
+    Zero columns of `down` are left out, except for one: rank 0 is not allowed.
+
+    Args:
+      adapters: {kernel path: Adapter}, on this host.
+      directions: {kernel path: Directions}.
+      module_name: (path, index of a stacked leaf or None) -> name of the torch module.
 
     Raises:
-      InputError: there is no adapter, or two kernels go by the name of one module.
+      InputError: there is no adapter, or two kernels have the same module name.
     """
     if not adapters:
         raise InputError("there are no adapters to export")
@@ -74,7 +84,9 @@ def module_factors(
         modules = _modules(path, adapter, directions[path], module_name)
         twice = modules.keys() & factors.keys()
         if twice:
-            raise InputError(f"{path}: another kernel is {min(twice)!r} already")
+            raise InputError(
+                f"{path}: another kernel has the module name {min(twice)!r} already"
+            )
         factors |= modules
     return factors
 
@@ -85,9 +97,13 @@ def compress(factors: Factors, rank: int) -> Compressed:
         down = Q_d R_d,  up^T = Q_u R_u,  R_d R_u^T = U S V^T,
         down' = Q_d U_k sqrt(S_k),  up' = sqrt(S_k) (Q_u V_k)^T
 
-    Works on the factors alone, in float64; the dense dK is never formed. Factors that
-    have no more than `rank` columns are given back as they are. DoRA's magnitudes stay:
-    columns keep their norms, and what is cut changes their directions.
+    Works on the factors alone, in float64; the dense dK is never formed. Factors with
+    no more than `rank` columns are returned as they are. DoRA's magnitudes stay:
+    columns keep their norms, and only their directions change.
+
+    Args:
+      factors: of dK.
+      rank: the largest allowed.
 
     Raises:
       InputError: the factors are not finite, or `rank` is below 1.
@@ -109,7 +125,7 @@ def compress(factors: Factors, rank: int) -> Compressed:
 
 
 def require_finite(factors: Factors) -> None:
-    """Raise InputError where a factor holds infinities or no numbers."""
+    """Raise InputError if a factor holds infinities or NaNs."""
     if not all(np.isfinite(x).all() for x in factors if x is not None):
         raise InputError(
             "the adapter holds values that are not finite: its training diverged"
@@ -117,12 +133,12 @@ def require_finite(factors: Factors) -> None:
 
 
 def relative(lost: float, norm: float) -> float:
-    """Return lost / norm, and 0 where there was nothing to lose."""
+    """Return lost / norm; 0 if both are 0."""
     return lost / norm if norm else 0.0
 
 
 def total(pairs: Mapping[str, tuple[float, float]]) -> float:
-    """Return the relative error of all matrices taken as one, from {_: (lost, norm)}."""
+    """Return the relative error of all matrices as one, from {_: (lost, norm)}."""
     lost, norm = np.sqrt(np.square(list(pairs.values())).sum(axis=0))
     return relative(float(lost), float(norm))
 
@@ -130,14 +146,14 @@ def total(pairs: Mapping[str, tuple[float, float]]) -> float:
 def _modules(
     path: str, adapter: Adapter, directions: Directions, module_name: ModuleName
 ) -> dict[str, Factors]:
-    """Return every torch module that a (stacked) kernel stands for its own factors."""
+    """Return the factors of every torch module of one, perhaps stacked, kernel."""
     down, up = (
         np.asarray(x, np.float32) for x in low_rank_factors(adapter, directions)
     )
     magnitude = adapter.magnitude
     found = {}
     for index in stack_indices(down.shape[:-2]):
-        one = () if index is None else index
+        one = axis_indices(index)
         factors = _trim(down[one], up[one], adapter.kernel.rank)
         if magnitude is not None:
             norms = np.ascontiguousarray(np.asarray(magnitude, np.float32)[one])
@@ -146,17 +162,10 @@ def _modules(
     return found
 
 
-def stack_indices(batch: tuple[int, ...]) -> list[StackIndex]:
-    """List the matrices of a stack, as module names and places have them."""
-    if len(batch) == 1:
-        return list(range(batch[0]))
-    return [index or None for index in np.ndindex(batch)]
-
-
 def _trim(down: np.ndarray, up: np.ndarray, rank: int) -> Factors:
-    """Leave out columns that add nothing, but for one: a rank is needed.
+    """Leave out columns that add nothing, except for one: rank 0 is not allowed.
 
-    Those of A stay where B alone is zero, as it is before training.
+    Columns of A stay even if B is zero, as it is before training.
     """
     coordinates = np.any(up != 0, axis=1)
     coordinates[:rank] = True

@@ -1,4 +1,4 @@
-"""Parts trained whole, between parameters and torch's tensors.
+"""Full parameters, between trees of parameters and torch's tensors.
 
 embed_tokens/embedding (V, D) -> model.embed_tokens.weight (V, D)
 lm_head/kernel (D, V)         -> lm_head.weight (V, D)
@@ -15,23 +15,34 @@ import numpy as np
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam, FullSpec
-from tsd_jax.huggingface.factors import ModuleName, StackIndex, stack_indices
+from tsd_jax.huggingface.names import (
+    ModuleName,
+    StackIndex,
+    axis_indices,
+    stack_indices,
+)
 
 
 class TorchTensor(NamedTuple):
-    """Say what torch has for a leaf of this name.
+    """What torch has for a leaf of one name.
 
     Attributes:
-      tensor: its name in the module. axes: of one of them.
-      transposed: whether it is stored the other way round.
+      tensor: its name in the module.
+      axes: of one of them.
+      transposed: whether torch stores it transposed.
     """
 
     tensor: str
     axes: int
     transposed: bool = False
 
+    @property
+    def row_axis(self) -> int:
+        """The axis of our leaf that is torch's first."""
+        return 1 if self.transposed else 0
 
-# Linen's names of leaves, and what torch's modules call the same.
+
+# {name of a leaf in Linen's layers: what torch's modules have for it}.
 TORCH_TENSORS = {
     "kernel": TorchTensor("weight", 2, transposed=True),
     "embedding": TorchTensor("weight", 2),
@@ -41,12 +52,13 @@ TORCH_TENSORS = {
 
 
 class FullTensor(NamedTuple):
-    """Hold a trained tensor of torch, or rows of it.
+    """A trained tensor of torch, or rows of it.
 
     Attributes:
-      module: that owns it, and `tensor`, its name there.
+      module: that owns it.
+      tensor: its name in the module.
       value: (n, ...), in torch's layout.
-      rows: numbers of the first axis that `value` holds; None for all.
+      rows: indices along the first axis that `value` has; None for all.
     """
 
     module: str
@@ -61,35 +73,38 @@ class FullTensor(NamedTuple):
 
 
 def torch_tensor_of(path: str) -> TorchTensor:
-    """Look up what torch has for a parameter.
+    """Return what torch has for a parameter.
+
+    Args:
+      path: of the parameter.
 
     Raises:
-      InputError: the leaf has no name of Linen's own layers.
+      InputError: the leaf's name is not one of Linen's own layers'.
     """
     name = path.rpartition("/")[2]
     if name not in TORCH_TENSORS:
         raise InputError(
-            f"{path}: only leaves named {', '.join(TORCH_TENSORS)} have a place in torch's "
-            "files; keep it by save_adapter"
+            f"{path}: torch's files can hold only leaves named "
+            f"{', '.join(TORCH_TENSORS)}; use save_adapter for others"
         )
     return TORCH_TENSORS[name]
 
 
 def full_tensors(
-    parts: Mapping[str, FullParam], module_name: ModuleName
+    full: Mapping[str, FullParam], module_name: ModuleName
 ) -> dict[str, FullTensor]:
-    """Return {tensor: trained values} of all parts, stacked ones layer by layer; float32.
+    """Return {torch tensor: its trained values in float32}, one per stacked matrix.
 
     Args:
-      parts: {path: FullParam}, on this host.
+      full: {path: FullParam}, on this host.
       module_name: (path, index of a stacked leaf or None) -> name of the torch module.
 
     Raises:
-      InputError: a part is no leaf of Linen's own layers, or its rows are not rows of
-        a tensor of torch.
+      InputError: the leaf's name is not one of Linen's own layers', or its rows are not
+        rows of a torch tensor.
     """
     tensors = {}
-    for path, trained in parts.items():
+    for path, trained in full.items():
         value, rows = np.asarray(trained.value, np.float32), torch_rows(trained.part)
         for each in _tensors(path, value, rows, module_name):
             tensors[each.name] = each
@@ -97,18 +112,21 @@ def full_tensors(
 
 
 def torch_rows(part: FullSpec) -> tuple[int, ...] | None:
-    """Return the rows of torch's tensor that train; None for all.
+    """Return the rows of the torch tensor that train; None for all.
+
+    Args:
+      part: the full parameter.
 
     Raises:
-      InputError: what trains is no rows there, or is rows of a stacked leaf.
+      InputError: what trains is along another axis, or of a stacked leaf.
     """
     kind = torch_tensor_of(part.path)
     if part.rows is None:
         return None
-    if len(part.shape) != kind.axes or part.axis != int(kind.transposed):
+    if len(part.shape) != kind.axes or part.axis != kind.row_axis:
         raise InputError(
-            f"{part.path}: rows along axis {part.axis} of {part.shape} are no rows of "
-            "one tensor of torch; keep them by save_adapter"
+            f"{part.path}: rows along axis {part.axis} of {part.shape} are not rows of "
+            "one torch tensor; use save_adapter for them"
         )
     return tuple(range(*part.rows))
 
@@ -120,22 +138,23 @@ def _tensors(
     batch = value.shape[: value.ndim - kind.axes]
     found = []
     for index in stack_indices(batch) if batch else [None]:
-        one = value[() if index is None else index]
+        one = value[axis_indices(index)]
         stored = np.ascontiguousarray(one.T if kind.transposed else one)
         found.append(FullTensor(module_name(path, index), kind.tensor, stored, rows))
     return found
 
 
-def neighbours(whole: Collection[FullSpec], every: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what else the modules own that have a parameter trained in full.
+def neighbours(full: Collection[FullSpec], every: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the other parameters of modules that have a full parameter.
 
-    PEFT saves modules, not parameters: a bias goes along with its weight.
+    PEFT saves modules, not parameters: a bias is saved with its weight.
 
     Args:
-      whole: what trains whole. every: the tree, flat by path.
+      full: descriptions of the full parameters.
+      every: {path: parameter} of the whole tree.
     """
-    trained = {part.path for part in whole}
-    owners = {_owner(part.path) for part in whole if part.rows is None}
+    trained = {part.path for part in full}
+    owners = {_owner(part.path) for part in full if part.rows is None}
     return {
         path: leaf
         for path, leaf in every.items()
@@ -143,47 +162,56 @@ def neighbours(whole: Collection[FullSpec], every: Mapping[str, Any]) -> dict[st
     }
 
 
-def check_modules(whole: Collection[FullSpec], adapted: Collection[str]) -> None:
-    """Raise InputError where PEFT's format has no place for a part.
+def check_modules(full: Collection[FullSpec], adapted: Collection[str]) -> None:
+    """Check that PEFT's format can hold the full parameters.
 
     Args:
-      whole: what trains whole. adapted: paths of the adapted kernels.
+      full: descriptions of the full parameters.
+      adapted: paths of the adapted kernels.
+
+    Raises:
+      InputError: it cannot hold one of them.
     """
     owners = {_owner(path) for path in adapted}
-    for part in whole:
+    for part in full:
         path = part.path
         torch_rows(part)
         if "/experts/" in path:
             raise InputError(
-                f"{path} trains whole, and transformers fuses the experts of a mixture "
-                "into parameters that PEFT cannot save; leave them out"
+                f"{path} is trained in full, but transformers fuses the experts of a "
+                "mixture into parameters that PEFT cannot save: leave them out"
             )
         if _owner(path) in owners:
             raise InputError(
-                f"{path} trains whole and the kernel beside it has an adapter: PEFT "
-                "saves a module either way, not both; leave one of them out"
+                f"{path} is trained in full and the kernel beside it has an adapter, "
+                "but PEFT saves a module one way or the other: leave one of them out"
             )
 
 
 def full_rule(path: str, layers: Mapping[StackIndex, FullTensor]) -> Full:
-    """Return the rule that trains what these tensors hold of a parameter.
+    """Return the rule that trains what these tensors have of a parameter.
 
-    Rows are one range, from the first to the last of them.
+    Rows become one range, from the first to the last of them.
+
+    Args:
+      path: of the parameter.
+      layers: {index of a stacked leaf, or None: tensor}.
     """
     rows = [row for each in layers.values() for row in each.rows or ()]
     if not rows:
         return Full(pattern=re.escape(path))
-    axis = int(torch_tensor_of(path).transposed)
+    axis = torch_tensor_of(path).row_axis
     return Full(pattern=re.escape(path), rows=(min(rows), max(rows) + 1), axis=axis)
 
 
 def filled(
     start: np.ndarray, part: FullSpec, layers: Mapping[StackIndex, FullTensor]
 ) -> np.ndarray:
-    """Put tensors of torch into what trains of one parameter.
+    """Return the value of one full parameter with torch's tensors put into it.
 
     Args:
-      start: its value so far, `part.value_shape`. part: its description.
+      start: its value so far, `part.value_shape`.
+      part: its description.
       layers: {index of a stacked leaf, or None: tensor}.
 
     Raises:
@@ -192,7 +220,7 @@ def filled(
     value = np.array(start)
     for index, each in layers.items():
         one = each.value.T if torch_tensor_of(part.path).transposed else each.value
-        here, one = value[() if index is None else index], np.asarray(one)
+        here, one = value[axis_indices(index)], np.asarray(one)
         if each.rows is not None:
             here, one = (np.moveaxis(x, part.axis, 0) for x in (here, one))
         if not _fits(here, one, part, each):

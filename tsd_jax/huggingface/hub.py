@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.huggingface.model_folder import VOCABULARY_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# An id of the hub is OWNER/NAME; everything else is meant as a path.
+# A hub id is OWNER/NAME; anything else is meant as a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_FETCHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """Find a model's folder, fetching it from the hub where an id is given.
+    """Return a model's local folder, downloading it from the hub if an id is given.
 
-    An existing folder wins. What cannot be an id, or starts in an existing folder, is
-    meant as a path and is never sent to the hub.
+    An existing folder wins. What cannot be an id, or begins with an existing folder,
+    is taken as a path and never sent to the hub.
 
     Raises:
-      InputError: if the folder does not exist, or the hub does not give it.
+      InputError: if the folder does not exist, or the hub does not provide the model.
     """
     if not str(path_or_id):
         raise InputError("no model is named: give a folder, or a hub id OWNER/NAME")
@@ -43,7 +43,7 @@ def resolve(path_or_id: str | Path) -> Path:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies in a model's folder, and nothing from elsewhere.
+    """Load the tokenizer in a model's folder; nothing is downloaded.
 
     Raises:
       InputError: if the folder has no tokenizer, or transformers cannot read it.
@@ -51,9 +51,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = Path(folder)
-    if not any((folder / file).is_file() for file in _TOKENIZERS):
+    if not any((folder / file).is_file() for file in VOCABULARY_FILES):
         raise InputError(
-            f"{folder} has no tokenizer: put one of {', '.join(_TOKENIZERS)} there"
+            f"{folder} has no tokenizer: put one of {', '.join(VOCABULARY_FILES)} there"
         )
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -65,22 +65,22 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _fetch(name: str) -> Path:
-    """Bring the hub's folder `name` into huggingface_hub's own cache."""
+    """Download the hub's model `name` into huggingface_hub's own cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(
             snapshot_download(
-                name, allow_patterns=list(_FILES), ignore_patterns=["original/*"]
+                name, allow_patterns=list(_FETCHED), ignore_patterns=["original/*"]
             )
         )
     # OfflineModeIsEnabled, LocalEntryNotFoundError and lost connections are OSErrors.
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(
-            f"model {name!r} is no local folder, and the hub did not give it "
-            f"({_first_line(error)}): check the name, log in with `hf auth login`, or "
-            "give a local folder"
+            f"model {name!r} is not a local folder, and downloading it from the hub "
+            f"failed ({_first_line(error)}): check the name, log in with `hf auth "
+            "login`, or give a local folder"
         ) from error
 
 

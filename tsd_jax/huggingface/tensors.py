@@ -1,27 +1,24 @@
-"""Folders of safetensors files: learn everything from the headers, then read slices.
+"""The weights of a checkpoint: described by the files' headers, read slice by slice.
 
 A folder holds `model.safetensors`, or several files and `model.safetensors.index.json`.
-safetensors checks the files; their bytes are then mapped by NumPy, because slices of
-safetensors hold Python's lock while they read, and copies out of NumPy's map do not:
-several threads read at a time.
+safetensors checks the files; NumPy then maps their bytes into memory. Reading slices
+through safetensors holds Python's lock, copying out of NumPy's map does not, so that
+several threads can read at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from tsd_jax.core.errors import InputError
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from tsd_jax.huggingface.model_folder import INDEX_FILE, WEIGHTS_FILE
+from tsd_jax.storage.atomic import read_json
+from tsd_jax.storage.tensors import TensorHeader, damaged, read_header
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -33,7 +30,16 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Describe one tensor of a file; its bytes stay there until they are used."""
+    """One tensor of a file, whose bytes are not read until they are used.
+
+    Attributes:
+      name: in the file.
+      file: that holds it.
+      shape: as stored.
+      dtype: as stored.
+      source: the tensor in the mapped file.
+      file_size: in bytes, when the file was opened.
+    """
 
     name: str
     file: Path
@@ -43,64 +49,64 @@ class StoredTensor:
     file_size: int
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Return the part `index` names as stored: a view of the mapped file, read-only.
+        """Return a slice of the stored tensor: a read-only view of the mapped file.
 
         Raises:
-          InputError: if the file is not what it was when it was opened.
+          InputError: if the file's size has changed since it was opened.
         """
         size = self.file.stat().st_size if self.file.is_file() else 0
-        if size != self.file_size:  # a lost page would end the process
-            reason = OSError(f"{size:,} bytes, no longer {self.file_size:,}")
-            raise _damaged(self.file, reason)
+        if size != self.file_size:  # reading a lost page would kill the process
+            raise damaged(self.file, f"{size:,} bytes, no longer {self.file_size:,}")
         return self.source[index]
 
 
-def open_tensors(folder: str | Path, buffers: str = "") -> dict[str, StoredTensor]:
-    """Describe every tensor in `folder` from the headers of its files.
+def open_checkpoint(folder: str | Path, buffers: str = "") -> dict[str, StoredTensor]:
+    """Describe every tensor of a checkpoint, {name: tensor}, from its files' headers.
 
     Args:
-      folder: of a checkpoint.
-      buffers: expression for names that are left out.
+      folder: of the checkpoint.
+      buffers: regular expression for names to leave out.
 
     Raises:
       InputError: if a file is missing, corrupt or truncated, if the index and the
         files disagree, or if weights are not floats; the line names the file.
     """
     folder = Path(folder)
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.is_file():
-        return _read_header(single, buffers)
-    if index.is_file():
-        return _read_index(index, buffers)
+    files = {file: _open_file(file, buffers) for file in weight_files(folder)}
+    if (folder / WEIGHTS_FILE).is_file():
+        return files[folder / WEIGHTS_FILE]
+    tensors = {}
+    for name, file in _weight_map(folder / INDEX_FILE).items():
+        if re.fullmatch(buffers, name):
+            continue
+        if name not in files[folder / file]:
+            raise InputError(
+                f"{folder / file} lacks tensor {name!r}, which {INDEX_FILE} says "
+                "it holds: fetch both again"
+            )
+        tensors[name] = files[folder / file][name]
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint's weights: the single one, or the index's.
+
+    Raises:
+      InputError: if there is neither, or the index is damaged.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if (folder / INDEX_FILE).is_file():
+        listed = _weight_map(folder / INDEX_FILE)
+        return [folder / name for name in sorted({*listed.values()})]
     raise InputError(
-        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: fetch one, or convert "
-        "its weights with transformers' save_pretrained"
+        f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}: fetch one, or "
+        "convert its weights with transformers' save_pretrained"
     )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Raises:
-      InputError: if the file is missing, is not JSON, or is not an object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(
-            f"cannot read {file} ({reason}): a model folder in Hugging Face format "
-            "has this file"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} is not a JSON object: fetch it again")
-    return value
-
-
-def _read_index(index: Path, buffers: str) -> dict[str, StoredTensor]:
-    """Describe the tensors an index lists, each from the file it names."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read {tensor: file name} from an index."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(
         isinstance(file, str) and file and Path(file).name == file
@@ -109,63 +115,27 @@ def _read_index(index: Path, buffers: str) -> dict[str, StoredTensor]:
         raise InputError(
             f'{index} has no "weight_map" from tensors to file names: fetch it again'
         )
-    headers = {
-        file: _read_header(index.parent / file, buffers)
-        for file in sorted({*listed.values()})
-    }
-    listed = {n: file for n, file in listed.items() if not re.fullmatch(buffers, n)}
-    for name, file in listed.items():
-        if name not in headers[file]:
+    return listed
+
+
+def _open_file(file: Path, buffers: str) -> dict[str, StoredTensor]:
+    """Describe the tensors of one file."""
+    header = read_header(file)
+    kept = {n: each for n, each in header.items() if not re.fullmatch(buffers, n)}
+    for name, each in kept.items():
+        if each.dtype not in _DTYPES:
             raise InputError(
-                f"{index.parent / file} lacks tensor {name!r}, which {index.name} says "
-                "it holds: fetch both again"
+                f"{file} stores tensor {name!r} as {each.dtype}: quantized weights are "
+                f"not supported, use one of {', '.join(_DTYPES)}"
             )
-    return {name: headers[file][name] for name, file in listed.items()}
+    content = np.asarray(np.memmap(file, np.uint8, mode="r"))
+    return {name: _stored(name, file, each, content) for name, each in kept.items()}
 
 
-def _read_header(file: Path, buffers: str) -> dict[str, StoredTensor]:
-    """Describe the tensors of one file; opening checks that no byte is missing."""
-    if not file.is_file():
-        raise InputError(f"{file} does not exist: fetch the missing file")
-    try:
-        with safe_open(file, framework="np") as opened:
-            kept = [n for n in opened.keys() if not re.fullmatch(buffers, n)]  # noqa: SIM118
-            slices = {name: opened.get_slice(name) for name in kept}
-            kinds = {name: each.get_dtype() for name, each in slices.items()}
-        places, content = _map(file)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
-    for name, kind in kinds.items():
-        if kind not in _DTYPES:
-            raise InputError(
-                f"{file} stores tensor {name!r} as {kind}: quantized weights are not "
-                f"supported, use one of {', '.join(_DTYPES)}"
-            )
-    tensors = {}
-    for name, source in slices.items():
-        shape, dtype = tuple(source.get_shape()), _DTYPES[kinds[name]]
-        stored = content[slice(*places[name])].view(dtype).reshape(shape)
-        tensors[name] = StoredTensor(name, file, shape, dtype, stored, content.size)
-    return tensors
-
-
-def _map(file: Path) -> tuple[dict[str, tuple[int, int]], np.ndarray]:
-    """Return where each tensor of a checked file lies in its bytes, and those, mapped.
-
-    Source: the format's specification in safetensors' README.
-    """
-    content = np.memmap(file, np.uint8, mode="r")
-    start = 8 + int(content[:8].view("<u8")[0])
-    header = json.loads(content[8:start].tobytes())
-    header.pop("__metadata__", None)
-    places = {
-        name: (start + each["data_offsets"][0], start + each["data_offsets"][1])
-        for name, each in header.items()
-    }
-    return places, np.asarray(content)
-
-
-def _damaged(file: Path, error: Exception) -> InputError:
-    """Say that a file's content is not what its format asks."""
-    reason = str(error).replace("\n", " ")
-    return InputError(f"{file} is corrupt or truncated ({reason}): fetch it again")
+def _stored(
+    name: str, file: Path, header: TensorHeader, content: np.ndarray
+) -> StoredTensor:
+    """Return the view of one tensor in its file's mapped bytes."""
+    dtype = _DTYPES[header.dtype]
+    source = content[header.start : header.stop].view(dtype).reshape(header.shape)
+    return StoredTensor(name, file, header.shape, dtype, source, content.size)

@@ -1,1 +1,1 @@
-"""The project's own files, written in full or not at all, and checked when read."""
+"""The library's own files: written completely or not at all, and checked when read."""

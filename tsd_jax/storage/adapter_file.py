@@ -1,4 +1,4 @@
-"""The library's own adapter file: all that going on, or swapping adapters, needs.
+"""The library's own adapter file: all that resuming or swapping adapters needs.
 
 One safetensors file. Its tensors are the leaves of the adapters and directions under
 "<path>/<leaf>", its metadata a format name, a version and a JSON object:
@@ -6,8 +6,8 @@ One safetensors file. Its tensors are the leaves of the adapters and directions 
     {"method": {...}, "kernels": [{...}, ...], "whole": [{...}, ...],
      "launched": true, "base_model": "..."}
 
-with the fields of `Method`, `KernelSpec` and `FullSpec` as they are. Version 1 had no
-"whole"; it is read as before.
+with the fields of `Method`, `KernelSpec` and `FullSpec` as they are; "whole" lists the
+full parameters. Version 1, which had none, is still read.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tsd_jax.core.layout import Layout
 from tsd_jax.core.leaves import leaf_shapes, leaf_specs
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import KernelSpec, Spec
-from tsd_jax.storage.files import read_tensors, write_tensors
+from tsd_jax.storage.tensors import read_tensors, write_tensors
 
 FORMAT = "tsd_jax adapter"
 VERSION = 2
 _INDICES = "indices"
-# A setting of training alone: it may differ between what is saved and what goes on.
+# A setting of training alone, which may differ between the file and the given spec.
 _FREE = ("dropout",)
 
 T = TypeVar("T")
@@ -47,10 +47,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class SavedAdapter:
-    """Hold what an adapter file holds.
+    """The content of an adapter file.
 
     Attributes:
-      trainable: what trains. directions: {kernel path: Directions}.
+      trainable: what trains.
+      directions: {kernel path: Directions}.
       spec: of the file, or the one given to `load_adapter`.
       launched: whether launch has happened.
       indices: {kernel path: launched directions, (*batch, c), int32}, or None.
@@ -77,11 +78,11 @@ def save_adapter(
 ) -> None:
     """Write adapters, directions and their spec into one file, bit for bit.
 
-    The file is written whole or not at all: after a failure an older one of that name
+    The file appears complete or not at all: after a failure an older one of that name
     is untouched.
 
     Args:
-      file: by convention NAME.safetensors; its folder must be there.
+      file: by convention NAME.safetensors; its folder must exist.
       trainable: on this host.
       directions: {kernel path: Directions}.
       spec: of `make_spec`.
@@ -109,45 +110,41 @@ def save_adapter(
         write_tensors(Path(file), tensors, metadata)
     except OSError as error:
         raise InputError(
-            f"cannot write {file} ({error.strerror}): name a file in a folder there is"
+            f"cannot write {file} ({error.strerror}): give a file in an existing folder"
         ) from error
 
 
 def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
     """Read what `save_adapter` wrote.
 
-    Adapters of one spec have one tree structure and one set of shapes: a function that
-    is jitted over them takes any of them without being compiled again.
+    Adapters of one spec have one tree structure and one set of shapes: a function
+    jitted over them takes any of them without being compiled again.
 
     Args:
       file: of `save_adapter`.
-      spec: what it shall fit; dropout alone may differ, and is then the given one.
-        Without it the spec is rebuilt from the file.
+      spec: that the file must fit, but for dropout, which is taken from it. Without one
+        the spec is rebuilt from the file.
 
     Raises:
-      InputError: the file is missing, damaged, no adapter file or of a newer version,
-        or does not fit `spec`; the line says which, or what differs first.
+      InputError: the file is missing, damaged, not an adapter file or of a newer
+        version, or does not fit `spec`; the line says which, or what differs first.
     """
     file = Path(file)
     tensors, metadata = read_tensors(file)
     facts = _facts(file, metadata)
     try:
-        method = _build(Method, facts["method"])
-        kernels = tuple(_kernel(each) for each in facts["kernels"])
-        whole = tuple(_build(FullSpec, each) for each in facts.get("whole", ()))
-        saved = Spec(kernels, method, whole)
-        for kernel in kernels:
-            kernel.layout.validate(kernel.path, len(kernel.shape))
+        saved = _spec(facts)
         _check(tensors, saved, "tensors and header disagree")
         launched, base_model = bool(facts["launched"]), facts["base_model"]
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise InputError(f"{file} is damaged ({error}): write it again") from error
-    if spec is not None:
-        different = _difference(saved, spec)
-        if different:
-            raise InputError(f"{file} does not fit: {different}")
+    different = None if spec is None else _difference(saved, spec)
+    if different:
+        raise InputError(f"{file} does not fit: {different}")
+    trainable, directions = _trees(file, tensors, spec or saved)
     return SavedAdapter(
-        *_trees(file, tensors, spec or saved),
+        trainable=trainable,
+        directions=directions,
         spec=spec or saved,
         launched=launched,
         indices=_indices(tensors, saved),
@@ -158,7 +155,7 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
 def _leaves(
     trainable: Trainable, directions: Mapping[str, Directions]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every leaf there is by its name in the file."""
+    """Yield every leaf that is not None with its name in the file."""
     for trees in (trainable.adapters, directions):
         for path, tree in trees.items():
             for name in leaf_specs(tree):
@@ -170,7 +167,7 @@ def _leaves(
 
 
 def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every leaf a spec asks for."""
+    """Return {name in the file: shape} of every leaf that a spec has."""
     wanted = {f"{part.path}/value": part.value_shape for part in spec.full}
     for kernel in spec.kernels:
         for kind in (Adapter, Directions):
@@ -180,7 +177,7 @@ def _wanted(spec: Spec) -> dict[str, tuple[int, ...]]:
 
 
 def _check(tensors: Mapping[str, np.ndarray], spec: Spec, fault: str) -> None:
-    """Raise InputError unless the tensors are those the spec asks for."""
+    """Raise InputError unless the tensors are the leaves of the spec."""
     wanted = _wanted(spec)
     for kernel in spec.kernels:
         name = f"{kernel.path}/{_INDICES}"
@@ -193,14 +190,14 @@ def _check(tensors: Mapping[str, np.ndarray], spec: Spec, fault: str) -> None:
             raise InputError(f"{fault}: {name} is {here}, the spec has {there}")
         kind = jnp.integer if name.endswith(f"/{_INDICES}") else jnp.floating
         if not jnp.issubdtype(tensors[name].dtype, kind):
-            raise InputError(f"{fault}: {name} is of type {tensors[name].dtype}")
+            raise InputError(f"{fault}: {name} has dtype {tensors[name].dtype}")
 
 
 def _facts(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Read the header, refusing what is not ours or not known yet."""
+    """Read the header, refusing other formats and newer versions."""
     if metadata.get("format") != FORMAT:
         raise InputError(
-            f"{file} is no adapter file of tsd_jax: a PEFT adapter is read by from_peft"
+            f"{file} is not an adapter file of tsd_jax; from_peft reads PEFT adapters"
         )
     version = metadata.get("version", "")
     if version.isdigit() and int(version) > VERSION:
@@ -217,8 +214,17 @@ def _facts(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return facts
 
 
+def _spec(facts: Mapping[str, Any]) -> Spec:
+    """Build the spec that a header describes."""
+    kernels = tuple(_kernel(each) for each in facts["kernels"])
+    for kernel in kernels:
+        kernel.layout.validate(kernel.path, len(kernel.shape))
+    full = tuple(_build(FullSpec, each) for each in facts.get("whole", ()))
+    return Spec(kernels, _build(Method, facts["method"]), full)
+
+
 def _build(kind: type[T], facts: Mapping[str, Any]) -> T:
-    """Make a dataclass of JSON values; lists become tuples."""
+    """Build a dataclass from JSON values; lists become tuples."""
     return kind(**{name: _tupled(value) for name, value in facts.items()})
 
 
@@ -231,12 +237,12 @@ def _tupled(value: Any) -> Any:
 
 
 def _difference(saved: Spec, given: Spec) -> str | None:
-    """Say what differs first, in words; None where nothing does."""
+    """Return what differs first, in words; None if nothing does."""
     if saved.method != given.method:
         return f"it was saved for {saved.method}, the spec has {given.method}"
     for kind, ours, others in (
         ("kernel", saved.kernels, given.kernels),
-        ("part", saved.full, given.full),
+        ("full parameter", saved.full, given.full),
     ):
         mine, theirs = ({each.path: each for each in some} for some in (ours, others))
         different = _first_difference(kind, mine, theirs)
@@ -248,7 +254,7 @@ def _difference(saved: Spec, given: Spec) -> str | None:
 def _first_difference(
     kind: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> str | None:
-    """Say where two {path: static description} differ first."""
+    """Return where two {path: static description} differ first; None if nowhere."""
     for path in sorted(mine.keys() ^ theirs.keys()):
         missing = "the file has no" if path in theirs else "the spec has no"
         return f"{missing} {kind} {path!r}"
@@ -263,7 +269,7 @@ def _first_difference(
 def _trees(
     file: Path, tensors: Mapping[str, np.ndarray], spec: Spec
 ) -> tuple[Trainable, AllDirections]:
-    """Put the leaves together again."""
+    """Rebuild the trees from their leaves."""
 
     def leaf(path: str, name: str) -> jax.Array | None:
         stored = tensors.get(f"{path}/{name}")

@@ -1,4 +1,4 @@
-"""Spectra of base kernels on disk, under a size limit; damaged ones are made anew."""
+"""Spectra of base kernels on disk, under a size limit; damaged files are ignored."""
 
 from __future__ import annotations
 
@@ -17,21 +17,29 @@ _FORMAT = "tsd_jax spectrum 1"
 
 
 class SpectraFolder:
-    """Keep one safetensors file per matrix, the least recently used ones dropped.
+    """A cache of one safetensors file per matrix; the least recently used are deleted.
 
-    A file that is truncated, altered, or not of this format reads as absent. One that
-    cannot be written is left out: a cache never ends a run.
+    A file that is truncated, altered, or of another format counts as absent. Failures
+    to write are ignored: a cache never stops a run.
 
     Args:
-      folder: made when the first spectrum is saved.
-      max_bytes: of all files together; a 4096-wide kernel's takes 67 MB.
+      folder: created when the first spectrum is saved.
+      max_bytes: of all files together; the spectrum of a 4096-wide kernel takes 67 MB.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int = 32 * 2**30):
         self._folder, self._max_bytes = Path(folder), max_bytes
 
     def load(self, key: str, size: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return (eigenvalues (size,), vectors (size, size)) of a matrix, if sound."""
+        """Return the spectrum of a matrix, or None if it is absent or damaged.
+
+        Args:
+          key: of the matrix.
+          size: of the matrix.
+
+        Returns:
+          eigenvalues (size,), vectors (size, size).
+        """
         file = self._file(key)
         try:
             with safe_open(file, framework="np") as opened:
@@ -51,7 +59,13 @@ class SpectraFolder:
         return (values, vectors) if sound else None
 
     def save(self, key: str, values: np.ndarray, vectors: np.ndarray) -> None:
-        """Write a spectrum under a name of its own first, then make room."""
+        """Write a spectrum, then delete others until all fit.
+
+        Args:
+          key: of the matrix.
+          values: eigenvalues (size,).
+          vectors: (size, size).
+        """
         values = np.ascontiguousarray(values, np.float64)
         vectors = np.ascontiguousarray(vectors, np.float32)
         header = {"format": _FORMAT, "key": key, "sum": _sum(values, vectors)}
@@ -72,7 +86,7 @@ class SpectraFolder:
         return self._folder / f"{key}.safetensors"
 
     def _make_room(self) -> None:
-        """Drop the files longest unused until the rest fits."""
+        """Delete the least recently used files until the rest fits."""
         files = [(file, file.stat()) for file in self._folder.glob("*.safetensors")]
         files.sort(key=lambda pair: pair[1].st_mtime_ns)
         total = sum(stat.st_size for _, stat in files)

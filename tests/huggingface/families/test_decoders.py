@@ -16,8 +16,8 @@ from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface import names
 from tsd_jax.huggingface.config import config_json, read_config
-from tsd_jax.huggingface.families.decoders import FAMILIES
 from tsd_jax.huggingface.families.encoders import ENCODERS
+from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.models.config import Experts
 from tsd_jax.models.decoder import DECODER_RULES
 from tsd_jax.models.rope import (
@@ -151,82 +151,6 @@ def test_what_cannot_be_computed_is_refused_by_name(tmp_path, family, change, na
         read_config(written(tmp_path, PUBLISHED[family] | change))
     assert str(caught.value).count("config.json") == 1
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("path", "index", "family", "module"),
-    [
-        (
-            "layers/mlp/experts/up_proj/kernel",
-            (3, 5),
-            "qwen3_moe",
-            "model.layers.3.mlp.experts.5.up_proj",
-        ),
-        (
-            "layers_3/mlp/experts/up_proj/kernel",
-            5,
-            "mixtral",
-            "model.layers.3.block_sparse_moe.experts.5.w3",
-        ),
-        (
-            "layers/mlp/experts/down_proj/kernel",
-            (0, 1),
-            "mixtral",
-            "model.layers.0.block_sparse_moe.experts.1.w2",
-        ),
-        (
-            "layers/mlp/gate/kernel",
-            2,
-            "mixtral",
-            "model.layers.2.block_sparse_moe.gate",
-        ),
-        (
-            "layers/self_attn/q_proj/kernel",
-            2,
-            "mixtral",
-            "model.layers.2.self_attn.q_proj",
-        ),
-        (
-            "layers/mlp/shared_expert/gate_proj/kernel",
-            1,
-            "qwen2_moe",
-            "model.layers.1.mlp.shared_expert.gate_proj",
-        ),
-        (
-            "layers/self_attn/qkv_proj/kernel",
-            1,
-            "phi3",
-            "model.layers.1.self_attn.qkv_proj",
-        ),
-        (
-            "layers/mlp/gate_up_proj/kernel",
-            1,
-            "phi3",
-            "model.layers.1.mlp.gate_up_proj",
-        ),
-        (
-            "layers/self_attn/q_norm/scale",
-            0,
-            "qwen3",
-            "model.layers.0.self_attn.q_norm",
-        ),
-    ],
-)
-def test_module_names(path, index, family, module):
-    assert names.module_name(path, index, family) == module
-
-
-@pytest.mark.parametrize(
-    ("path", "index"),
-    [
-        ("layers/mlp/experts/up_proj/kernel", 3),
-        ("layers/mlp/experts/up_proj/kernel", None),
-        ("layers_3/mlp/experts/up_proj/kernel", (3, 5)),
-    ],
-)
-def test_every_stacked_axis_needs_an_index(path, index):
-    with pytest.raises(ValueError, match=path):
-        names.module_name(path, index)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

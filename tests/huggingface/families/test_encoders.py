@@ -14,8 +14,8 @@ from tests.helpers.encoders import PUBLISHED, write_encoder
 from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface.config import config_json
-from tsd_jax.huggingface.families.decoders import FAMILIES
 from tsd_jax.huggingface.families.encoders import ENCODERS
+from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.models.encoder_config import REGRESSION, DisentangledConfig
 
 WEIGHTS = "model.safetensors"

@@ -141,7 +141,9 @@ def test_magnitudes_are_read_and_made_where_there_are_none(tmp_path):
         dict.fromkeys(SHAPES, Rule(pattern=".*", rank=4, directions=2)),
         spec.method,
     )
-    with pytest.raises(InputError, match="k: the adapter has DoRA, the spec not"):
+    with pytest.raises(
+        InputError, match="k: the adapter has DoRA, but the spec has not"
+    ):
         found.start(KEY, plain)
 
 
@@ -181,7 +183,7 @@ def test_padding_adds_nothing_and_trains(tmp_path):
     write(tmp_path, {"model.1.stack": 2}, r=2)
     found = from_peft(tmp_path, PLACES)
     assert found.notes == (
-        "stack: 2 of 3 layers have no adapter; they start without effect, and train",
+        "stack: 2 of 3 layers have no adapter; they get one that starts without effect",
     )
     wide = small_spec("lora", rank=5, alpha=15.0)  # the same scale
     trainable, directions = found.start(KEY, wide)
@@ -219,7 +221,7 @@ def test_what_goes_out_comes_back_in(tmp_path):
 def test_a_rank_above_the_kernels_own_is_cut_to_it(tmp_path, rslora):
     factors = write(tmp_path, {"head.k": 9}, r=9, use_rslora=rslora)
     found = from_peft(tmp_path, PLACES)
-    assert found.notes == ("head.k: rank 9 is more than the kernel has; cut to 6",)
+    assert found.notes == ("head.k: rank 9 cut to 6, the limit of its kernel",)
     rule: Any
     (rule,) = found.rules(directions=2)
     assert rule.rank == 6
@@ -237,14 +239,17 @@ def test_a_rank_above_the_kernels_own_is_cut_to_it(tmp_path, rslora):
         ({"use_dora": True}, r"lora_magnitude_vector none, .* asks for \(7,\)"),
         ({"magnitudes": OUT}, r"lora_magnitude_vector \(7,\), .* asks for none"),
         ({"magnitudes": 6, "use_dora": True}, r"\(6,\), .* asks for \(7,\)"),
-        ({"modules_to_save": ["lm_head"]}, r"nothing of what modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, r"none of what modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight"),
         ({"lora_bias": True}, "biases of its own"),
-        ({"target_modules": ["stack"]}, "tensors of head.k, which target_modules"),
+        (
+            {"target_modules": ["stack"]},
+            "tensors of head.k, which is not among target_modules",
+        ),
         ({"r": 3}, r"factors \(4, 6\) and \(7, 4\), and .* gives it rank 3"),
-        ({"rank_pattern": {"(": 4}}, "is no regular expression"),
-        ({"lora_alpha": 0}, "lora_alpha 0, not above 0"),
+        ({"rank_pattern": {"(": 4}}, "is not a regular expression"),
+        ({"lora_alpha": 0}, "lora_alpha 0, which must be above 0"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(tmp_path, config, words):
@@ -303,7 +308,7 @@ def test_modules_the_model_has_not_are_named_with_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (small_spec("tsd", rank=3), "k: the adapter has rank 4, the spec only 3"),
+        (small_spec("tsd", rank=3), "k: the adapter has rank 4, but the spec only 3"),
         (small_spec("tsd", shape=(IN, OUT)), "changes stack, which the spec does not"),
     ],
 )
@@ -320,5 +325,5 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"is \(in, out\) = \(8, 7\).*another base"):
         found.start(KEY, spec)
     flat = from_peft(tmp_path, {"head.k": ("k", 0)})
-    with pytest.raises(InputError, match="no place for layer 0"):
+    with pytest.raises(InputError, match="changes matrix 0 of it"):
         flat.start(KEY, small_spec("tsd", rank=4, shape=(6, 7)))

@@ -192,7 +192,7 @@ def test_magnitudes_are_written_as_peft_names_them(tmp_path):
 
 def test_dora_beside_plain_kernels_is_refused_before_anything_is_written(tmp_path):
     pairs = collect(q=adapter("attn/q/kernel", dora=True), up=adapter("mlp/up/kernel"))
-    words = "model.attn.q has DoRA and model.mlp.up has not, and PEFT's use_dora is one"
+    words = "model.attn.q has DoRA and model.mlp.up does not, but PEFT has one use_dora"
     with pytest.raises(InputError, match=words):
         to_peft(tmp_path / "new", *pairs, module_name, base_model="org/base")
     assert not (tmp_path / "new").exists()
@@ -337,7 +337,7 @@ def test_max_rank_refuses_what_has_no_svd(tmp_path):
 
 def test_two_kernels_of_one_name_are_refused(tmp_path):
     pairs = collect(q=adapter("q/kernel"), up=adapter("up/kernel"))
-    with pytest.raises(InputError, match="another kernel is 'same' already"):
+    with pytest.raises(InputError, match="has the module name 'same' already"):
         to_peft(tmp_path, *pairs, lambda path, layer: "same", base_model="b")
 
 

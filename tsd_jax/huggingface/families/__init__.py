@@ -1,1 +1,1 @@
-"""What each `model_type` of config.json is: its network, its fields, its names."""
+"""The supported values of `model_type`: networks, fields of config.json, and names."""

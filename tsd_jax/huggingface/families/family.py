@@ -1,4 +1,4 @@
-"""What one `model_type` of config.json is: its network, its fields, its names."""
+"""What tells one `model_type` of config.json from another."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ ModelConfig = DecoderConfig | EncoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelKind:
-    """Describe what several families share.
+    """What all decoders, or all encoders of one network, share.
 
     Attributes:
-      config, network: the classes here. rules: of shardings of its parameters.
+      config: class of the model's config.
+      network: class of the Flax module.
+      rules: sharding rules of its parameters.
       read: fields -> values of the config that every family of the kind has.
-      write: config -> entries of config.json that every family has.
-      linear: expression for kernels that are worth quantizing.
-      peft_task: PEFT's name of what they do.
+      write: config -> entries of config.json that every family of the kind has.
+      linear: regular expression for the kernels that quantization applies to.
+      peft_task: PEFT's name for what the models do.
     """
 
     config: type[Any]
@@ -45,22 +47,26 @@ DECODER = ModelKind(
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Describe one `model_type`.
+    """One `model_type`.
 
     Attributes:
-      architecture: the class of transformers. defaults: of its config.json.
-      read: fields -> values of the config beyond the common ones.
-      write: config -> entries of config.json beyond the common ones.
-      renamed: {a module's name here: there}, where they differ.
-      kind: what it shares with others.
-      headless: the class without a head, whose tensors have no prefix; "" where its
-        files are not read. also: further classes whose files are read.
-      prefix: of the names of tensors. layers: what the stack is called after it.
+      architecture: class of transformers.
+      defaults: of the fields of config.json.
+      read: fields -> values of the config beyond those of the kind.
+      write: config -> entries of config.json beyond those of the kind.
+      renamed: {name of a module here: its name in files}, where they differ.
+      kind: what it shares with other families.
+      headless: class without a head, whose tensors have no prefix; "" where its files
+        are not read.
+      also: further classes whose files are read.
+      prefix: of the names of tensors.
+      layers: name of the stack of layers, after the prefix.
       bare: modules without the prefix.
-      head: expression for the parameters that may be started fresh. readout: module
-        whose shape is that of the labels.
-      unused: expression for tensors that are passed over where nothing asks for them.
-      buffers: expression for tensors that are no weights, of whatever type.
+      head: regular expression for the parameters that may be initialized afresh.
+      readout: module whose outputs are the labels.
+      unused: regular expression for tensors that are ignored where the model has none
+        of that name.
+      buffers: regular expression for tensors that are not weights, of any dtype.
     """
 
     architecture: str
@@ -85,7 +91,7 @@ class Family:
         """The classes of transformers whose files are read."""
         return [self.architecture, *filter(None, [self.headless]), *self.also]
 
-    def written(self, config: ModelConfig) -> str:
-        """Name the class that a config describes."""
+    def architecture_of(self, config: ModelConfig) -> str:
+        """Return the class of transformers that a config describes."""
         bare = self.headless and not getattr(config, "num_labels", 0)
         return self.headless if bare else self.architecture

@@ -5,9 +5,9 @@
     trainable, directions = found.start(key, spec)
 
 PEFT computes `y + s lora_B(lora_A(x))` with s = lora_alpha / r or lora_alpha / sqrt(r),
-so A = lora_A^T, B = lora_B^T and gamma = s. An adapter of DoRA has its magnitudes, too;
-`modules_to_save` and `trainable_token_indices` become parts that train whole. What else
-is no plain LoRA is refused by name.
+so A = lora_A^T, B = lora_B^T and gamma = s. A DoRA adapter has its magnitudes as well;
+`modules_to_save` and `trainable_token_indices` become full parameters. Anything else is
+refused by name.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullParam
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
-from tsd_jax.huggingface.factors import Factors, StackIndex, compress
+from tsd_jax.huggingface.factors import Factors, compress
 from tsd_jax.huggingface.full_tensors import FullTensor, filled, full_rule
-from tsd_jax.huggingface.peft.files import PeftModule, read_modules
-from tsd_jax.huggingface.peft.full_params import read_full
-
-ParamSlot = tuple[str, int | None]
-"""Where a torch module's weight is: kernel path, layer of a stacked kernel or None."""
+from tsd_jax.huggingface.names import ParamSlot, StackIndex, axis_indices
+from tsd_jax.huggingface.peft.files import AdapterFiles, read_files
+from tsd_jax.huggingface.peft.full_params import full_of
+from tsd_jax.huggingface.peft.modules import PeftModule, modules_of
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftAdapter:
-    """Hold an adapter that was read, ready for a spec.
+    """An adapter that was read, ready for a spec.
 
     Attributes:
-      kernels: {kernel path: {layer, or None: its module's LoRA}}.
-      scaling: of the rules, "lora" or "rslora". dropout: it was trained with.
+      kernels: {kernel path: {index of a stacked matrix, or None: its LoRA}}.
+      scaling: of the rules, "lora" or "rslora".
+      dropout: it was trained with.
       base_model: name or path of its base, or None.
-      notes: what a user should know of the way it fits in, a line each.
-      parts: {path: {layer, or None: what it trains whole of it}}.
+      notes: what a user should know of how it was fitted in, one line each.
+      full: {parameter path: {index of a stacked matrix, or None: its trained values}}.
     """
 
     kernels: Mapping[str, Mapping[StackIndex, PeftModule]]
@@ -58,24 +58,22 @@ class PeftAdapter:
     dropout: float
     base_model: str | None
     notes: tuple[str, ...]
-    parts: Mapping[str, Mapping[StackIndex, FullTensor]] = dataclasses.field(
+    full: Mapping[str, Mapping[StackIndex, FullTensor]] = dataclasses.field(
         default_factory=dict
     )
 
     def rules(
         self, *, directions: int = 8, dropout: float | None = None
     ) -> tuple[Rule | Full, ...]:
-        """Return one rule a kernel: the adapter's own rank, alpha and scaling.
+        """Return one rule for each kernel, with the adapter's rank, alpha and scaling.
 
-        Parts that it trains whole have a rule each; rows of an embedding one over all
-        from the first to the last.
-
-        Where the layers of a stacked kernel differ, it is the largest rank and that
-        layer's alpha.
+        Where the layers of a stacked kernel differ, the largest rank and that layer's
+        alpha are used. Full parameters have a rule each; for rows of an embedding it
+        ranges from the first to the last.
 
         Args:
           directions: s, for the methods that have gains.
-          dropout: instead of the adapter's own.
+          dropout: in place of the adapter's own.
         """
         rules: list[Rule | Full] = []
         for path, layers in self.kernels.items():
@@ -90,7 +88,7 @@ class PeftAdapter:
                 dora=largest.magnitude is not None,
             )
             rules.append(rule)
-        rules += [full_rule(path, layers) for path, layers in self.parts.items()]
+        rules += [full_rule(path, layers) for path, layers in self.full.items()]
         return tuple(rules)
 
     def start(
@@ -101,37 +99,36 @@ class PeftAdapter:
         *,
         params: Mapping[str, Any] | None = None,
     ) -> tuple[Trainable, AllDirections]:
-        """Return adapters with this adapter's function, and directions still zero.
+        """Return trainables that compute this adapter's function; directions are zero.
 
-        A spec may have a larger rank, another scale and more kernels than the
-        adapter. Columns of A that it does not have start as `init` starts them,
-        beside rows of B that are zero: they add nothing, and they train. Another scale
-        goes into B. A plain LoRA on kernels for which the spec has DoRA starts with
-        magnitudes ||K + dK||, which change nothing.
+        The spec may have a larger rank, another scale and more kernels than the
+        adapter. Additional columns of A are initialized as by `init`, beside zero rows
+        of B: they add nothing, but train. Another scale is absorbed by B. Where only
+        the spec has DoRA, magnitudes start at ||K + dK||, which changes nothing.
 
         Args:
-          key: a JAX random key, for those columns.
-          spec: of `make_spec`, with any method; `rules` give one that fits.
+          key: a JAX random key, for additional columns.
+          spec: of `make_spec`, with any method; `rules` returns rules that fit.
           dtype: of all leaves.
-          params: the base's tree, needed where the spec trains parts whole or has DoRA.
+          params: the base's tree, needed for full parameters and for DoRA.
 
         Raises:
-          InputError: the spec lacks a kernel or part the adapter changes, has a
-            smaller rank for it, another shape, or no DoRA where the adapter has it; or
+          InputError: the spec lacks a parameter the adapter changes, has a smaller
+            rank for it, another shape, or no DoRA where the adapter has it; or
             `params` is missing.
         """
         trained = {*spec.paths, *(part.path for part in spec.full)}
-        for path in (*self.kernels, *self.parts):
+        for path in (*self.kernels, *self.full):
             if path not in trained:
                 raise InputError(
-                    f"the adapter changes {path}, which the spec does not adapt: make "
-                    "the spec with its rules"
+                    f"the adapter changes {path}, which the spec does not train: make "
+                    "the spec with the adapter's rules"
                 )
         trainable, directions = init(key, spec, dtype, params=params)
         adapters, full = dict(trainable.adapters), dict(trainable.full)
         for part in spec.full:
             start = np.asarray(full[part.path].value)
-            value = filled(start, part, self.parts.get(part.path, {}))
+            value = filled(start, part, self.full.get(part.path, {}))
             full[part.path] = FullParam(jnp.asarray(value), part)
         bases = paths.select(
             params or {}, tuple(k.path for k in spec.kernels if k.dora)
@@ -151,82 +148,78 @@ class PeftAdapter:
 
 def from_peft(
     folder: str | Path,
-    places: Mapping[str, ParamSlot],
-    tensors: Mapping[str, ParamSlot] | None = None,
+    module_paths: Mapping[str, ParamSlot],
+    tensor_paths: Mapping[str, ParamSlot] | None = None,
 ) -> PeftAdapter:
     """Read a LoRA adapter that PEFT saved.
 
     Args:
       folder: holds adapter_config.json and adapter_model.safetensors.
-      places: {torch module: (kernel path, layer of a stacked kernel or None)}; for the
-        models here `tsd_jax.huggingface.module_paths` gives it.
-      tensors: {torch tensor: (parameter path, layer or None)}, for adapters that train
-        parts whole; `tsd_jax.huggingface.tensor_paths` gives it.
+      module_paths: {torch module: (kernel path, index of its matrix or None)}; for the
+        models here `tsd_jax.huggingface.module_paths` returns it.
+      tensor_paths: {torch tensor: (parameter path, index of its matrix or None)}, for
+        adapters with full parameters; `tsd_jax.huggingface.tensor_paths` returns it.
 
     Raises:
-      InputError: a file is missing or damaged, the adapter is no plain LoRA, or it
-        changes a module or tensor that the places do not have; one line says which
+      InputError: a file is missing or damaged, the adapter is not a plain LoRA, or it
+        changes a module or tensor that the model does not have; one line says which
         and why.
     """
-    config, modules = read_modules(folder)
-    scaling = "rslora" if config.get("use_rslora") else "lora"
+    files = read_files(folder)
+    scaling = "rslora" if files.config.get("use_rslora") else "lora"
     kernels: dict[str, dict[StackIndex, PeftModule]] = {}
     notes: list[str] = []
-    for name, module in modules.items():
-        if name not in places:
-            near = difflib.get_close_matches(name, places, n=1, cutoff=0.0)
-            raise InputError(
-                f"{folder} adapts {name}, and the model has no such linear module; "
-                f"the nearest is {', '.join(near) or 'none'}"
-            )
-        path, layer = places[name]
+    for name, module in modules_of(files).items():
+        path, index = _slot(module_paths, name, f"{folder} adapts {name}", "module")
         limit = min(module.a.shape[0], module.b.shape[1])
         if module.rank > limit:
             notes.append(
-                f"{name}: rank {module.rank} is more than the kernel has; cut to "
-                f"{limit}"
+                f"{name}: rank {module.rank} cut to {limit}, the limit of its kernel"
             )
             module = _cut(module, limit, scaling)
-        kernels.setdefault(path, {})[layer] = module
+        kernels.setdefault(path, {})[index] = module
     for path, layers in kernels.items():
-        stacked = len({place for place in places.values() if place[0] == path})
+        stacked = len({slot for slot in module_paths.values() if slot[0] == path})
         notes += _notes(path, layers, stacked)
     for note in notes:
         _log.info("%s", note)
     return PeftAdapter(
         kernels=kernels,
         scaling=scaling,
-        dropout=float(config.get("lora_dropout") or 0.0),
-        base_model=config.get("base_model_name_or_path"),
+        dropout=float(files.config.get("lora_dropout") or 0.0),
+        base_model=files.config.get("base_model_name_or_path"),
         notes=tuple(notes),
-        parts=_place_parts(Path(folder), tensors),
+        full=_full_params(files, tensor_paths),
     )
 
 
-def _place_parts(
-    folder: Path, places: Mapping[str, ParamSlot] | None
+def _slot(slots: Mapping[str, ParamSlot], name: str, fact: str, what: str) -> ParamSlot:
+    """Return where a torch module or tensor is; `fact` and `what` are for errors."""
+    if name not in slots:
+        near = difflib.get_close_matches(name, slots, n=1, cutoff=0.0)
+        raise InputError(
+            f"{fact}, but the model has no such {what}; the nearest is "
+            f"{', '.join(near) or 'none'}"
+        )
+    return slots[name]
+
+
+def _full_params(
+    files: AdapterFiles, tensor_paths: Mapping[str, ParamSlot] | None
 ) -> dict[str, dict[StackIndex, FullTensor]]:
-    """Find the parameters that the adapter trains whole."""
-    parts: dict[str, dict[StackIndex, FullTensor]] = {}
-    for name, tensor in read_full(folder).items():
-        if places is None:
-            raise InputError(
-                f"{folder} trains {name} whole: give the places of tensors "
-                "(huggingface.tensor_paths)"
-            )
-        if name not in places:
-            near = difflib.get_close_matches(name, places, n=1, cutoff=0.0)
-            raise InputError(
-                f"{folder} trains {name} whole, and the model has no such tensor; the "
-                f"nearest is {', '.join(near) or 'none'}"
-            )
-        path, layer = places[name]
-        parts.setdefault(path, {})[layer] = tensor
-    return parts
+    """Return {parameter path: {index of its matrix: what the adapter has of it}}."""
+    full: dict[str, dict[StackIndex, FullTensor]] = {}
+    for name, tensor in full_of(files).items():
+        fact = f"{files.folder} trains {name} in full"
+        if tensor_paths is None:
+            raise InputError(f"{fact}: give tensor_paths (huggingface.tensor_paths)")
+        path, index = _slot(tensor_paths, name, fact, "tensor")
+        full.setdefault(path, {})[index] = tensor
+    return full
 
 
 def _cut(module: PeftModule, rank: int, scaling: str) -> PeftModule:
-    """Write the same product in the columns a matrix of this size needs."""
+    """Return the same product with no more columns than its matrix can use."""
     down, up, _ = compress(Factors(module.a, module.b), rank).factors
     alpha = module.scale / SCALINGS[scaling](1.0, rank)
     scale = SCALINGS[scaling](alpha, rank)
@@ -236,22 +229,22 @@ def _cut(module: PeftModule, rank: int, scaling: str) -> PeftModule:
 def _notes(
     path: str, layers: Mapping[StackIndex, PeftModule], stacked: int
 ) -> list[str]:
-    """Say how the layers of a stacked kernel were made one shape."""
+    """Return how the layers of a stacked kernel were brought to one shape."""
     notes = []
     ranks = {module.rank for module in layers.values()}
     if len(ranks) > 1:
         notes.append(
             f"{path}: its layers have ranks {sorted(ranks)}; all are padded to "
-            f"{max(ranks)}, which adds nothing to the function"
+            f"{max(ranks)}, which does not change the function"
         )
     scales = {module.scale for module in layers.values()}
     if len(scales) > 1:
-        notes.append(f"{path}: its layers have {len(scales)} scales; they go into B")
+        notes.append(f"{path}: its layers have {len(scales)} scales; B absorbs them")
     bare = stacked - len(layers)
     if bare:
         notes.append(
-            f"{path}: {bare} of {stacked} layers have no adapter; they start "
-            "without effect, and train"
+            f"{path}: {bare} of {stacked} layers have no adapter; they get "
+            "one that starts without effect"
         )
     return notes
 
@@ -263,44 +256,44 @@ def _fill(
     layer: StackIndex,
     module: PeftModule,
 ) -> None:
-    """Put one module's LoRA into a kernel's A and B."""
-    place = layer if isinstance(layer, tuple) else () if layer is None else (layer,)
-    stack = kernel.batch_shape
-    if len(place) != len(stack) or any(map(int.__ge__, place, stack)):
+    """Write one module's LoRA into a kernel's A and B."""
+    position, stack = axis_indices(layer), kernel.batch_shape
+    inside = all(n < size for n, size in zip(position, stack, strict=False))
+    if len(position) != len(stack) or not inside:
         raise InputError(
-            f"{kernel.path}: the spec stacks it as {stack}, which has no place for "
-            f"layer {layer} of the adapter"
+            f"{kernel.path}: the adapter changes matrix {layer} of it, but the spec "
+            f"stacks it as {stack}"
         )
     found = (module.a.shape[0], module.b.shape[1])
     if found != (kernel.fan_in, kernel.fan_out):
         raise InputError(
-            f"{kernel.path} is (in, out) = {(kernel.fan_in, kernel.fan_out)}, and the "
-            f"adapter is made for {found}: it belongs to another base"
+            f"{kernel.path} is (in, out) = {(kernel.fan_in, kernel.fan_out)}, but the "
+            f"adapter's is {found}: it belongs to another base"
         )
     if module.rank > kernel.rank:
         raise InputError(
-            f"{kernel.path}: the adapter has rank {module.rank}, the spec only "
+            f"{kernel.path}: the adapter has rank {module.rank}, but the spec only "
             f"{kernel.rank}: make the spec with the adapter's rules"
         )
     if module.magnitude is not None and not kernel.dora:
         raise InputError(
-            f"{kernel.path}: the adapter has DoRA, the spec not: make the spec with "
-            "the adapter's rules"
+            f"{kernel.path}: the adapter has DoRA, but the spec has not: make the "
+            "spec with the adapter's rules"
         )
     ratio = np.float64(module.scale) / kernel.scale
-    a[(*place, slice(None), slice(module.rank))] = module.a
-    b[(*place, slice(None))] = 0
-    b[(*place, slice(module.rank))] = module.b * ratio
+    a[(*position, slice(None), slice(module.rank))] = module.a
+    b[(*position, slice(None))] = 0
+    b[(*position, slice(module.rank))] = module.b * ratio
 
 
 def _with_magnitudes(
     adapter: Adapter, layers: Mapping[StackIndex, PeftModule], base: jax.Array
 ) -> Adapter:
-    """Start m where the adapter has it; elsewhere at ||K + dK||, changing nothing."""
+    """Return the adapter with its m, or with ||K + dK||, which changes nothing."""
     kernel = adapter.kernel
     up = kernel.scale * adapter.b
     magnitude = np.array(column_norms(base, adapter.a, up, layout=kernel.layout))
     for layer, module in layers.items():
         if module.magnitude is not None:
-            magnitude[() if layer is None else layer] = module.magnitude
+            magnitude[axis_indices(layer)] = module.magnitude
     return adapter.replace(magnitude=jnp.asarray(magnitude, adapter.a.dtype))

@@ -10,8 +10,8 @@ import pytest
 from tests.helpers.published import CHECKPOINTS
 from tsd_jax.huggingface import abstract_params, names, read_config
 from tsd_jax.huggingface.config import config_json
-from tsd_jax.huggingface.families.decoders import FAMILIES
 from tsd_jax.huggingface.families.family import DECODER
+from tsd_jax.huggingface.families.registry import FAMILIES
 
 
 def test_every_family_is_published():
