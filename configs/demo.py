@@ -1,4 +1,4 @@
-"""The embedded demo: a tiny village model learns a task it cannot do yet.
+"""The embedded demo: a tiny model of a village learns a task it cannot do yet.
 
 Command:  make demo
 Hardware: two CPU cores, under 90 s for this run and its plain-LoRA twin.

@@ -1,12 +1,12 @@
 """LoRA-TSD on all-MiniLM-L6-v2, a BERT of 22M parameters, and 2,000 texts of SST-2.
 
 Command:  python train.py --config configs/minilm_sst2.py --workdir runs/minilm
-Hardware: two CPU cores; 16 minutes while they did other work too.
-Needs the model, from the hub or a folder, and two JSON files; give your own with
+Hardware: two CPU cores, 16 minutes while they were also doing other work.
+It needs the model, from the hub or a folder, and two JSON files; name your own with
   --config.model.path=FOLDER --config.data.path=FILE --config.data.eval_path=FILE
 Expected: accuracy on the 872 sentences of the development set, 0.475 before (the head
   starts at random), 0.797 after with seed 0; plain LoRA (--config.method.name=lora)
-  0.820. The paper launches at 100 of thousands of steps, here it is 40 of 160.
+  0.820. The paper launches after 100 of thousands of steps, this after 40 of 160.
 """
 
 from configs import default

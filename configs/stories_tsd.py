@@ -2,7 +2,7 @@
 
 Command:  python train.py --config configs/stories_tsd.py --workdir runs/stories
 Hardware: two CPU cores, about two minutes.
-Needs a model folder and a text file; give your own with
+It needs a model folder and a text file; name your own with
   --config.model.path=FOLDER --config.data.path=FILE
 Expected: NLL per token on the last 10 % of the text, 5.888 before; plain LoRA
   (--config.method.name=lora) ends at 3.910 with seed 0.

@@ -86,7 +86,7 @@ def start_pair(*each: list[str]) -> list[subprocess.Popen[str]]:
 
 
 def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Wait for all; give exit code, output and what of errors is ours."""
+    """Wait for all; return exit code, output and what of errors is ours."""
     try:
         said = [process.communicate(timeout=240) for process in processes]
     finally:

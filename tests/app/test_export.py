@@ -10,9 +10,10 @@ from safetensors.numpy import load_file
 
 from tests.helpers.trees import random_all
 from tsd_jax import huggingface
-from tsd_jax.app.export import main
+from tsd_jax.app.export import main, recorded_labels
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.spec import Rule
+from tsd_jax.data.classification import Labels
 from tsd_jax.models.decoder import Decoder
 from tsd_jax.storage.adapter_file import save_adapter
 
@@ -115,3 +116,10 @@ def test_sources_that_hold_no_adapter_are_refused(trained, tmp_path, capsys):
         assert str(source) in capsys.readouterr().err
     assert run(trained[0], "merged", BASE) == 2
     assert "the base's own folder" in capsys.readouterr().err
+
+
+def test_labels_are_those_a_run_recorded(tmp_path):
+    assert recorded_labels(tmp_path) is None
+    labels = {"problem": "classification", "count": 2, "names": ["no", "yes"]}
+    (tmp_path / "config.json").write_text(json.dumps({"labels": labels}))
+    assert recorded_labels(tmp_path) == Labels("classification", 2, ("no", "yes"))

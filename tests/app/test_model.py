@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from transformers import BertTokenizer
 
 import tsd_jax as tsd
 from configs import minilm_sst2
+from tests.helpers.demo_runs import changed, metrics, small_settings, summary
 from tests.helpers.encoders import PUBLISHED, write_encoder
-from tests.helpers.program import train
 from tsd_jax import huggingface
+from tsd_jax.app.build import prepare
+from tsd_jax.app.config import settings_from
+from tsd_jax.app.data import read_files
 from tsd_jax.app.model import with_head, with_tokens
-from tsd_jax.app.run import execute
-from tsd_jax.app.task import DataSettings
+from tsd_jax.app.run import run
+from tsd_jax.app.settings import DataSettings
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
 from tsd_jax.models.config import DecoderConfig
@@ -53,53 +57,50 @@ def data(tmp_path_factory):
     return file
 
 
-def small_config(base, data, **changes):
-    config = minilm_sst2.get_config()
-    config.mesh = (2, 2, 2)
-    config.cache_dir = "off"
-    config.model.path = str(base)
-    config.data.path = str(data)
-    config.data.eval_path = ""
-    config.data.length = 10
-    config.adapter.rank = 2
-    config.adapter.directions = 2
-    config.eval.batch_size = 8
-    config.method.launch_step = 8
-    config.optimizer.warmup = 0
-    config.optimizer.learning_rate = 2e-2
-    config.train.batch_size = 16
-    config.train.micro_batches = 2
-    config.train.steps = 24
-    with config.unlocked():
-        for key, value in changes.items():
-            section, _, name = key.rpartition("__")
-            setattr(config[section] if section else config, name, value)
-    return config
+SMALL = {
+    "mesh": (2, 2, 2),
+    "cache_dir": "off",
+    "data__eval_path": "",
+    "data__length": 10,
+    "adapter__rank": 2,
+    "adapter__directions": 2,
+    "eval__batch_size": 8,
+    "method__launch_step": 8,
+    "optimizer__warmup": 0,
+    "optimizer__learning_rate": 2e-2,
+    "train__batch_size": 16,
+    "train__micro_batches": 2,
+    "train__steps": 24,
+}
+
+
+def encoder_settings(base, data, **changes):
+    files = {"model__path": str(base), "data__path": str(data)}
+    config = minilm_sst2.get_config().to_dict()
+    return settings_from(changed(config, SMALL | files | changes))
 
 
 def test_a_fresh_head_trains_beside_the_adapters(base, data, tmp_path, capsys):
     workdir = tmp_path / "run"
     pattern = "layers/(attention/self/query|output/dense)/kernel"
-    config = small_config(base, data, adapter__pattern=pattern)
-    run = train.prepare(config, workdir)
+    assert run(encoder_settings(base, data, adapter__pattern=pattern), workdir) == 0
     told = capsys.readouterr().out
     assert "classification (bad, good); started at random: classifier/bias" in told
     assert "58 items to train on, 6 held out" in told
-    heads = ["classifier/bias", "classifier/kernel"]
-    heads += ["pooler/dense/bias", "pooler/dense/kernel"]
-    assert [part.path for part in run.spec.full] == heads
-    execute(run)
-    summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["launch_step"] == 8
-    assert summary["after"].keys() == {"accuracy", "f1", "matthews", "loss", "count"}
-    assert summary["after"]["count"] == 6
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+    assert summary(workdir)["launch_step"] == 8
+    after = summary(workdir)["after"]
+    assert after.keys() == {"accuracy", "f1", "matthews", "loss", "count"}
+    assert after["count"] == 6
+    rows = [row for row in metrics(workdir) if row["kind"] == "train"]
     assert rows[-1]["step"] == 24
     assert rows[-1]["loss"] < 0.4 < 0.5 < rows[0]["loss"]  # log 2 is 0.69
     noted = json.loads((workdir / "config.json").read_text())["labels"]
     assert noted == {"problem": "classification", "count": 2, "names": ["bad", "good"]}
     saved = tsd.load_adapter(workdir / "adapter.safetensors")
+    assert [param.path for param in saved.spec.full] == [
+        *("classifier/bias", "classifier/kernel"),
+        *("pooler/dense/bias", "pooler/dense/kernel"),
+    ]
     adapter = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
     assert adapter["task_type"] == "SEQ_CLS"
     assert adapter["modules_to_save"] == ["bert.pooler.dense", "classifier"]
@@ -110,25 +111,32 @@ def test_a_fresh_head_trains_beside_the_adapters(base, data, tmp_path, capsys):
     )
 
 
-def test_the_default_rule_finds_the_modules_of_the_paper(base, data, tmp_path):
-    run = train.prepare(small_config(base, data), tmp_path / "run")
+def test_the_default_rule_finds_the_modules_of_the_paper(base, data):
+    prepared = prepare(encoder_settings(base, data))
     modules = ("attention/output/dense", "attention/self/key", "attention/self/query")
     modules += ("attention/self/value", "intermediate/dense", "output/dense")
-    assert run.spec.paths == tuple(f"layers/{each}/kernel" for each in modules)
+    assert prepared.spec.paths == tuple(f"layers/{each}/kernel" for each in modules)
 
 
-def settings(kind="classification", path="", problem=""):
-    return DataSettings(
+def files(path, kind="classification"):
+    settings = DataSettings(
         kind=kind,
         path=str(path),
         eval_path="",
-        problem=problem,
+        problem="",
         held_out=0.1,
         template="alpaca",
         length=8,
         train_on_prompt=False,
-        seed=0,
     )
+    return read_files(settings, seed=0)
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("some words " * 30)
+    return files(file, "text")
 
 
 @pytest.fixture
@@ -139,14 +147,14 @@ def headed(tmp_path):
 
 
 def test_a_head_takes_the_labels_of_the_data(base, data):
-    config, labels = with_head(huggingface.read_config(base), settings(path=data))
+    config, labels = with_head(huggingface.read_config(base), files(data))
     assert labels == Labels("classification", 2, ("bad", "good"))
     assert (config.num_labels, config.label_names) == (2, ("bad", "good"))
 
 
 def test_labels_that_the_head_knows_keep_its_order(headed, data):
     turned = dataclasses.replace(headed, label_names=("good", "odd", "bad"))
-    config, labels = with_head(turned, settings(path=data))
+    config, labels = with_head(turned, files(data))
     assert labels is not None
     assert labels.names == config.label_names == ("good", "odd", "bad")
 
@@ -154,27 +162,29 @@ def test_labels_that_the_head_knows_keep_its_order(headed, data):
 def test_another_head_is_started_only_when_asked_for(headed, data):
     other = dataclasses.replace(headed, label_names=("x", "y", "z"))
     with pytest.raises(InputError, match=r"\(x, y, z\).*\(bad, good\).*new_head=True"):
-        with_head(other, settings(path=data))
-    config, _ = with_head(other, settings(path=data), new=True)
+        with_head(other, files(data))
+    config, _ = with_head(other, files(data), new=True)
     assert (config.num_labels, config.label_names) == (2, ("bad", "good"))
     generic = ("LABEL_0", "LABEL_1")
     plain = dataclasses.replace(headed, num_labels=2, label_names=generic)
-    config, _ = with_head(plain, settings(path=data))
+    config, _ = with_head(plain, files(data))
     assert config.label_names == ("bad", "good")  # names that say nothing give way
 
 
-def test_models_and_data_that_do_not_fit_are_refused(headed, data):
+def test_models_and_data_that_do_not_fit_are_refused(headed, data, text):
     with pytest.raises(InputError, match=r"needs an encoder \(bert.*is a llama"):
-        with_head(LLAMA, settings(path=data))
+        with_head(LLAMA, files(data))
     with pytest.raises(InputError, match="new_head: a llama has no such head"):
-        with_head(LLAMA, settings("text"), new=True)
+        with_head(LLAMA, text, new=True)
     with pytest.raises(InputError, match="is a bert, an encoder, which writes no text"):
-        with_head(headed, settings("text", data))
-    assert with_head(LLAMA, settings("text")) == (LLAMA, None)
+        with_head(headed, text)
+    assert with_head(LLAMA, text) == (LLAMA, None)
 
 
 def test_an_encoder_learns_no_new_tokens(headed):
-    with pytest.raises(InputError, match=r"model\.added_tokens: a bert"):
+    with pytest.raises(
+        InputError, match=r"model\.added_tokens: the vocabulary of a bert"
+    ):
         with_tokens(headed, None, ("<a>",))
     assert with_tokens(headed, None, ()) == (headed, None)
 
@@ -183,7 +193,10 @@ def test_an_encoder_learns_no_new_tokens(headed):
     ("changes", "message"),
     [
         ({"adapter__train_head": False}, "classifier/.*starts at random.*train_head"),
-        ({"eval__metric": "nll"}, "'nll' does not serve data.kind 'classification'"),
+        (
+            {"eval__metric": "nll"},
+            "'nll' cannot be computed of data.kind 'classification'",
+        ),
         (
             {"data__length": 99},
             "99 tokens are longer than the 40 positions",
@@ -193,8 +206,13 @@ def test_an_encoder_learns_no_new_tokens(headed):
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_it_reads_weights(
-    base, data, tmp_path, changes, message
+    base, data, changes, message
 ):
     with pytest.raises(InputError, match=message):
-        train.prepare(small_config(base, data, **changes), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        prepare(encoder_settings(base, data, **changes))
+
+
+def test_a_base_is_named_so_that_it_is_found_from_anywhere(monkeypatch):
+    model = Path(small_settings().model.path)
+    monkeypatch.chdir(model.parent)
+    assert prepare(small_settings(model__path=model.name)).base.name == str(model)

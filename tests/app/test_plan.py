@@ -74,20 +74,20 @@ def test_describe_tells_what_decides_when_to_launch():
     assert "<= 4" in next(line for line in text.splitlines() if line.startswith(path))
 
 
-def test_describe_names_parts_and_counts_them_once():
+def test_describe_names_full_params_and_counts_them_once():
     path = "layers/up/kernel"
     rules = {path: Rule(pattern="x", rank=2, directions=4)}
-    whole = (
+    full = (
         FullSpec(path="head", shape=(3, 6, 10)),
         FullSpec(path="table", shape=(9, 5), rows=(7, 9)),
     )
     spec = build_spec(
-        {path: (3, 6, 10)}, {path: STACKED}, rules, get_method("lora"), whole
+        {path: (3, 6, 10)}, {path: STACKED}, rules, get_method("lora"), full
     )
     table = jax.ShapeDtypeStruct((9, 5), jnp.float32)
     text = describe(spec, params() | {"table": table}, None, 150)
     lines = {line.split()[0]: line.split() for line in text.splitlines()}
-    assert lines["head"] == ["head", "3x6x10", "whole", "-", "-", "180"]
+    assert lines["head"] == ["head", "3x6x10", "full", "-", "-", "180"]
     rows = ["rows", "7", "to", "8", "of", "axis", "0"]
     assert lines["table"] == ["table", "9x5", *rows, "-", "-", "10"]
     trained = 3 * 2 * (6 + 10) + 180 + 10

@@ -12,7 +12,7 @@ from tsd_jax.data.classification import Labels
 from tsd_jax.huggingface import read_config
 from tsd_jax.huggingface.factors import Factors
 from tsd_jax.huggingface.full_tensors import FullTensor
-from tsd_jax.huggingface.merge_encoder import Trained, recorded_labels, write_merged
+from tsd_jax.huggingface.merge_encoder import Trained, write_merged
 
 QUERY = "bert.encoder.layer.1.attention.self.query"
 
@@ -76,10 +76,3 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, base, trained, told):
     with pytest.raises(InputError, match=told):
         write_merged(tmp_path / "out", base, read_config(base), trained)
     assert not (tmp_path / "out").exists()
-
-
-def test_labels_are_those_a_run_recorded(tmp_path):
-    assert recorded_labels(tmp_path) is None
-    labels = {"problem": "classification", "count": 2, "names": ["no", "yes"]}
-    (tmp_path / "config.json").write_text(json.dumps({"labels": labels}))
-    assert recorded_labels(tmp_path) == Labels("classification", 2, ("no", "yes"))

@@ -1,6 +1,7 @@
-"""Put finished runs side by side: `python -m tsd_jax.app.compare RUN [RUN ...]`.
+"""Compare finished runs: `tsd-compare RUN [RUN ...]`.
 
 Runs that differ in their seed alone share a row, as mean and standard deviation.
+`python -m tsd_jax.app.compare` is the same command.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _FIGURES = ("accuracy", "exact_match", "spearman", "nll")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read one run's summary and config.
+    """Return one run's summary and config.
 
     Raises:
       InputError: the folder holds no finished run.
@@ -33,7 +34,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def figure_of(run: dict[str, Any]) -> str:
-    """Name the figure a run was evaluated by."""
+    """Return the name of the figure a run was evaluated by."""
     return next(name for name in _FIGURES if name in run["after"])
 
 
@@ -42,7 +43,7 @@ def _name(run: dict[str, Any]) -> str:
 
 
 def group_runs(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Group runs whose configs differ in nothing but the seed, in order."""
+    """Return runs in groups whose configs differ in nothing but the seed, in order."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         same = {key: value for key, value in run["config"].items() if key != "seed"}
@@ -76,18 +77,18 @@ def compare(folders: Sequence[Path]) -> str:
     runs = [read_run(folder) for folder in folders]
     figures = {figure_of(run) for run in runs}
     rows = [_row(group) for group in group_runs(runs)]
-    places = [
+    files = [
         f"{_name(run)}: adapter in {run['folder'] / 'adapter'}, "
         f"plots in {run['folder'] / 'plots'}"
         for run in runs
     ]
     steps = ", ".join(sorted({str(run["steps"]) for run in runs}))
     head = f"{' / '.join(sorted(figures))} before and after {steps} steps"
-    return "\n".join([head, table([_HEAD, *rows]), *places])
+    return "\n".join([head, table([_HEAD, *rows]), *files])
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; give the exit code."""
+    """Run the command line; return the exit code."""
     if not argv:
         print(__doc__, file=sys.stderr)
         return 2
@@ -99,5 +100,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run as the command `tsd-compare`."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    cli()

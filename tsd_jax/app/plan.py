@@ -1,4 +1,4 @@
-"""What a run is about to train, as a table for people."""
+"""What a run is about to train, as a table to read."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ def _axes(kernel: KernelSpec) -> str:
 
 
 def _row(kernel: KernelSpec) -> tuple[str, ...]:
+    gains = str(kernel.gains or "-")
     return (
         kernel.path,
         "x".join(map(str, kernel.shape)),
         _axes(kernel),
         str(kernel.rank),
-        "<= " * kernel.gated + str(kernel.gains or "-"),
+        f"<= {gains}" if kernel.gated else gains,
         f"{kernel.trainable:,}",
     )
 
 
-def _part_row(part: FullSpec) -> tuple[str, ...]:
-    what = "whole"
-    if part.rows is not None:
-        what = f"rows {part.rows[0]} to {part.rows[1] - 1} of axis {part.axis}"
-    shape = "x".join(map(str, part.shape))
-    return part.path, shape, what, "-", "-", f"{part.trainable:,}"
+def _full_row(param: FullSpec) -> tuple[str, ...]:
+    what = "full"
+    if param.rows is not None:
+        what = f"rows {param.rows[0]} to {param.rows[1] - 1} of axis {param.axis}"
+    shape = "x".join(map(str, param.shape))
+    return param.path, shape, what, "-", "-", f"{param.trainable:,}"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Align rows of text; the first column left, the others right."""
+    """Return rows of text in columns: the first aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -53,12 +54,12 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def count_parameters(params: Mapping[str, Any]) -> int:
-    """Count the parameters of a tree of arrays or ShapeDtypeStructs."""
+    """Return the number of parameters of a tree of arrays or ShapeDtypeStructs."""
     return sum(math.prod(leaf.shape) for leaf in paths.flatten(params).values())
 
 
-def quantized_part(params: Mapping[str, Any]) -> str:
-    """Tell how many kernels of the base are quantized, and in how many bits."""
+def quantized_kernels(params: Mapping[str, Any]) -> str:
+    """Return how many kernels of the base are quantized, and in how many bits."""
     leaves = paths.flatten(params).values()
     found = [leaf for leaf in leaves if isinstance(leaf, Quantized)]
     if not found:
@@ -86,22 +87,24 @@ def describe(
     steps: int,
     auto_launch: AutoLaunchConfig | None = None,
 ) -> str:
-    """Tell the matched kernels, their layout and rank, the parts, and what trains.
+    """Return what a run trains, in words: a table of kernels, then the totals.
 
     Args:
       spec: of `make_spec`.
       params: the base's tree, for its size.
-      launch_step: None for a method without launch. steps: of the run.
+      launch_step: of the launch; None for a method without one.
+      steps: of the run.
       auto_launch: what decides instead of `launch_step`.
     """
     total = count_parameters(params)
-    frozen = total - sum(part.trainable for part in spec.full)
-    base = quantized_part(params)
+    frozen = total - sum(param.trainable for param in spec.full)
+    base = quantized_kernels(params)
     method = spec.method.name + (" (keep)" if spec.method.keep else "")
-    method += " on DoRA" * any(kernel.dora for kernel in spec.kernels)
+    if any(kernel.dora for kernel in spec.kernels):
+        method += " on DoRA"
     when = _when(launch_step, auto_launch)
     return (
-        table([_HEAD, *map(_row, spec.kernels), *map(_part_row, spec.full)])
+        table([_HEAD, *map(_row, spec.kernels), *map(_full_row, spec.full)])
         + (f"\n{base}" if base else "")
         + f"\nmethod {method}, {when}, {steps} steps"
         + f"\ntrainable {spec.trainable:,} beside {frozen:,} frozen parameters "

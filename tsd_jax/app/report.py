@@ -5,20 +5,163 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from tsd_jax.analysis import arrays, maps, plots
+from tsd_jax.app.adapters import ADAPTER
+from tsd_jax.app.evaluation import Figures
+from tsd_jax.app.model import Base
+from tsd_jax.core import paths
 from tsd_jax.core.spec import Spec
+from tsd_jax.evaluation.scoring import fetch
+from tsd_jax.huggingface.full_tensors import neighbours
+from tsd_jax.huggingface.peft.write import PeftExport, to_peft
+from tsd_jax.storage.adapter_file import save_adapter
+from tsd_jax.storage.atomic import read_json_or_empty, write_json
 from tsd_jax.storage.directions_file import read_directions
+from tsd_jax.training.loop import LoopConfig, Stopwatch
+from tsd_jax.training.recorder import Recorder
 from tsd_jax.training.state import TrainState
 
+SUMMARY = "summary.json"
+"""Figures of a finished run, in its workdir."""
+
+DIRECTIONS = "directions.npz"
+"""What a launch ranked, in the workdir."""
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+_VLLM_RANK = 16  # the highest that vLLM serves without --max-lora-rank
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      state: after the last step.
+      before: figures of the untrained adapters.
+      after: figures of the trained ones.
+      watch: over the steps taken.
+    """
+
+    state: TrainState
+    before: Figures | None
+    after: Figures | None
+    watch: Stopwatch
+
+
+def write(
+    workdir: Path,
+    base: Base,
+    spec: Spec,
+    plan: LoopConfig,
+    params: Mapping[str, Any],
+    outcome: Outcome,
+    recorder: Recorder,
+) -> None:
+    """Write adapter, summary and plots, and say where they are.
+
+    Args:
+      workdir: of the run.
+      base: the model.
+      spec: what is adapted.
+      plan: when things happened.
+      params: the base's tree.
+      outcome: how the run ended.
+      recorder: where its figures were recorded.
+    """
+    state = on_host(outcome.state)
+    rest = neighbours(spec.full, paths.flatten(params))
+    rest = on_host(rest)
+    if jax.process_index() != 0:
+        return
+    save_adapter(
+        workdir / ADAPTER,
+        state.trainable,
+        state.directions,
+        spec,
+        launched=bool(state.launched),
+        indices=launched_indices(workdir, spec, state),
+        base_model=base.name,
+    )
+    export = write_peft(workdir / "adapter", base, state, rest)
+    launches = [row for row in recorder.rows if row["kind"] == "launch"]
+    launch = launches[0] if launches else {"step": plan.launch_step}
+    new = summary(spec, plan, outcome, launch) | {
+        "adapter_rank": export.rank,
+        "directions": gains_used(state),
+    }
+    # A finished run that is started again has nothing to time: the old times stand.
+    old = {} if outcome.watch.tokens else read_json_or_empty(workdir / SUMMARY)
+    write_json(workdir / SUMMARY, new | old, sort_keys=True)
+    write_plots(workdir, recorder.rows, state)
+    recorder.say(f"{_told(export)} in {workdir / 'adapter'}")
+    recorder.say(f"{SUMMARY} and plots/ in {workdir}")
+
+
+def write_peft(
+    folder: Path, base: Base, state: TrainState, rest: Mapping[str, Any]
+) -> PeftExport:
+    """Write the trained adapter in PEFT's format, with the tokens it added.
+
+    Args:
+      folder: to write to.
+      base: the model.
+      state: at the end, on the host.
+      rest: {path: parameter that PEFT saves with one that trained in full}.
+    """
+    export = to_peft(
+        folder,
+        state.trainable,
+        state.directions,
+        base.module_name,
+        base_model=base.name,
+        params=paths.update(base.params, rest),
+        task_type=base.family.kind.peft_task,
+    )
+    if base.added is not None:
+        base.tokenizer.save_pretrained(str(folder))
+    return export
+
+
+def _told(export: PeftExport) -> str:
+    """Describe an adapter, and what serving it takes."""
+    if export.dora:
+        return f"DoRA adapter of rank {export.rank}"
+    flag = " (vLLM serves it with --max-lora-rank)"
+    return f"adapter of rank {export.rank}{flag if export.rank > _VLLM_RANK else ''}"
+
+
+def summary(
+    spec: Spec, plan: LoopConfig, outcome: Outcome, launch: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the figures of a finished run.
+
+    Args:
+      spec: what is adapted.
+      plan: when things happened.
+      outcome: how the run ended.
+      launch: the recorded row of the launch, or its planned step.
+    """
+    return {
+        "method": spec.method.name,
+        "keep": spec.method.keep,
+        "launch_step": launch["step"],
+        "steps": plan.steps,
+        "trainable_params": spec.trainable,
+        "before": outcome.before,
+        "after": outcome.after,
+        "train_tokens_per_second": outcome.watch.tokens_per_second,
+        "compile_seconds": outcome.watch.compile_seconds,
+        "extract_seconds": launch.get("extract_seconds"),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
 
 
 def environment() -> dict[str, Any]:
@@ -43,13 +186,7 @@ def peak_memory_bytes() -> int:
 
 
 def on_host(tree: Any) -> Any:
-    """Bring small arrays to the host, the parts of other processes included."""
-
-    def fetch(leaf):
-        if leaf.is_fully_addressable:
-            return np.asarray(leaf)
-        return multihost_utils.process_allgather(leaf, tiled=True)
-
+    """Return a tree of small arrays on the host, whole in every process."""
     return jax.tree.map(fetch, tree)
 
 
@@ -73,10 +210,10 @@ def gains_used(state: TrainState) -> dict[str, list[int]]:
 def launched_indices(
     workdir: Path, spec: Spec, state: TrainState
 ) -> dict[str, np.ndarray] | None:
-    """Return {kernel: launched directions, (*batch, c)}; None before launch."""
+    """Return {kernel path: launched directions, (*batch, c)}; None before launch."""
     if not state.launched:
         return None
-    found = read_directions(workdir / "directions.npz")
+    found = read_directions(workdir / DIRECTIONS)
     return {
         kernel.path: found[kernel.path].indices.reshape(*kernel.batch_shape, -1)
         for kernel in spec.kernels
@@ -98,7 +235,7 @@ def write_plots(
     launched = [row["step"] for row in rows if row["kind"] == "launch"]
     plots.plot_loss(rows, launched[0] if launched else None, folder / "loss.png")
     if launched:
-        spectra = read_directions(workdir / "directions.npz")
+        spectra = read_directions(workdir / DIRECTIONS)
         plots.plot_spectra(spectra, folder / "spectra.png")
         if any(spectrum.used is not None for spectrum in spectra.values()):
             maps.plot_gains(spectra, folder / "gains.png")

@@ -91,17 +91,6 @@ def write_merged(
     return str(stored)
 
 
-def recorded_labels(run: Path) -> Labels | None:
-    """Return the labels that a run has recorded in its config.json, if any.
-
-    Args:
-      run: its folder.
-    """
-    file = run / CONFIG_FILE
-    labels = read_json(file).get("labels") if file.is_file() else None
-    return Labels(**{**labels, "names": tuple(labels["names"])}) if labels else None
-
-
 def _readout(config: EncoderConfig) -> str:
     return f"{family_of(config).readout}.weight"
 

@@ -1,0 +1,321 @@
+"""The settings of a run: one frozen dataclass a section of configs/default.py.
+
+What each key is, and its default, stands in configs/default.py alone. Rules between
+keys are checked when the dataclasses are made, before any model or data is looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tsd_jax.core.errors import InputError
+from tsd_jax.core.full_params import Full
+from tsd_jax.core.methods import Method, get_method
+from tsd_jax.core.quantization import Quantization
+from tsd_jax.core.spec import Rule
+from tsd_jax.extraction.launch import check_deltas
+from tsd_jax.training.auto_launch import AutoLaunchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The section `model`."""
+
+    path: str
+    dtype: str
+    quantization: str
+    quantization_tile: int
+    scan_layers: bool
+    remat: bool
+    new_head: bool
+    added_tokens: tuple[str, ...]
+
+    def __post_init__(self):
+        """Refuse settings that name no model, or a base that cannot be held."""
+        if not self.path:
+            raise InputError("model.path is empty; name a folder or a hub id")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"model.dtype {self.dtype!r} must be float32 or bfloat16")
+        if self.quantization_tile and not self.quantization:
+            raise InputError("model.quantization_tile needs a model.quantization")
+        if self.base_quantization() and not self.remat:
+            raise InputError(
+                f"model.quantization={self.quantization!r} without model.remat=True "
+                "would keep the kernels of all layers as floats for the gradient: add "
+                "--config.model.remat=True"
+            )
+
+    def base_quantization(self) -> Quantization | None:
+        """Return how the base's linear layers are quantized; None if they are not."""
+        if not self.quantization:
+            return None
+        return Quantization(format=self.quantization, tile=self.quantization_tile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """The section `method`."""
+
+    name: str
+    keep: bool
+    ranking: str
+    start: str
+    launch_step: int
+    epsilon: float
+    discovery: str
+    discovery_batches: int
+    auto_launch: bool
+
+    def __post_init__(self):
+        """Refuse keys that do not compose a method, or a launch it cannot make."""
+        method = self.method()
+        if self.discovery not in ("prelaunch", "gradient"):
+            raise InputError(
+                f"unknown method.discovery {self.discovery!r}; "
+                "choose 'prelaunch' or 'gradient'"
+            )
+        if self.discovery == "gradient":
+            self._check_gradient(method)
+        if self.auto_launch:
+            _check_auto_launch(method)
+        elif self.launch_step == 0 and method.needs_delta and not self.gradient_batches:
+            raise InputError(
+                f"method.launch_step 0: method {method.name!r} finds its directions in "
+                "what training has changed, so launch after at least 1 step (or with "
+                "method.discovery='gradient')"
+            )
+
+    def method(self) -> Method:
+        """Return the method, in the variant asked for."""
+        return get_method(
+            self.name,
+            keep=self.keep,
+            ranking=self.ranking or None,
+            start=self.start or None,
+        )
+
+    @property
+    def gradient_batches(self) -> int:
+        """The number of batches whose gradient is ranked; 0 for pre-launch's change."""
+        return self.discovery_batches if self.discovery == "gradient" else 0
+
+    @property
+    def fixed_launch_step(self) -> int | None:
+        """The step of the launch; None where there is none, or it is not fixed."""
+        launches = self.method().launches and not self.auto_launch
+        return self.launch_step if launches else None
+
+    def _check_gradient(self, method: Method) -> None:
+        """Raise InputError unless a gradient can take the place of pre-launch."""
+        if not method.launches:
+            raise InputError(
+                "method.discovery='gradient' has no meaning for method "
+                f"{method.name!r}, which launches nothing"
+            )
+        check_deltas(method)
+        if self.auto_launch:
+            raise InputError(
+                "method.auto_launch=True waits for what pre-launch changes to settle, "
+                "but method.discovery='gradient' does not look at it; choose one of "
+                "them"
+            )
+        _check_least(self, "method", 1, "discovery_batches")
+
+
+def _check_auto_launch(method: Method) -> None:
+    """Raise InputError unless a method ranks by rates, which can settle."""
+    if method.launches and method.ranking == "rates":
+        return
+    reason = f"ranks by {method.ranking!r}" if method.launches else "has no launch"
+    raise InputError(
+        f"method.auto_launch=True waits for change rates to settle, but method "
+        f"{method.name!r} {reason}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoLaunchSettings:
+    """The section `auto_launch`; its ranges are those of `AutoLaunchConfig`."""
+
+    launch_min: int
+    launch_max: int
+    every: int
+    threshold: float
+    patience: int
+    matrices: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """The section `adapter`."""
+
+    pattern: str
+    train_head: bool
+    rank: int
+    alpha: float
+    directions: int
+    auto_directions: bool
+    dropout: float
+    scaling: str
+    dora: bool
+    full_params: str
+
+    def __post_init__(self):
+        """Refuse rules that no kernel or parameter could follow."""
+        self.rule()
+        self.full_rules()
+
+    def rule(self) -> Rule:
+        """Return the rule of the kernels to adapt."""
+        return Rule(
+            pattern=self.pattern,
+            rank=self.rank,
+            alpha=self.alpha,
+            directions=self.directions,
+            auto_directions=self.auto_directions,
+            dropout=self.dropout,
+            scaling=self.scaling,
+            dora=self.dora,
+        )
+
+    def full_rules(self) -> list[Full]:
+        """Return the rule of the parameters to train in full, if there is one."""
+        return [Full(pattern=self.full_params)] if self.full_params else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The section `data`."""
+
+    kind: str
+    path: str
+    eval_path: str
+    held_out: float
+    problem: str
+    template: str
+    length: int
+    train_on_prompt: bool
+
+    def __post_init__(self):
+        """Refuse settings that name no data, or leave nothing to train on."""
+        if not self.path:
+            raise InputError("data.path is empty; name a data file")
+        if not self.eval_path and not 0 <= self.held_out < 1:
+            raise InputError(f"data.held_out must be in [0, 1), not {self.held_out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """The section `eval`."""
+
+    metric: str
+    batch_size: int
+    limit: int
+    max_new_tokens: int
+    every: int
+
+    def __post_init__(self):
+        """Refuse sizes and counts that mean nothing."""
+        _check_least(self, "eval", 1, "batch_size", "max_new_tokens")
+        _check_least(self, "eval", 0, "limit", "every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """The section `optimizer`."""
+
+    learning_rate: float
+    gain_learning_rate: float
+    full_learning_rate: float
+    warmup: int
+    decay: str
+    restart: bool
+    weight_decay: float
+    clip_norm: float
+    b1: float
+    b2: float
+    eps: float
+
+    def __post_init__(self):
+        """Refuse rates and bounds below 0."""
+        rates = ("learning_rate", "gain_learning_rate", "full_learning_rate")
+        _check_least(self, "optimizer", 0, *rates, "weight_decay", "clip_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The section `train`."""
+
+    steps: int
+    batch_size: int
+    micro_batches: int
+    log_every: int
+    checkpoint_every: int
+
+    def __post_init__(self):
+        """Refuse batches that cannot be accumulated, and counts that mean nothing."""
+        size, micro = self.batch_size, self.micro_batches
+        if size < 1 or micro < 1 or size % micro:
+            raise InputError(
+                f"train.batch_size {size} must be a multiple of train.micro_batches "
+                f"{micro}"
+            )
+        _check_least(self, "train", 1, "steps", "log_every")
+        _check_least(self, "train", 0, "checkpoint_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of a run; `settings_from` makes them."""
+
+    seed: int
+    mesh: tuple[int, ...]
+    cache_dir: str
+    cache_spectra: bool
+    cache_spectra_gb: float
+    model: ModelSettings
+    method: MethodSettings
+    auto_launch: AutoLaunchSettings
+    adapter: AdapterSettings
+    data: DataSettings
+    eval: EvalSettings
+    optimizer: OptimizerSettings
+    train: TrainSettings
+
+    def __post_init__(self):
+        """Refuse sections that do not go together."""
+        self.auto_launch_config()
+        if self.optimizer.restart and self.method.fixed_launch_step is None:
+            raise InputError(
+                "optimizer.restart=True needs a launch whose step is known beforehand, "
+                f"and method {self.method.name!r} has none here"
+            )
+        if self.cache_spectra and self.cache_dir == "off":
+            raise InputError("cache_spectra needs a cache_dir, which is 'off'")
+        if self.cache_spectra and self.cache_spectra_gb <= 0:
+            raise InputError(
+                f"cache_spectra_gb must be positive, not {self.cache_spectra_gb}"
+            )
+
+    def auto_launch_config(self) -> AutoLaunchConfig | None:
+        """Return when directions count as settled; None if that decides nothing."""
+        if not self.method.auto_launch:
+            return None
+        section = self.auto_launch
+        return AutoLaunchConfig(
+            launch_min=section.launch_min,
+            launch_max=section.launch_max or self.train.steps // 2,
+            every=section.every,
+            threshold=section.threshold,
+            patience=section.patience,
+            matrices=section.matrices,
+        )
+
+
+def _check_least(section: Any, name: str, least: int, *keys: str) -> None:
+    """Raise InputError unless some numbers of a section are at least `least`."""
+    for key in keys:
+        value = getattr(section, key)
+        if not value >= least:  # nan is not either
+            raise InputError(f"{name}.{key} must be at least {least}, not {value}")
