@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import default
 from tests.helpers.decoders import PUBLISHED, write_decoder
-from tests.helpers.demo_runs import ASSETS, small_settings
+from tests.helpers.demo_runs import ASSETS, assert_refused, small_settings
 from tsd_jax.app.build import adapted_spec, batch_source, prepare
 from tsd_jax.app.data import read_files
 from tsd_jax.app.model import open_model
@@ -58,21 +58,15 @@ BAD_TOGETHER = {
 }
 
 
-def assert_refused(changes, message):
-    with pytest.raises(InputError, match=message) as caught:
-        prepare(small_settings(**changes))
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("key", BAD)
 def test_bad_value_gets_one_line_before_anything_starts(key):
     value, message = BAD[key]
-    assert_refused({key: value}, message)
+    assert_refused(prepare, {key: value}, message)
 
 
 @pytest.mark.parametrize("case", BAD_TOGETHER)
 def test_settings_that_do_not_go_together_get_one_line(case):
-    assert_refused(*BAD_TOGETHER[case])
+    assert_refused(prepare, *BAD_TOGETHER[case])
 
 
 def test_variants_reach_the_method_and_the_schedule():
