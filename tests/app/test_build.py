@@ -22,7 +22,7 @@ BAD = {
     "model__path": ("no/such/folder", r"model folder no/such/folder does not exist"),
     "adapter__pattern": ("nothing.*", r"rule 'nothing\.\*' matches no parameter"),
     "adapter__full_params": ("norm", r"rule 'norm' matches no parameter; the nearest"),
-    "model__added_tokens": (("<a>", "<a>"), r"has token '<a>' already"),
+    "model__added_tokens": (("<a>", "<a>"), r"already has token '<a>'"),
     "adapter__rank": (97, r"rank 97 is larger .* at most 96"),
     "adapter__directions": (100, r"directions 100 is larger"),
     "method__launch_step": (6, r"launch_step 6 must lie in \[0, steps\)"),
