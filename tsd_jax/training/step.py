@@ -16,7 +16,7 @@ from tsd_jax.extraction.launch import launch
 from tsd_jax.extraction.matrix_launch import Ranking
 from tsd_jax.extraction.ranking import EPSILON
 from tsd_jax.extraction.settings import Extraction
-from tsd_jax.training.optimizer import reset_moments
+from tsd_jax.training.moments import reset_moments
 from tsd_jax.training.state import TrainState
 
 Bind = Callable[[Any, Trainable, Mapping[str, Directions], jax.Array | None], Any]
