@@ -112,7 +112,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
     def _mismatch(self, step: int, template: dict[str, Any]) -> str | None:
-        """Return how a saved step differs from the template, without reading it, or None."""
+        """Return how a saved step differs from a template, or None; reads no array."""
         try:
             found = {k: v.shape for k, v in self._manager.item_metadata(step).items()}
         except Exception:  # Unreadable: reading the arrays reports why.

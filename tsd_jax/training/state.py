@@ -1,4 +1,4 @@
-"""The arrays that a run carries from step to step; the base model is not among them."""
+"""The arrays that a run carries from step to step, without the base model."""
 
 from __future__ import annotations
 
