@@ -51,6 +51,14 @@ BAD_TOGETHER = {
         {"optimizer__restart": True, "optimizer__warmup": 4},
         r"warmup 4 must be in \[0, steps\), steps are 4",
     ),
+    "a launch on nothing": (
+        {"method__launch_step": 1, "optimizer__warmup": 3},
+        r"the learning rate is 0 in all 1 steps before it: launch later",
+    ),
+    "no learning before launch": (
+        {"optimizer__learning_rate": 0.0},
+        r"the learning rate is 0 in all 2 steps before it",
+    ),
     "in full and adapted": (
         {"adapter__full_params": "layers/self_attn/q_proj/kernel"},
         r"matches only what earlier rules took",
