@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tsd_jax.core.errors import InputError, check_choice
@@ -90,6 +90,8 @@ class KernelSpec:
       dropout: probability of dropping an input element of the low-rank path.
       gated: whether launch decides how many of the gains every matrix uses.
       dora: whether a magnitude is trained for every output.
+      calls: how the model's methods contract it, as the binding traced it; () where
+        that is not known. No file has it.
     """
 
     path: str
@@ -104,6 +106,7 @@ class KernelSpec:
     dropout: float
     gated: bool = False
     dora: bool = False
+    calls: tuple = field(default=(), repr=False)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

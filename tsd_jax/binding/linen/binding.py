@@ -15,12 +15,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from tsd_jax.binding.bound import SUFFIX, bound_leaves
-from tsd_jax.binding.calls import Call, Handler, Owner, find_handler
+from tsd_jax.binding.bound import SUFFIX, Guarded, adapters_seen, bound_leaves
+from tsd_jax.binding.calls import Handler
+from tsd_jax.binding.einsum import EinsumCall, run_einsum
 from tsd_jax.binding.linen.handlers import HANDLERS
-from tsd_jax.binding.linen.trace import PROBE, trace_layouts
+from tsd_jax.binding.linen.methods import (
+    bound_beside,
+    candidates_of,
+    interceptor,
+    read,
+)
+from tsd_jax.binding.linen.trace import trace_calls
 from tsd_jax.binding.spec import split_rules, traced_spec
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Directions, Trainable
@@ -59,16 +65,17 @@ def make_spec(
         in that trace, or in two ways; rank or directions exceed the kernel; what shall
         train whole is quantized, or has no such rows.
     """
-    params = paths.flatten(variables["params"])
-    boxed = [path for path, leaf in params.items() if not hasattr(leaf, "shape")]
-    if boxed:
-        raise InputError(f"{boxed[0]} is boxed metadata: call nn.meta.unbox first")
-    matched, whole = split_rules(params, rules)
-    layouts, owners = trace_layouts(
-        apply_fn, variables, tuple(matched), handlers, args, kwargs
-    )
+    params = _parameters(variables)
+    matched, full = split_rules(params, rules)
+    traced = trace_calls(apply_fn, variables, tuple(matched), handlers, args, kwargs)
     shapes = {path: tuple(params[path].shape) for path in matched}
-    return traced_spec(shapes, matched, layouts, owners, handlers, method, whole)
+    return traced_spec(shapes, matched, traced, method, full)
+
+
+def _parameters(variables: Any) -> dict[str, Any]:
+    """Return {path: parameter} without boxes."""
+    flat = paths.flatten(variables["params"])
+    return {path: paths.unboxed(leaf) for path, leaf in flat.items()}
 
 
 def bind(
@@ -90,7 +97,9 @@ def bind(
     """
     base = paths.select(params, trainable.paths)
     bound = bound_leaves(base, trainable.adapters, directions, dropout_key)
-    leaves = {path + SUFFIX: leaf for path, leaf in bound.items()}
+    leaves: dict[str, Any] = {path + SUFFIX: leaf for path, leaf in bound.items()}
+    stored = paths.flatten(params)
+    leaves |= {path: Guarded(stored[path]) for path in trainable.adapters}
     full = trainable.full
     values = {path: place_full(base[path], part) for path, part in full.items()}
     return paths.update(params, {**leaves, **values})
@@ -125,34 +134,15 @@ def adapted(
       handlers: as given to `make_spec`.
     """
 
-    def add_low_rank(next_fun, args, kwargs, context):
-        y = next_fun(*args, **kwargs)
-        module = context.module
-        handler = find_handler(module, handlers)
-        if handler is None or context.method_name != "__call__":
-            return y
-        return _met(module, handler(module, *args, **kwargs), y, _owner(module))
+    add_low_rank = interceptor(None, handlers)
 
     @functools.wraps(apply_fn)
     def adapted_apply(variables, *args, **kwargs):
-        with nn.intercept_methods(add_low_rank):
+        leaves = paths.flatten(variables.get("params", {}))
+        with adapters_seen(leaves), nn.intercept_methods(add_low_rank):
             return apply_fn(variables, *args, **kwargs)
 
     return adapted_apply
-
-
-def _owner(module: nn.Module) -> Owner:
-    held = module.variables.get("params", {}).items()
-    own = {name: value for name, value in held if not isinstance(value, Mapping)}
-    return Owner("/".join(module.path), type(module).__name__, own)
-
-
-def _met(module: nn.Module, call: Call, y: Any, owner: Owner) -> Any:
-    """Show a call to what lies beside its kernel, bound leaf or probe."""
-    for name in (call.kernel + SUFFIX, call.kernel + PROBE):
-        if module.has_variable("params", name):
-            y = module.get_variable("params", name)(call, y, owner)
-    return y
 
 
 def einsum(
@@ -179,7 +169,12 @@ def einsum(
       dtype: both operands are cast to it first; None leaves them as they are.
       **settings: of `jnp.einsum`.
     """
-    value = module.get_variable("params", kernel)
-    operands = (x, value) if dtype is None else (x.astype(dtype), value.astype(dtype))
-    y = jnp.einsum(subscripts, *operands, **settings)
-    return _met(module, Call(kernel, x, subscripts), y, Owner("", "einsum", {}))
+    where = "/".join(module.path) or type(module).__name__
+    return run_einsum(
+        EinsumCall(subscripts, x, dtype, settings),
+        functools.partial(read, module),
+        kernel,
+        where,
+        candidates_of(module),
+        bound_beside(module),
+    )

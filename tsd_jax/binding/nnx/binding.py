@@ -1,8 +1,8 @@
 """How adapters meet a Flax NNX model: beside its kernels, in a copy of the model.
 
-    model.q_proj = nnx.Linear                ->   bound.q_proj = Adapted(nnx.Linear)
-           └─ kernel                                     ├─ kernel
-                                                         └─ kernel_tsd
+    model.q_proj: nnx.Linear   ->   bound.q_proj: a subclass of nnx.Linear
+           └─ kernel                       ├─ kernel
+                                           └─ kernel_tsd
 
 Paths, adapters and directions are those of the Linen binding: a parameter's path is its
 path in `nnx.state`, joined by "/". What lies beside a kernel is a variable of the
@@ -12,6 +12,7 @@ kernel itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,11 +20,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsd_jax.binding.bound import bound_leaves
-from tsd_jax.binding.calls import Call, Handler, Owner, find_handler
+from tsd_jax.binding.bound import SUFFIX, bound_leaves, unknown_calls
+from tsd_jax.binding.calls import Handler, find_handler, method_name
+from tsd_jax.binding.einsum import EinsumCall, run_einsum
 from tsd_jax.binding.nnx.handlers import HANDLERS
-from tsd_jax.binding.nnx.modules import attach, met, variables
-from tsd_jax.binding.nnx.trace import trace_layouts
+from tsd_jax.binding.nnx.methods import (
+    bound_beside,
+    candidates_of,
+    owners,
+    read,
+    see_calls,
+    variables,
+)
+from tsd_jax.binding.nnx.trace import trace_calls
 from tsd_jax.binding.spec import split_rules, traced_spec
 from tsd_jax.core import adapter as core
 from tsd_jax.core import paths
@@ -84,12 +93,10 @@ def make_spec(
             f"{odd[0]} holds a {type(known[odd[0]]).__name__} and no plain array: load "
             "it in a float type"
         )
-    matched, whole = split_rules(known, rules)
-    layouts, owners = trace_layouts(
-        model, tuple(matched), handlers, function, args, kwargs
-    )
+    matched, full = split_rules(known, rules)
+    traced = trace_calls(model, tuple(matched), handlers, function, args, kwargs)
     shapes = {path: tuple(known[path].shape) for path in matched}
-    return traced_spec(shapes, matched, layouts, owners, handlers, method, whole)
+    return traced_spec(shapes, matched, traced, method, full)
 
 
 def bind(
@@ -123,10 +130,22 @@ def bind(
         values = {path: place_full(base[path], part) for path, part in full.items()}
         model = _with_values(model, values)
     leaves = bound_leaves(base, trainable.adapters, directions, dropout_key)
-    bound: Any = attach(
-        model, leaves, lambda path, module: find_handler(module, handlers)
-    )
-    return bound
+    copy = nnx.clone(model, graph=True)
+    known = variables(copy)
+    beside = {
+        id(known[path]): (path, type(known[path])(leaf))
+        for path, leaf in leaves.items()
+    }
+    missing = {path for path, leaf in leaves.items() if not leaf.sites}
+    for module, found in list(owners(copy, beside)):
+        for name, (path, leaf) in found.items():
+            setattr(module, name + SUFFIX, leaf)
+            if find_handler(method_name(type(module).__call__), handlers):
+                missing.discard(path)
+        see_calls(module, handlers)
+    for path in missing:
+        raise unknown_calls(path)
+    return copy
 
 
 def make_bind(
@@ -208,7 +227,11 @@ def einsum(
       dtype: both operands are cast to it first; None leaves them as they are.
       **settings: of `jnp.einsum`.
     """
-    value = getattr(module, kernel).get_value()
-    operands = (x, value) if dtype is None else (x.astype(dtype), value.astype(dtype))
-    y = jnp.einsum(subscripts, *operands, **settings)
-    return met(module, Call(kernel, x, subscripts), y, Owner("", "einsum", {}))
+    return run_einsum(
+        EinsumCall(subscripts, x, dtype, settings),
+        functools.partial(read, module),
+        kernel,
+        type(module).__name__,
+        candidates_of(module),
+        bound_beside(module),
+    )
