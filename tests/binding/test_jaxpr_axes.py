@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-
 from tsd_jax.binding.jaxpr_axes import Origin, follow, mark
 
 CUBE = (4, 4, 4)

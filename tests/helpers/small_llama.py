@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tsd_jax.models.config import DecoderConfig
 
 from tsd_jax.huggingface import names
+from tsd_jax.models.config import DecoderConfig
 
 CONFIG = DecoderConfig(
     vocab_size=12,

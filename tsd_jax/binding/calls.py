@@ -132,8 +132,26 @@ def replaced(
     return structure.unflatten(leaves)
 
 
+@functools.cache
+def _methods(kind: type) -> frozenset[str]:
+    """Name all methods of a class and of those it derives from."""
+    held = (each for base in kind.__mro__ for each in vars(base).values())
+    return frozenset(method_name(each) for each in held if callable(each))
+
+
+def _check_class(path: str, sites: tuple[Site, ...], kind: type) -> None:
+    """Refuse an adapter of a module of another class."""
+    if sites and not {site.method for site in sites} & {EINSUM, *_methods(kind)}:
+        raise InputError(
+            f"{path}: its adapter was made for {sites[0].method}, and the kernel lies "
+            f"in a {kind.__name__}: make the spec from this model, and read adapters "
+            "of another with load_adapter(file, spec)"
+        )
+
+
 def add_adapters(
     beside: Mapping[str, Any],
+    kind: type,
     method: str,
     arguments: Any,
     y: Any,
@@ -145,6 +163,7 @@ def add_adapters(
 
     Args:
       beside: {kernel: what lies beside it} of the method's module.
+      kind: class of the module.
       method: name of the method.
       arguments: of the call, by name.
       y: its outputs.
@@ -153,6 +172,7 @@ def add_adapters(
       is_leaf: what in arguments and outputs is not to be opened.
     """
     for name, bound in beside.items():
+        _check_class(bound.path, bound.sites, kind)
         calls = calls_of(name, bound.sites, method, arguments, described, is_leaf)
         for site, call in calls:
             add = functools.partial(bound, call, read=read)

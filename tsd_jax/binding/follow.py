@@ -358,6 +358,7 @@ _MARKS: dict[Any, Callable[[Ledger, Any, Sequence[Value]], list[Value]]] = {
 }
 
 _WORDS = {
+    "add": "is added, not contracted,",
     "mul": "is multiplied",
     "div": "is divided",
     "gather": "is read by index",

@@ -46,7 +46,7 @@ def _primitive(name: str) -> jex.Primitive:
     def jvp(primals: Sequence, tangents: Sequence, **params: Any):
         del tangents
         outputs = primitive.bind(*primals, **params)
-        return outputs, [ad.Zero.from_primal_value(y) for y in outputs]
+        return outputs, [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in outputs]
 
     batching.primitive_batchers[primitive] = batch
     ad.primitive_jvps[primitive] = jvp
@@ -140,7 +140,7 @@ class Recorder:
 def _arrays(
     tree: Any, is_leaf: Callable[[Any], bool] | None
 ) -> tuple[tuple[str, ...], list[jax.Array], Callable[[Sequence], Any]]:
-    """Return key paths and values of a tree's inexact arrays, and how to replace them."""
+    """Return key paths and values of a tree's floats, and what replaces them."""
     flat, structure = jax.tree.flatten_with_path(tree, is_leaf=is_leaf)
     leaves = [leaf for _, leaf in flat]
     places = [

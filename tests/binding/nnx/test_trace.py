@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from tsd_jax.binding.nnx.modules import variables
 
 from tests.helpers import nnx_models as models
 from tsd_jax.binding.nnx import HANDLERS, make_spec
-from tsd_jax.binding.nnx.modules import variables
 from tsd_jax.binding.nnx.trace import trace_layouts
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout

@@ -30,7 +30,6 @@ from tsd_jax.binding.linen.trace import trace_calls
 from tsd_jax.binding.spec import split_rules, traced_spec
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Directions, Trainable
-from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, place_full
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import Rule, Spec
@@ -133,7 +132,6 @@ def adapted(
       apply_fn: a Linen model's `apply`.
       handlers: as given to `make_spec`.
     """
-
     add_low_rank = interceptor(None, handlers)
 
     @functools.wraps(apply_fn)

@@ -97,7 +97,9 @@ def interceptor(
             y = next_fun(*args, **kwargs)
             described = handler and functools.partial(handler, module, *args, **kwargs)
             value = functools.partial(read, module)
-            return add_adapters(beside, method, arguments, y, described, value)
+            return add_adapters(
+                beside, type(module), method, arguments, y, described, value
+            )
 
         def call(arguments: dict[str, Any]) -> Any:
             args, kwargs = unpack(arguments)
