@@ -169,8 +169,8 @@ def unknown_calls(path: str) -> InputError:
       path: of the kernel.
     """
     return InputError(
-        f"{path}: nothing tells how the model uses it, as its spec is not of make_spec; "
-        "read the adapter with load_adapter(file, spec), or give a handler"
+        f"{path}: nothing tells how the model uses it, its spec being none of "
+        "make_spec; read the adapter with load_adapter(file, spec), or give a handler"
     )
 
 

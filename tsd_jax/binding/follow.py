@@ -64,7 +64,7 @@ def follow(jaxpr: jex.Jaxpr, values: Sequence[Value], ledger: Ledger) -> list[Va
 
 
 def _alive(jaxpr: jex.Jaxpr) -> set[int]:
-    """Number the equations whose results are used."""
+    """Return the numbers of the equations whose results are used."""
     wanted = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
     alive = set()
     for number, equation in reversed(list(enumerate(jaxpr.eqns))):

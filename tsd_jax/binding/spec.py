@@ -29,6 +29,12 @@ def split_rules(
       params: {path: array or ShapeDtypeStruct}.
       rules: the first match wins.
     """
+    if isinstance(rules, Rule | Full) or not all(
+        isinstance(rule, Rule | Full) for rule in rules
+    ):
+        raise InputError(
+            "rules are a list of tsd_jax.Rule and Full: [Rule(pattern=...)]"
+        )
     chosen = match_rules(tuple(params), rules)
     whole = tuple(
         full_spec(path, params[path], rule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class Rule:
             re.compile(self.pattern)
         except re.error as error:
             raise InputError(f"{where}: not a regular expression: {error}") from None
+        for name in ("rank", "directions"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise InputError(f"{where}: {name} must be an int, not {value!r}")
         if self.rank < 1:
             raise InputError(f"{where}: rank must be at least 1, not {self.rank}")
         if self.directions < 1:

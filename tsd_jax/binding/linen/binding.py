@@ -18,6 +18,7 @@ import jax
 
 from tsd_jax.binding.bound import SUFFIX, Guarded, adapters_seen, bound_leaves
 from tsd_jax.binding.calls import Handler
+from tsd_jax.binding.check import Ways, compare, floats
 from tsd_jax.binding.einsum import EinsumCall, run_einsum
 from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.binding.linen.methods import (
@@ -27,9 +28,10 @@ from tsd_jax.binding.linen.methods import (
     read,
 )
 from tsd_jax.binding.linen.trace import trace_calls
-from tsd_jax.binding.spec import split_rules, traced_spec
+from tsd_jax.binding.spec import split_rules, traced_spec, with_arrays_apart
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Directions, Trainable
+from tsd_jax.core.adapter import Directions, Trainable, check_pair, merge
+from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, place_full
 from tsd_jax.core.methods import Method
 from tsd_jax.core.spec import Rule, Spec
@@ -64,6 +66,7 @@ def make_spec(
         in that trace, or in two ways; rank or directions exceed the kernel; what shall
         train whole is quantized, or has no such rows.
     """
+    _check_call(apply_fn, variables)
     params = _parameters(variables)
     matched, full = split_rules(params, rules)
     traced = trace_calls(apply_fn, variables, tuple(matched), handlers, args, kwargs)
@@ -94,6 +97,7 @@ def bind(
       A new tree with one more leaf, `<kernel>_tsd`, beside every adapted kernel, and
       the trained value, in the base's type, where a parameter trains whole.
     """
+    check_pair(trainable, directions)
     base = paths.select(params, trainable.paths)
     bound = bound_leaves(base, trainable.adapters, directions, dropout_key)
     leaves: dict[str, Any] = {path + SUFFIX: leaf for path, leaf in bound.items()}
@@ -132,6 +136,7 @@ def adapted(
       apply_fn: a Linen model's `apply`.
       handlers: as given to `make_spec`.
     """
+    _check_call(apply_fn, {"params": {}})
     add_low_rank = interceptor(None, handlers)
 
     @functools.wraps(apply_fn)
@@ -141,6 +146,70 @@ def adapted(
             return apply_fn(variables, *args, **kwargs)
 
     return adapted_apply
+
+
+def check(
+    apply_fn: Callable,
+    variables: Mapping[str, Any],
+    spec: Spec,
+    *args: Any,
+    handlers: Mapping[type[nn.Module], Handler] = HANDLERS,
+    **kwargs: Any,
+) -> None:
+    """Check a spec on a model: random adapters, bound, do what they do merged.
+
+    The first thing to do with a model of one's own. It takes four forward passes, and
+    no training. With adapters that add nothing the model is to be the base.
+
+    Args:
+      apply_fn: the model's `apply`, as given to `make_spec`.
+      variables: {"params": ..., other collections}, arrays.
+      spec: of `make_spec`.
+      *args: what the model is called with.
+      handlers: as given to `make_spec`.
+      **kwargs: what the model is called with.
+
+    Raises:
+      InputError: outputs differ by more than rounding; the line names the kernel that
+        does most of it.
+    """
+    _check_call(apply_fn, variables)
+    seen = adapted(apply_fn, handlers)
+
+    def forward(apply: Callable, change: Callable, *pair: Any) -> Any:
+        def run(pair: Any, variables: Any, args: Any, kwargs: Any) -> list[jax.Array]:
+            params = change(variables["params"], *pair)
+            return floats(apply({**variables, "params": params}, *args, **kwargs))
+
+        call, arrays = with_arrays_apart(run, pair, variables, args, kwargs)
+        return jax.jit(call)(arrays)
+
+    ways = Ways(
+        functools.partial(forward, apply_fn, lambda params: params),
+        functools.partial(forward, seen, bind),
+        functools.partial(forward, apply_fn, merge),
+    )
+    with jax.default_matmul_precision("highest"):
+        compare(ways, variables["params"], spec, jax.random.key(0))
+
+
+def _check_call(apply_fn: Any, variables: Any) -> None:
+    """Refuse what is mistaken for a model's apply and its variables."""
+    kinds = [kind.__module__ for kind in type(apply_fn).__mro__]
+    if any(kind.startswith("flax.nnx") for kind in kinds):
+        raise InputError(
+            f"{type(apply_fn).__name__} is an NNX model: use tsd_jax.nnx for it"
+        )
+    if isinstance(apply_fn, nn.Module) or not callable(apply_fn):
+        raise InputError(
+            f"{type(apply_fn).__name__} was given where a model's apply is needed: "
+            "give model.apply"
+        )
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise InputError(
+            'the variables have no "params": give {"params": params}, and the other '
+            "collections beside it"
+        )
 
 
 def einsum(

@@ -22,6 +22,7 @@ from flax import nnx
 
 from tsd_jax.binding.bound import SUFFIX, bound_leaves, unknown_calls
 from tsd_jax.binding.calls import Handler, find_handler, method_name
+from tsd_jax.binding.check import Ways, compare, floats
 from tsd_jax.binding.einsum import EinsumCall, run_einsum
 from tsd_jax.binding.nnx.handlers import HANDLERS
 from tsd_jax.binding.nnx.methods import (
@@ -33,7 +34,7 @@ from tsd_jax.binding.nnx.methods import (
     variables,
 )
 from tsd_jax.binding.nnx.trace import trace_calls
-from tsd_jax.binding.spec import split_rules, traced_spec
+from tsd_jax.binding.spec import split_rules, traced_spec, with_arrays_apart
 from tsd_jax.core import adapter as core
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
@@ -124,6 +125,7 @@ def bind(
     Raises:
       InputError: a kernel is not in the model.
     """
+    core.check_pair(trainable, directions)
     base = paths.select(params(model), trainable.paths)
     full = trainable.full
     if full:
@@ -201,6 +203,51 @@ def merge(
     """
     merged = core.merge(params(model), trainable, directions, dtype)
     return _with_values(model, paths.select(merged, trainable.paths))
+
+
+def check(
+    model: nnx.Module,
+    spec: Spec,
+    *args: Any,
+    handlers: Mapping[type[nnx.Module], Handler] = HANDLERS,
+    function: Callable = _forward,
+    **kwargs: Any,
+) -> None:
+    """Check a spec on a model: random adapters, bound, do what they do merged.
+
+    The first thing to do with a model of one's own. It takes four forward passes, and
+    no training. With adapters that add nothing the model is to be the base.
+
+    Args:
+      model: not changed.
+      spec: of `make_spec`.
+      *args: what the model is called with.
+      handlers: as given to `make_spec`.
+      function: as given to `make_spec`.
+      **kwargs: what the model is called with.
+
+    Raises:
+      InputError: outputs differ by more than rounding; the line names the kernel that
+        does most of it.
+    """
+    base = params(model)
+    graphdef, state = nnx.split(model, graph=True)
+
+    def forward(change: Callable, *pair: Any) -> Any:
+        def run(pair: Any, state: Any, args: Any, kwargs: Any) -> list[jax.Array]:
+            changed = change(nnx.merge(graphdef, state), *pair)
+            return floats(function(changed, *args, **kwargs))
+
+        call, arrays = with_arrays_apart(run, pair, state, args, kwargs)
+        return jax.jit(call)(arrays)
+
+    ways = Ways(
+        functools.partial(forward, lambda model: model),
+        functools.partial(forward, functools.partial(bind, handlers=handlers)),
+        functools.partial(forward, merge),
+    )
+    with jax.default_matmul_precision("highest"):
+        compare(ways, base, spec, jax.random.key(0))
 
 
 def einsum(

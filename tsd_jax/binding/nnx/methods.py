@@ -23,6 +23,7 @@ from tsd_jax.binding.calls import (
     named_arguments,
 )
 from tsd_jax.binding.marks import recorder
+from tsd_jax.core.errors import InputError
 
 SOURCES = "_tsd_candidates"
 
@@ -33,6 +34,11 @@ def variables(model: nnx.Module) -> dict[str, nnx.Param]:
     Args:
       model: the model.
     """
+    if not isinstance(model, nnx.Module):
+        raise InputError(
+            f"{type(model).__name__} is no NNX model: for one of Linen use "
+            "tsd_jax.make_spec(model.apply, variables, ...)"
+        )
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param, graph=True))
     return {"/".join(map(str, path)): leaf for path, leaf in flat}
 
