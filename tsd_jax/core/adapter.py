@@ -235,6 +235,27 @@ def delta(
     return spec.layout.from_matrices(added, spec.shape)
 
 
+def check_pair(trainable: Any, directions: Any) -> None:
+    """Raise InputError unless these are what trains and its directions.
+
+    Args:
+      trainable: what was given as such.
+      directions: what was given for {kernel path: Directions}.
+    """
+    if not isinstance(trainable, Trainable):
+        raise InputError(
+            f"a {type(trainable).__name__} was given for what trains: give the two "
+            "that init, launch or load_adapter return, first trainable, then directions"
+        )
+    held = directions if isinstance(directions, Mapping) else {}
+    for path in trainable.adapters:
+        if not isinstance(held.get(path), Directions):
+            raise InputError(
+                f"{path} has no directions: give both that init, launch or "
+                "load_adapter return, first trainable, then directions"
+            )
+
+
 def merge(
     params: Mapping,
     trainable: Trainable,
@@ -258,8 +279,9 @@ def merge(
       are floats.
 
     Raises:
-      InputError: a kernel is not in the tree.
+      InputError: a kernel is not in the tree, or has no directions.
     """
+    check_pair(trainable, directions)
     base = paths.select(params, trainable.paths)
     merged = {
         path: place_full(base[path], part, dtype)
