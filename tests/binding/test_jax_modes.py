@@ -111,7 +111,7 @@ def test_a_feed_forward_that_shares_a_scope_with_dora():
     class Gate(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return x @ self.param("gate", nn.initializers.normal(0.5), (4, 4))
+            return x @ self.param("kernel", nn.initializers.normal(0.5), (4, 4))
 
     class Forward(nn.Module):
         def setup(self):
@@ -124,8 +124,8 @@ def test_a_feed_forward_that_shares_a_scope_with_dora():
 
     model, x = Forward(), jnp.ones((2, 4))
     params = model.init(jax.random.key(0), x)["params"]
-    assert set(params) == {"gate", "out"}
-    rule = tsd.Rule(pattern="gate", rank=2, directions=2, dora=True)
+    assert set(params) == {"kernel", "out"}
+    rule = tsd.Rule(pattern="kernel", rank=2, directions=2, dora=True)
     spec = tsd.make_spec(model.apply, {"params": params}, [rule], x)
     got, want, plain = three_ways(model, params, random_all(0, spec), x)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

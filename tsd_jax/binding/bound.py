@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 
-from tsd_jax.binding.calls import Call, Site
+from tsd_jax.binding.calls import Call, Site, fits, other_class
 from tsd_jax.binding.contraction import low_rank, spread_outputs
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Adapter, Directions, low_rank_factors, output_scale
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.promotion import standard_promotion
 from tsd_jax.core.quantization import dequantize
 from tsd_jax.core.spec import KernelSpec
 
@@ -50,6 +51,7 @@ class Bound(struct.PyTreeNode):
     generator: Any = struct.field(pytree_node=False)
     sites: tuple[Site, ...] = struct.field(pytree_node=False)
 
+    @standard_promotion
     def __call__(
         self, call: Call, y: jax.Array, read: Callable[[str], jax.Array]
     ) -> jax.Array:
@@ -60,13 +62,12 @@ class Bound(struct.PyTreeNode):
           y: its output.
           read: name -> parameter of the same module.
         """
-        with jax.numpy_dtype_promotion("standard"):
-            _check_shape(self.path, call, self, y)
-            total = y + _low_rank(call, self, y.shape)
-            if self.scale is not None:
-                row, labels = _unplace(self.scale, self.batch), call.contraction
-                c = spread_outputs(row, labels, batch=self.batch, y_shape=y.shape)
-                total = c * total + (1 - c) * _bias(call, y, read)
+        _check_shape(self.path, call, self, y)
+        total = y + _low_rank(call, self, y.shape)
+        if self.scale is not None:
+            row, labels = _unplace(self.scale, self.batch), call.contraction
+            c = spread_outputs(row, labels, batch=self.batch, y_shape=y.shape)
+            total = c * total + (1 - c) * _bias(call, y, read)
         called = _called.get()
         if called is not None:
             called.add(self.path)
@@ -151,15 +152,39 @@ def adapters_seen(leaves: Mapping[str, Any]) -> Iterator[None]:
       InputError: nothing is known of an adapter's calls, and no handler described one.
     """
     called: set[str] = set()
-    tokens = _seen.set(True), _called.set(called)
+    held: dict[str, bool] = {}
+    tokens = _seen.set(True), _called.set(called), _held.set(held)
     try:
         yield
     finally:
         _seen.reset(tokens[0])
         _called.reset(tokens[1])
+        _held.reset(tokens[2])
     for leaf in leaves.values():
-        if isinstance(leaf, Bound) and not leaf.sites and leaf.path not in called:
+        if not isinstance(leaf, Bound):
+            continue
+        if not leaf.sites and leaf.path not in called:
             raise unknown_calls(leaf.path)
+        if not held.get(leaf.path, True):
+            raise other_class(leaf.path, leaf.sites)
+
+
+_held: contextvars.ContextVar[dict[str, bool] | None] = contextvars.ContextVar(
+    "tsd_held", default=None
+)
+
+
+def note_class(beside: Mapping[str, Bound], kind: type) -> None:
+    """Note that a module of a class holds adapters; one of several that do must fit.
+
+    Args:
+      beside: {kernel: its adapter}.
+      kind: class of the module.
+    """
+    held = _held.get()
+    if held is not None:
+        for leaf in beside.values():
+            held[leaf.path] = held.get(leaf.path, False) or fits(leaf.sites, kind)
 
 
 def unknown_calls(path: str) -> InputError:
@@ -212,6 +237,7 @@ def _dropout_keys(key: jax.Array, kernel: KernelSpec) -> jax.Array:
     return jax.random.key_data(keys)[..., None, :]
 
 
+@standard_promotion
 def bound_leaves(
     base: Mapping[str, Any],
     adapters: Mapping[str, Adapter],

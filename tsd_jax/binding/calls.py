@@ -139,19 +139,33 @@ def _methods(kind: type) -> frozenset[str]:
     return frozenset(method_name(each) for each in held if callable(each))
 
 
-def _check_class(path: str, sites: tuple[Site, ...], kind: type) -> None:
-    """Refuse an adapter of a module of another class."""
-    if sites and not {site.method for site in sites} & {EINSUM, *_methods(kind)}:
-        raise InputError(
-            f"{path}: its adapter was made for {sites[0].method}, and the kernel lies "
-            f"in a {kind.__name__}: make the spec from this model, and read adapters "
-            "of another with load_adapter(file, spec)"
-        )
+def fits(sites: tuple[Site, ...], kind: type) -> bool:
+    """Return whether a class has a method that a trace saw use a kernel.
+
+    Args:
+      sites: what the trace told; () for nothing.
+      kind: the class.
+    """
+    methods = {site.method for site in sites}
+    return not methods or bool(methods & {EINSUM, *_methods(kind)})
+
+
+def other_class(path: str, sites: tuple[Site, ...]) -> InputError:
+    """Return the error for an adapter whose kernel lies in a module of another class.
+
+    Args:
+      path: of the kernel.
+      sites: what the trace of `make_spec` told.
+    """
+    return InputError(
+        f"{path}: its adapter was made for {sites[0].method}, which no module here "
+        "has: make the spec from this model, and read adapters of another with "
+        "load_adapter(file, spec)"
+    )
 
 
 def add_adapters(
     beside: Mapping[str, Any],
-    kind: type,
     method: str,
     arguments: Any,
     y: Any,
@@ -163,7 +177,6 @@ def add_adapters(
 
     Args:
       beside: {kernel: what lies beside it} of the method's module.
-      kind: class of the module.
       method: name of the method.
       arguments: of the call, by name.
       y: its outputs.
@@ -172,7 +185,6 @@ def add_adapters(
       is_leaf: what in arguments and outputs is not to be opened.
     """
     for name, bound in beside.items():
-        _check_class(bound.path, bound.sites, kind)
         calls = calls_of(name, bound.sites, method, arguments, described, is_leaf)
         for site, call in calls:
             add = functools.partial(bound, call, read=read)

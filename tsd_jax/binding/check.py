@@ -14,10 +14,10 @@ from tsd_jax.core.adapter import (
     Adapter,
     Directions,
     Trainable,
-    init,
     low_rank_factors,
 )
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.initialization import init
 from tsd_jax.core.quantization import dequantize
 from tsd_jax.core.spec import Spec
 

@@ -178,12 +178,14 @@ class Reader:
         if bias is None or others:
             return None, True
         owner, _, name = self.paths[bias.source].rpartition("/")
-        dims = [d for n, d in enumerate(bias.dims) if n not in leaving.lifted]
+        places = [n for n in range(len(bias.dims)) if n not in leaving.lifted]
+        dims = [[atom for atom in bias.dims[n] if atom.size > 1] for n in places]
+        wide = [any(a.size > 1 for a in leaving.product.dims[n]) for n in places]
         axes = [atom.axis for dim in dims for atom in dim]
         beside = owner == self.paths[leaving.term.source].rpartition("/")[0]
         along = all(
-            len(dim) == (label in labels.kernel)
-            for dim, label in zip(dims, labels.y, strict=True)
+            len(dim) == (size and label in labels.kernel)
+            for dim, size, label in zip(dims, wide, labels.y, strict=True)
         )
         if beside and along and axes == sorted(axes):
             return name, False

@@ -19,6 +19,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, place_full
 from tsd_jax.core.leaves import FACTORS, GAINS, LeafSpec, leaf, map_leaves
 from tsd_jax.core.methods import Method
+from tsd_jax.core.promotion import standard_promotion
 from tsd_jax.core.quantization import Kernel, dequantize
 from tsd_jax.core.spec import KernelSpec
 from tsd_jax.core.types import Leaf
@@ -256,12 +257,13 @@ def check_pair(trainable: Any, directions: Any) -> None:
             )
 
 
+@standard_promotion
 def merge(
     params: Mapping,
     trainable: Trainable,
     directions: Mapping[str, Directions],
     dtype: DTypeLike | None = None,
-) -> dict:
+) -> Mapping:
     """Return the parameters with every dK added: K + gamma A B + L diag(g + o) R^T.
 
     With DoRA the columns are scaled to their magnitudes. Fully trained parameters are
@@ -275,8 +277,8 @@ def merge(
       dtype: type of the merged leaves; None for each one's own.
 
     Returns:
-      A new tree in which only what trained differs; adapted kernels that were quantized
-      are floats.
+      A new tree of the kind given in which only what trained differs; adapted kernels
+      that were quantized are floats.
 
     Raises:
       InputError: a kernel is not in the tree, or has no directions.

@@ -11,7 +11,7 @@ import jax
 from flax import struct
 from flax.core import meta
 
-from tsd_jax.binding.bound import SUFFIX, Bound
+from tsd_jax.binding.bound import SUFFIX, Bound, note_class
 from tsd_jax.binding.calls import (
     Call,
     Handler,
@@ -94,12 +94,11 @@ def interceptor(
         handler = find_handler(method, handlers)
         arguments, unpack = named_arguments(context.orig_method, args, kwargs)
         if recorder is None:
+            note_class(beside, type(module))
             y = next_fun(*args, **kwargs)
             described = handler and functools.partial(handler, module, *args, **kwargs)
             value = functools.partial(read, module)
-            return add_adapters(
-                beside, type(module), method, arguments, y, described, value
-            )
+            return add_adapters(beside, method, arguments, y, described, value)
 
         def call(arguments: dict[str, Any]) -> Any:
             args, kwargs = unpack(arguments)

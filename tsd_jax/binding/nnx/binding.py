@@ -21,7 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tsd_jax.binding.bound import SUFFIX, bound_leaves, unknown_calls
-from tsd_jax.binding.calls import Handler, find_handler, method_name
+from tsd_jax.binding.calls import (
+    Handler,
+    find_handler,
+    fits,
+    method_name,
+    other_class,
+)
 from tsd_jax.binding.check import Ways, compare, floats
 from tsd_jax.binding.einsum import EinsumCall, run_einsum
 from tsd_jax.binding.nnx.handlers import HANDLERS
@@ -138,15 +144,19 @@ def bind(
         id(known[path]): (path, type(known[path])(leaf))
         for path, leaf in leaves.items()
     }
-    missing = {path for path, leaf in leaves.items() if not leaf.sites}
+    placed: set[str] = set()
     for module, found in list(owners(copy, beside)):
+        handler = find_handler(method_name(type(module).__call__), handlers)
         for name, (path, leaf) in found.items():
             setattr(module, name + SUFFIX, leaf)
-            if find_handler(method_name(type(module).__call__), handlers):
-                missing.discard(path)
+            sites = leaves[path].sites
+            if fits(sites, type(module)) if sites else handler:
+                placed.add(path)
         see_calls(module, handlers)
-    for path in missing:
-        raise unknown_calls(path)
+    for path, leaf in leaves.items():
+        if path not in placed:
+            wrong = other_class(path, leaf.sites) if leaf.sites else None
+            raise wrong or unknown_calls(path)
     return copy
 
 

@@ -155,9 +155,7 @@ def _seen(attribute: Any, handlers: Mapping[type[nnx.Module], Handler]) -> Calla
         arguments, _ = named_arguments(call, args, kwargs)
         told = described and functools.partial(described, *args, **kwargs)
         value = functools.partial(read, self)
-        return add_adapters(
-            beside, type(self), name, arguments, y, told, value, is_leaf
-        )
+        return add_adapters(beside, name, arguments, y, told, value, is_leaf)
 
     return method
 
