@@ -48,6 +48,19 @@ def full_of(files: AdapterFiles) -> dict[str, FullTensor]:
     return found
 
 
+def head_follows(files: AdapterFiles) -> bool:
+    """Return whether PEFT gives a tied head what is trained of the embedding alone.
+
+    It does so with rows of the embedding, and otherwise only where it is asked to.
+
+    Args:
+      files: of the adapter.
+    """
+    embedding = full_of(files).get(EMBEDDING)
+    of_rows = embedding is not None and embedding.rows is not None
+    return of_rows or bool(files.config.get("ensure_weight_tying"))
+
+
 def is_full(name: str, config: Mapping[str, Any]) -> bool:
     """Return whether a tensor of the file holds trained values, not a factor of LoRA.
 

@@ -1,6 +1,6 @@
 """The LoRA of each torch module, sorted out of the files of a PEFT adapter.
 
-Only LoRA of linear modules, and of experts as parameters, is read.
+Only LoRA of linear modules, of embeddings, and of experts as parameters, is read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.spec import SCALINGS
 from tsd_jax.huggingface.factors import Factors
 from tsd_jax.huggingface.model_folder import ADAPTER_CONFIG_FILE
+from tsd_jax.huggingface.names import HEAD
 from tsd_jax.huggingface.peft import experts
 from tsd_jax.huggingface.peft.files import AdapterFiles
 from tsd_jax.huggingface.peft.full_params import is_full
 from tsd_jax.huggingface.peft.names import (
     MAGNITUDE,
     PREFIX,
+    embedding_factor_name,
     factor_name,
     magnitude_name,
 )
@@ -99,7 +101,7 @@ class _StoredFactors(NamedTuple):
 def _module_of(files: AdapterFiles, tensor: str) -> str:
     """Return the module of a tensor, refusing what is not LoRA."""
     found = re.fullmatch(
-        rf"{re.escape(PREFIX)}(.+)\.(lora_[AB]\.weight|{MAGNITUDE})",
+        rf"{re.escape(PREFIX)}(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|{MAGNITUDE})",
         tensor,
         flags=re.DOTALL,
     )
@@ -115,6 +117,8 @@ def _module_of(files: AdapterFiles, tensor: str) -> str:
 def _is_target(name: str, files: AdapterFiles) -> bool:
     """Return whether PEFT adapts a module: a list of endings, or one expression."""
     targets, parameters = files.config.get("target_modules"), files.parameters
+    if f"{name}.weight" == HEAD and files.config.get("ensure_weight_tying"):
+        return True  # PEFT adapts a head that is tied to an embedding it adapts
     wrapped = experts.stacked_parameter(name, parameters) or f"{name}.weight"
     if any(_ends_with(wrapped, ending) for ending in parameters):
         return True
@@ -188,7 +192,7 @@ def _rank_error(files: AdapterFiles, name: str, found: _StoredFactors) -> InputE
 
 def _read_factors(files: AdapterFiles, name: str, key: str) -> _StoredFactors:
     """Return a module's factors; the config's patterns are looked up by `key`."""
-    low, high = (files.tensors.get(factor_name(name, side)) for side in ("A", "B"))
+    low, high = _stored_factors(files, name)
     if low is None or high is None:
         raise InputError(f"{files.weights} lacks one factor of {name}: fetch it again")
     config = files.config
@@ -206,6 +210,19 @@ def _read_factors(files: AdapterFiles, name: str, key: str) -> _StoredFactors:
     low, high = (np.asarray(each, np.float32) for each in (low, high))
     scaling = SCALINGS["rslora" if config.get("use_rslora") else "lora"]
     return _StoredFactors(low, high, rank, float(alpha), scaling(alpha, rank))
+
+
+def _stored_factors(
+    files: AdapterFiles, name: str
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return a module's factors as a linear module has them, (r, in) and (out, r)."""
+    if embedding_factor_name(name, "A") in files.tensors:
+        low, high = (
+            files.tensors.get(embedding_factor_name(name, side)) for side in "BA"
+        )
+        return None if low is None else low.T, None if high is None else high.T
+    low, high = (files.tensors.get(factor_name(name, side)) for side in "AB")
+    return low, high
 
 
 def _read_magnitude(files: AdapterFiles, name: str, size: int) -> np.ndarray | None:

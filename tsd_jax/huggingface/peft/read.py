@@ -33,10 +33,17 @@ from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
 from tsd_jax.huggingface.factors import Factors, compress
 from tsd_jax.huggingface.full_tensors import FullTensor, filled, full_rule
-from tsd_jax.huggingface.names import ParamSlot, StackIndex, axis_indices
+from tsd_jax.huggingface.names import (
+    EMBEDDING,
+    HEAD,
+    ParamSlot,
+    StackIndex,
+    axis_indices,
+)
 from tsd_jax.huggingface.peft.files import AdapterFiles, read_files
-from tsd_jax.huggingface.peft.full_params import full_of
+from tsd_jax.huggingface.peft.full_params import full_of, head_follows
 from tsd_jax.huggingface.peft.modules import PeftModule, modules_of
+from tsd_jax.huggingface.peft.names import embedding_factor_name
 
 _log = logging.getLogger(__name__)
 
@@ -167,10 +174,18 @@ def from_peft(
         and why.
     """
     files = read_files(folder)
+    _check_tied(files, tensor_paths)
     scaling = "rslora" if files.config.get("use_rslora") else "lora"
     kernels: dict[str, dict[StackIndex, PeftModule]] = {}
     notes: list[str] = []
     for name, module in modules_of(files).items():
+        if embedding_factor_name(name, "A") in files.tensors:
+            raise InputError(
+                f"{folder} adapts {name}, an embedding, by LoRA, which the models here "
+                "do not: export the adapter --to merged and start from that checkpoint"
+            )
+        if f"{name}.weight" == HEAD and name not in module_paths:
+            raise _tied_error(files.folder, name)
         path, index = _slot(module_paths, name, f"{folder} adapts {name}", "module")
         limit = min(module.a.shape[0], module.b.shape[1])
         if module.rank > limit:
@@ -191,6 +206,27 @@ def from_peft(
         base_model=files.config.get("base_model_name_or_path"),
         notes=tuple(notes),
         full=_full_params(files, tensor_paths),
+    )
+
+
+def _check_tied(
+    files: AdapterFiles, tensor_paths: Mapping[str, ParamSlot] | None
+) -> None:
+    """Refuse an adapter that trains apart what the model has as one matrix."""
+    if tensor_paths is None or HEAD in tensor_paths:
+        return
+    full = full_of(files)
+    if HEAD in full:
+        raise _tied_error(files.folder, HEAD)
+    if EMBEDDING in full and EMBEDDING in tensor_paths and not head_follows(files):
+        raise _tied_error(files.folder, EMBEDDING)
+
+
+def _tied_error(folder: Path, name: str) -> InputError:
+    return InputError(
+        f"{folder} trains {name} alone, but the model has head and embedding as one "
+        "matrix (tie_word_embeddings): train it with PEFT's ensure_weight_tying=True, "
+        "or export it --to merged, which gives the head a weight of its own"
     )
 
 

@@ -43,7 +43,9 @@ from tsd_jax.huggingface.peft.config import adapter_config
 from tsd_jax.huggingface.peft.names import (
     PREFIX,
     TRAINED_ROWS,
+    embedding_factor_name,
     factor_name,
+    is_embedding,
     magnitude_name,
 )
 from tsd_jax.storage.atomic import write_json
@@ -276,8 +278,12 @@ def _unchanged(leaves: Mapping[str, Any]) -> dict[str, FullParam]:
 def _factor_tensors(factors: Mapping[str, Factors]) -> dict[str, np.ndarray]:
     tensors = {}
     for name, (down, up, magnitude) in factors.items():
-        tensors[factor_name(name, "A")] = np.ascontiguousarray(down.T)
-        tensors[factor_name(name, "B")] = np.ascontiguousarray(up.T)
+        if is_embedding(name):
+            tensors[embedding_factor_name(name, "A")] = np.ascontiguousarray(up)
+            tensors[embedding_factor_name(name, "B")] = np.ascontiguousarray(down)
+        else:
+            tensors[factor_name(name, "A")] = np.ascontiguousarray(down.T)
+            tensors[factor_name(name, "B")] = np.ascontiguousarray(up.T)
         if magnitude is not None:
             tensors[magnitude_name(name)] = magnitude
     return tensors
