@@ -81,7 +81,8 @@ def to_peft(
     base_model: str,
     params: Mapping[str, Any] | None = None,
     max_rank: int | None = None,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
+    tied: bool | None = None,
 ) -> PeftExport:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT loads them.
 
@@ -101,6 +102,7 @@ def to_peft(
         the cost is returned and logged. Without it the export is exact. With DoRA the
         magnitudes stay, and the cost is that of dK before columns are scaled.
       task_type: of PEFT; "SEQ_CLS" for classification or regression.
+      tied: whether the base's head is its embedding; by default as `params` has it.
 
     Raises:
       InputError: there is no adapter, only some kernels have DoRA, `max_rank` is below
@@ -108,14 +110,15 @@ def to_peft(
         one beside an adapted kernel, or rows along another than a tensor's first axis.
     """
     factors = low_rank.module_factors(trainable.adapters, directions, module_name)
+    tensors = _saved_tensors(trainable, module_name, params)
     return write_adapter(
         folder,
         factors,
         _targets(trainable.adapters, module_name, params),
         base_model=base_model,
         max_rank=max_rank,
-        tensors=_saved_tensors(trainable, module_name, params),
-        tied=params is None or "lm_head" not in params,
+        tensors=tensors,
+        tied=_is_tied(tensors, params) if tied is None else tied,
         task_type=task_type,
     )
 
@@ -129,7 +132,7 @@ def write_adapter(
     max_rank: int | None = None,
     tensors: Mapping[str, FullTensor] = MappingProxyType({}),
     tied: bool = False,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None,
 ) -> PeftExport:
     """Write {torch module: factors} as a PEFT adapter; see `to_peft`.
 
@@ -140,7 +143,7 @@ def write_adapter(
       base_model: name or path of the base, for the config.
       max_rank: as in `to_peft`.
       tensors: {torch tensor: its trained values}.
-      tied: whether the base's head may be its embedding.
+      tied: whether the base's head is its embedding.
       task_type: of PEFT.
 
     Raises:
@@ -167,6 +170,21 @@ def write_adapter(
     )
     _write_files(Path(folder), config, factors, tensors, tied)
     return _report(cut, PeftExport(largest, {}, 0.0, dora), max_rank)
+
+
+def _is_tied(
+    tensors: Mapping[str, FullTensor], params: Mapping[str, Any] | None
+) -> bool:
+    """Return whether the base's head is its embedding, where that matters."""
+    embedding = tensors.get(EMBEDDING)
+    if embedding is None or embedding.rows is not None:
+        return False
+    if params is None:
+        raise InputError(
+            f"{EMBEDDING} is trained in full, and whether the head is tied to it is "
+            "not known: give params, the base's parameter tree, or tied"
+        )
+    return "lm_head" not in params
 
 
 def _report(
