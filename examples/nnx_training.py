@@ -2,8 +2,8 @@
 
     python examples/nnx_training.py [FOLDER]
 
-Its steps, launch, log and checkpoints are those of the library's own trainer; a run
-that was interrupted goes on from the newest checkpoint in FOLDER.
+Its steps, launch, log and checkpoints are those of the library's own trainer; an
+interrupted run resumes from the newest checkpoint in FOLDER.
 """
 
 import sys
@@ -27,7 +27,7 @@ STEPS, LAUNCH = 30, 10
 
 
 class Mlp(nnx.Module):
-    """The model: two layers."""
+    """A model of two layers."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.up = nnx.Linear(8, 16, rngs=rngs)
@@ -39,7 +39,7 @@ class Mlp(nnx.Module):
 
 
 def loss_fn(model, batch):
-    """Return the summed squared error, and how many examples it is of."""
+    """Return the summed squared error and the number of examples."""
     return jnp.sum((model(batch["x"]) - batch["y"]) ** 2), len(batch["x"])
 
 
@@ -50,14 +50,12 @@ def batch(step):
 
 
 def main(folder: Path) -> None:
-    """Train, and print the loss as it falls."""
+    """Train the model, and print its loss."""
     model = Mlp(nnx.Rngs(0))
     params = tsd.nnx.params(model)
     rules = [tsd.Rule(pattern=r"(up|down)/kernel", rank=2, directions=3)]
     spec = tsd.nnx.make_spec(model, rules, jnp.zeros((1, 8)), method="tsd")
-    rates = {
-        name: tsd.make_schedule(0.05, steps=STEPS) for name in ("factors", "gains")
-    }
+    rates = {name: tsd.make_schedule(0.05, steps=STEPS) for name in ("lora", "gain")}
     optimizer = tsd.make_optimizer(*rates.values())
     callbacks = LoopCallbacks(
         step=make_train_step(loss_fn, tsd.nnx.make_bind(model), optimizer),

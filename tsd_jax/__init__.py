@@ -30,12 +30,8 @@ from tsd_jax.huggingface.peft.read import PeftAdapter, from_peft
 from tsd_jax.huggingface.peft.write import PeftExport, to_peft
 from tsd_jax.storage.adapter_file import SavedAdapter, load_adapter, save_adapter
 from tsd_jax.storage.spectra_folder import SpectraFolder
-from tsd_jax.training.optimizer import (
-    group_labels,
-    make_optimizer,
-    make_schedule,
-    reset_moments,
-)
+from tsd_jax.training.moments import reset_moments
+from tsd_jax.training.optimizer import group_labels, make_optimizer, make_schedule
 
 if TYPE_CHECKING:
     from tsd_jax.binding import nnx

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.demo_runs import small_settings
-from tsd_jax.core.errors import InputError
+from tests.helpers.demo_runs import assert_refused, small_settings
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.quantization import Quantization
 from tsd_jax.training.auto_launch import AutoLaunchConfig
@@ -132,21 +131,12 @@ BAD_TOGETHER = {
 }
 
 
-def assert_refused(changes, message):
-    with pytest.raises(InputError, match=message) as caught:
-        small_settings(**changes)
-    assert "\n" not in str(caught.value)
+CASES = [*BAD_TOGETHER.values(), *(({k: v}, told) for k, (v, told) in BAD.items())]
 
 
-@pytest.mark.parametrize("key", BAD)
-def test_a_value_out_of_range_gets_one_line(key):
-    value, message = BAD[key]
-    assert_refused({key: value}, message)
-
-
-@pytest.mark.parametrize("case", BAD_TOGETHER)
-def test_settings_that_do_not_go_together_get_one_line(case):
-    assert_refused(*BAD_TOGETHER[case])
+@pytest.mark.parametrize(("changes", "message"), CASES, ids=[*BAD_TOGETHER, *BAD])
+def test_bad_settings_get_one_line(changes, message):
+    assert_refused(lambda settings: settings, changes, message)
 
 
 def test_a_method_is_composed_of_its_keys():

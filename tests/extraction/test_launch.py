@@ -171,3 +171,22 @@ def test_methods_that_make_nothing_of_a_gradient():
     params = {"k": jnp.ones((6, 9))}
     with pytest.raises(InputError, match="'pissa' ranks by 'largest', which does"):
         launch(params, trained(0, spec)[0], spec, deltas=params)
+
+
+def test_a_launch_on_nothing_is_refused():
+    """As right after the start; directions could only be the first ones."""
+    spec, params, _ = problem("tsd", (6, 9))
+    trainable, _ = init(jax.random.key(0), spec)
+    with pytest.raises(InputError, match=r"cannot launch k: its B is zero.*launch lat"):
+        launch(params, trainable, spec)
+    zero = {"k": jnp.zeros((6, 9))}
+    with pytest.raises(InputError, match="all its change rates are 0; pass a delta"):
+        launch(params, trainable, spec, deltas=zero)
+    launch(params, trainable, small_spec("pissa", shape=(6, 9)))
+
+
+def test_a_second_launch_is_refused():
+    spec, params, _, new, *_ = launched("dash", (6, 9))
+    moved = new.adapters["k"].replace(gain=jnp.full(4, 1e-3))
+    with pytest.raises(InputError, match="gains are not zero, so it has launched"):
+        launch(params, Trainable(adapters={"k": moved}), spec)

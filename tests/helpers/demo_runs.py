@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from configs import demo
 from tsd_jax.app.build import prepare
 from tsd_jax.app.config import settings_from
 from tsd_jax.app.run import execute
 from tsd_jax.app.settings import Settings
+from tsd_jax.core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / demo.ASSETS
@@ -53,6 +56,15 @@ def small_settings(**changes: Any) -> Settings:
 def carry_out(settings: Settings, workdir: Path) -> None:
     """Run to the end."""
     execute(settings, prepare(settings), workdir)
+
+
+def assert_refused(
+    make: Callable[[Settings], Any], changes: Mapping[str, Any], message: str
+) -> None:
+    """Assert that settings, or what is made of them, are refused in one line."""
+    with pytest.raises(InputError, match=message) as caught:
+        make(small_settings(**changes))
+    assert "\n" not in str(caught.value)
 
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:

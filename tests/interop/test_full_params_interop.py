@@ -253,6 +253,6 @@ def test_an_adapter_of_stock_peft_gives_its_logits(bases, tmp_path, tied, settin
     trees = found.start(jax.random.key(0), spec, params=params)
     got = our_logits(Ours(decoder, params, spec), trees, grows)
     np.testing.assert_allclose(got, theirs, atol=3e-4)
-    with pytest.raises(InputError, match="whole: give the places of tensors"):
+    with pytest.raises(InputError, match="in full: give tensor_paths"):
         from_peft(tmp_path / "adapter", places[0])
     assert full_of(read_files(tmp_path / "adapter")).keys() <= places[1].keys()

@@ -8,15 +8,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.models.config import DecoderConfig, Experts, check_positive
 from tsd_jax.models.rope import DynamicScaling
 
-CONFIG = DecoderConfig(
-    vocab_size=37,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-)
+CONFIG = DecoderConfig(37, 16, 24, 2, 4, 2, 6)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
+from tests.helpers.applied import decode, forward
 from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import DECODER_RULES, Decoder
 
@@ -39,21 +40,6 @@ VARIANTS = {
 TOKENS = np.random.default_rng(0).integers(37, size=(3, 7))
 MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0, 1]])
 MASK = MASK.astype(bool)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def forward(
-    model: Decoder, params: Any, tokens: Any, positions: Any = None, mask: Any = None
-) -> Any:
-    return model.apply({"params": params}, tokens, positions, mask)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def decode(
-    model: Decoder, params: Any, cache: Any, tokens: Any, mask: Any = None
-) -> tuple[Any, Any]:
-    variables = {"params": params, **cache}
-    return model.apply(variables, tokens, mask=mask, decode=True, mutable="cache")
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -229,7 +215,9 @@ def test_decoding_is_the_full_forward(params, chunks, scan_layers):
     found, start = [], 0
     for size in chunks:
         part = slice(start, start + size)
-        logits, state = decode(model, weights, state, TOKENS[:, part], MASK[:, part])
+        logits, state = decode(
+            model, weights, state, TOKENS[:, part], mask=MASK[:, part]
+        )
         found.append(logits)
         start += size
     found = jnp.concatenate(found, axis=1)

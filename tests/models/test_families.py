@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.applied import check_gradients, decode, forward
 from tests.helpers.decoders import GOLDEN_COLUMNS, PUBLISHED, inputs, write_decoder
 from tests.helpers.trees import method_of, random_all
 from tsd_jax import huggingface
@@ -40,21 +40,6 @@ def loaded(tmp_path_factory):
         return config, huggingface.load_params(folder, config, scan_layers=scan_layers)
 
     return load
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def forward(
-    model: Decoder, params: Any, tokens: Any, positions: Any = None, mask: Any = None
-) -> Any:
-    return model.apply({"params": params}, tokens, positions, mask)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def decode(
-    model: Decoder, params: Any, cache: Any, tokens: Any, positions: Any, mask: Any
-) -> tuple[Any, Any]:
-    variables = {"params": params, **cache}
-    return model.apply(variables, tokens, positions, mask, decode=True, mutable="cache")
 
 
 # Without the scan where layers are not all alike, or are stacked a second time.
@@ -138,10 +123,7 @@ def test_remat_changes_no_gradient_and_padding_makes_no_nan(loaded, family):
 
     plain = gradient(Decoder(config), params)
     again = gradient(Decoder(config, remat=True), params)
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        scale = float(jnp.abs(one).max())
-        assert np.isfinite(scale)
-        np.testing.assert_allclose(one, other, atol=1e-4 * scale + 1e-6, rtol=1e-3)
+    check_gradients(plain, again)
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

@@ -117,7 +117,7 @@ def test_a_check_finds_the_sets_of_the_full_svd(shape, spread):
     """Two checks: each set as defined, and their overlap."""
     spec, params = problem(shape)
     first, second = trained(0, spec)[0], trained(5, spec)[0]
-    settling = init_monitor(spec, CONFIG)
+    monitor_state = init_monitor(spec, CONFIG)
     placed: Any = {name: jnp.asarray(x) for name, x in params.items()}
     if spread:
         mesh = jax.make_mesh(
@@ -129,17 +129,21 @@ def test_a_check_finds_the_sets_of_the_full_svd(shape, spread):
         at = NamedSharding(mesh, PartitionSpec(None, "x"))
         placed = jax.device_put(placed, at)
         whole = NamedSharding(mesh, PartitionSpec())
-        first, second, settling = jax.device_put((first, second, settling), whole)
-    watcher = DirectionMonitor(placed, spec, CONFIG)
-    one = watcher(settling, first)
-    two = watcher(one, second)
+        first, second, monitor_state = jax.device_put(
+            (first, second, monitor_state), whole
+        )
+    monitor = DirectionMonitor(placed, spec, CONFIG)
+    one = monitor(monitor_state, first)
+    two = monitor(one, second)
     tops = [wanted(spec, params, trainable) for trainable in (first, second)]
     for got, top in zip((one, two), tops, strict=True):
         np.testing.assert_array_equal(np.sort(got.sets["k"], -1), top)
     shares = [len(set(x) & set(y)) / 4 for x, y in zip(*tops, strict=True)]
     np.testing.assert_allclose(two.overlap, np.mean(shares), rtol=1e-6)
     assert (int(one.checks), int(two.checks)) == (1, 2)
-    for old, new in zip(jax.tree.leaves(settling), jax.tree.leaves(two), strict=True):
+    for old, new in zip(
+        jax.tree.leaves(monitor_state), jax.tree.leaves(two), strict=True
+    ):
         assert (old.shape, old.dtype, old.sharding) == (
             *(new.shape, new.dtype, new.sharding),
         )
@@ -187,9 +191,9 @@ def test_devices_without_float64_are_watched_from_the_host(monkeypatch):
     spec, params = problem((6, 9))
     trainable = trained(0, spec)[0]
     monkeypatch.setattr(auto_launch, "has_float64", lambda platform: False)
-    settling = init_monitor(spec, CONFIG)
+    monitor_state = init_monitor(spec, CONFIG)
     seen = DirectionMonitor({"k": jnp.asarray(params["k"])}, spec, CONFIG)(
-        settling, trainable
+        monitor_state, trainable
     )
     want = wanted(spec, params, trainable)
     np.testing.assert_array_equal(np.sort(seen.sets["k"], -1), want)

@@ -1,4 +1,4 @@
-"""The loop with real parts: whole, cut off anywhere, stopped, and failing."""
+"""The loop with real callbacks: whole, cut off anywhere, stopped, and failing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tests.helpers.mlp import RULES, Mlp, mlp_batch, mlp_params
 from tsd_jax.binding.linen import adapted, bind_variables, make_spec
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full
+from tsd_jax.core.paths import select
 from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.training.auto_launch import AutoLaunchConfig, DirectionMonitor
 from tsd_jax.training.checkpoint import Checkpoints
@@ -45,11 +46,11 @@ class Setup(NamedTuple):
 
     params: Any
     start: TrainState
-    parts: LoopCallbacks
+    callbacks: LoopCallbacks
 
 
 def build(auto_launch: AutoLaunchConfig | None = None) -> Setup:
-    """Build LoRA-TSD with dropout and two parts that train whole.
+    """Build LoRA-TSD with dropout and two full parameters.
 
     Its step may be traced once by all tests.
     """
@@ -62,21 +63,27 @@ def build(auto_launch: AutoLaunchConfig | None = None) -> Setup:
     create = functools.partial(
         create_state, spec=spec, optimizer=optimizer, auto_launch=auto_launch
     )
-    watcher = (
+    monitor = (
         None if auto_launch is None else DirectionMonitor(params, spec, auto_launch)
     )
 
     def settle(state: TrainState) -> TrainState:
-        assert watcher is not None
-        return state.replace(monitor=watcher(state.monitor, state.trainable))
+        assert monitor is not None
+        return state.replace(monitor=monitor(state.monitor, state.trainable))
+
+    def launch(state: TrainState):
+        # At the start nothing has been learned that directions could be ranked by.
+        first = {path: jnp.flip(x) for path, x in select(params, spec.paths).items()}
+        deltas = None if int(state.step) else first
+        return launch_state(state, params, spec, deltas=deltas)
 
     chex.clear_trace_counter()  # it tells functions apart by their source
     loss_fn = chex.assert_max_traces(next_token_loss(adapted(Mlp().apply)), n=1)
-    parts = LoopCallbacks(
+    callbacks = LoopCallbacks(
         step=make_train_step(
             cast(LossFn, loss_fn), bind_variables, optimizer, dropout=True
         ),
-        launch=lambda state: launch_state(state, params, spec),
+        launch=launch,
         batch=mlp_batch,
         evaluate=lambda state: {"seen": int(state.step)},
         on_launch=lambda report: None,
@@ -84,7 +91,7 @@ def build(auto_launch: AutoLaunchConfig | None = None) -> Setup:
         settle=settle,
     )
     start = jax.jit(create)(jax.random.key(0), params=params)
-    return Setup(params, jax.tree.map(np.asarray, start), parts)
+    return Setup(params, jax.tree.map(np.asarray, start), callbacks)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +108,7 @@ def go(
     """Start a run, or go on with the one that lies in the workdir."""
     first = jax.tree.map(jnp.array, setup.start)
     first = jax.device_put(first, jax.devices()[0])
-    parts = dataclasses.replace(setup.parts, batch=batch)
+    callbacks = dataclasses.replace(setup.callbacks, batch=batch)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         state = first if checkpoints.latest is None else checkpoints.restore(first)
         with Recorder(
@@ -114,7 +121,7 @@ def go(
                 state,
                 setup.params,
                 jax.random.key(1),
-                parts,
+                callbacks,
                 config,
                 recorder,
                 checkpoints,
@@ -281,14 +288,13 @@ def test_a_gradient_that_is_no_number_ends_the_run(setup, tmp_path):
     """The loss of that step may be sound, what it leaves behind is not."""
 
     def step(state, params, batch, key):
-        state, metrics = setup.parts.step(state, params, batch, key)
+        state, metrics = setup.callbacks.step(state, params, batch, key)
         overflown = jnp.where(state.step == 2, jnp.inf, metrics["grad_norm"])
         return state, {**metrics, "grad_norm": overflown}
 
-    parts = setup.parts
-    parts = dataclasses.replace(parts, step=jax.jit(step))
+    callbacks = dataclasses.replace(setup.callbacks, step=jax.jit(step))
     with pytest.raises(InputError, match="gradient's norm is inf at step 2"):
-        go(tmp_path, setup._replace(parts=parts))
+        go(tmp_path, setup._replace(callbacks=callbacks))
     assert kept(tmp_path) == []
 
 
@@ -392,7 +398,10 @@ def test_a_launch_is_bounded_on_both_sides(settling_setup, tmp_path, bounds, ste
         ({"steps": 0, "launch_step": None}, "steps must be at least 1, not 0"),
         ({"steps": 5, "launch_step": 5}, "steps are 5: launch earlier or train longer"),
         ({"steps": 5, "launch_step": -1}, r"launch_step -1 must lie in \[0, steps\)"),
-        ({"steps": 9, "launch_step": 1, "auto_launch": SETTLING}, "fixed step leaves"),
+        (
+            {"steps": 9, "launch_step": 1, "auto_launch": SETTLING},
+            "either launch_step",
+        ),
         (
             {"steps": 8, "launch_step": None, "auto_launch": SETTLING},
             "launch_max 8 must be less than the 8 steps",

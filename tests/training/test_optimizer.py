@@ -10,16 +10,16 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers.trees import filled, method_of, pair_shapes, small_spec, zeros
+from tests.helpers.trees import filled, pair_shapes, small_spec, zeros
 from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.core.methods import get_method
 from tsd_jax.training.optimizer import (
+    check_schedule,
     group_labels,
     make_optimizer,
     make_schedule,
-    reset_moments,
 )
 
 
@@ -151,58 +151,6 @@ def test_gains_stand_still_before_launch():
     assert all((step["a"] != 0).all() for step in updates)
 
 
-@pytest.mark.parametrize("method", ["dash", "tsd", "tsd+keep"])
-def test_gains_start_as_a_fresh_adam_does(method):
-    _, state = before_launch()
-    updates, _ = run(optimizer()[1], reset_moments(state, method_of(method)), AFTER)
-    want = -GAIN_RATE * np.sign(AFTER[0].adapters["k"].gain)
-    for step in updates:
-        np.testing.assert_allclose(step["gain"], want, rtol=1e-4)
-
-
-def test_without_the_reset_the_gains_would_overshoot():
-    """What it is for: counts that ran on make of 100 zeros a small second moment."""
-    _, state = before_launch()
-    updates, _ = run(optimizer()[1], state, AFTER)
-    peak = max(np.abs(step["gain"]).max() for step in updates)
-    assert peak > 2 * GAIN_RATE
-
-
-def test_dash_goes_on_with_the_moments_of_a_and_b():
-    """To the bit: as if there had been no launch."""
-    _, state = before_launch()
-    update = optimizer()[1]
-    launched, _ = run(update, reset_moments(state, get_method("dash")), AFTER[:3])
-    unbroken, _ = run(update, state, AFTER[:3])
-    for ours, theirs in zip(launched, unbroken, strict=True):
-        np.testing.assert_array_equal(ours["a"], theirs["a"])
-        np.testing.assert_array_equal(ours["b"], theirs["b"])
-
-
-@pytest.mark.parametrize("method", ["init", "tsd", "init+keep", "tsd+keep"])
-def test_restarting_methods_forget_the_moments_of_a_and_b(method):
-    _, state = before_launch()
-    updates, _ = run(optimizer()[1], reset_moments(state, method_of(method)), AFTER[:3])
-    for step in updates:
-        for field in ("a", "b"):
-            want = -RATE * np.sign(getattr(AFTER[0].adapters["k"], field))
-            np.testing.assert_allclose(step[field], want, rtol=1e-4)
-
-
-def test_schedules_read_on_over_the_launch():
-    """No second warm-up: the rate is that of the global step in both groups."""
-    rate = make_schedule(RATE, steps=200, warmup=20)
-    gain_rate = make_schedule(GAIN_RATE, steps=200, warmup=20)
-    made, update = optimizer(rate=rate, gain_rate=gain_rate)
-    _, state = run(update, made.init(tree(None)), BEFORE)
-    updates, _ = run(update, reset_moments(state, get_method("tsd")), AFTER)
-    for step, moved in enumerate(updates, start=100):
-        share = hugging_face("linear", step, 20, 200)
-        for field, peak in (("a", RATE), ("b", RATE), ("gain", GAIN_RATE)):
-            want = -share * peak * np.sign(getattr(AFTER[0].adapters["k"], field))
-            np.testing.assert_allclose(moved[field], want, rtol=1e-4)
-
-
 def test_weight_decay_is_decoupled_and_spares_the_gains():
     made, update = optimizer(weight_decay=0.1)
     params, grads = tree(7), tree(8)
@@ -244,64 +192,16 @@ def is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
-def adamw_chain(names: tuple[str, str]) -> Any:
-    """Write an optimizer of somebody's own: other names, adamw with a schedule."""
-    lora, gain = names
-    schedule = optax.linear_schedule(0.0, 1.0, 10)
-    labels = {"lora": lora, "gain": gain}
-
-    def label(trainable):
-        return jax.tree.map(labels.__getitem__, group_labels(trainable))
-
-    return optax.chain(
-        optax.zero_nans(),
-        optax.partition({lora: optax.adamw(schedule), gain: optax.adam(0.1)}, label),
-    )
-
-
-@pytest.mark.parametrize("wrap", [lambda made: made, optax.apply_if_finite])
-def test_a_chain_of_your_own(wrap):
-    """Only Adam starts again; the schedule inside adamw keeps its count."""
-    made = adamw_chain(("factors", "coordinates"))
-    if wrap is optax.apply_if_finite:
-        made = optax.apply_if_finite(made, 3)
-    update = jax.jit(made.update)
-    labels = {"lora": "factors", "gain": "coordinates"}
-    _, state = run(update, made.init(tree(None)), BEFORE[:4])
-    state = reset_moments(state, get_method("tsd"), labels)
-    (step,), _ = run(update, state, AFTER[:1])
-    sign = {f: np.sign(getattr(AFTER[0].adapters["k"], f)) for f in ("a", "gain")}
-    np.testing.assert_allclose(step["a"], -0.4 * sign["a"], rtol=1e-3)
-    np.testing.assert_allclose(step["gain"], -0.1 * sign["gain"], rtol=1e-4)
-
-
-def test_a_state_without_the_groups_is_refused():
-    plain = optax.adam(1e-3).init(tree(None))
-    with pytest.raises(InputError, match=r"no optax.partition.*\['gain', 'lora'\]"):
-        reset_moments(plain, get_method("tsd"))
-    other = adamw_chain(("factors", "coordinates")).init(tree(None))
-    with pytest.raises(InputError, match=r"groups \['gain'\].*group_labels"):
-        reset_moments(other, get_method("dash"))
-
-
-def test_shapes_and_types_stay():
-    _, state = before_launch()
-    new = reset_moments(state, get_method("tsd"))
-    assert jax.tree.structure(new) == jax.tree.structure(state)
-    for ours, theirs in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True):
-        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-
-
 PART = FullSpec(path="norm", shape=(4,))
 
 
 def both(seed: int) -> Any:
-    """Return an adapter and a part of random numbers."""
+    """Return an adapter and a full parameter of random numbers."""
     value = jax.ShapeDtypeStruct((4,), np.float32)
     return tree(seed).replace(full={"norm": FullParam(filled(seed + 9, value), PART)})
 
 
-def test_parts_are_a_group_of_their_own():
+def test_full_parameters_are_a_group_of_their_own():
     labels = group_labels(both(0))
     assert labels.full["norm"] == FullParam("full", PART)
     assert labels.adapters["k"].a == labels.adapters["k"].b == "lora"
@@ -309,7 +209,7 @@ def test_parts_are_a_group_of_their_own():
 
 
 @pytest.mark.parametrize(("rate", "used"), [(None, RATE), (0.5, 0.5)])
-def test_parts_have_a_rate_of_their_own_and_the_decay_of_a_and_b(rate, used):
+def test_full_parameters_have_a_rate_of_their_own_and_the_decay_of_a_and_b(rate, used):
     """The first step of AdamW is -rate (g / (|g| + eps) + decay value)."""
     made = make_optimizer(RATE, GAIN_RATE, full_learning_rate=rate, weight_decay=0.3)
     trainable, grads = both(0), both(1)
@@ -320,27 +220,21 @@ def test_parts_have_a_rate_of_their_own_and_the_decay_of_a_and_b(rate, used):
     np.testing.assert_allclose(updates.full["norm"].value, wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["dash", "init", "tsd"])
-def test_launch_never_resets_parts(method):
-    made = make_optimizer(RATE, GAIN_RATE)
-    _, state = made.update(both(1), made.init(both(0)), both(0))
-    again = reset_moments(state, get_method(method))
-
-    def moments(state: Any) -> Any:
-        return state[1].inner_states["full"]
-
-    for kept, before in zip(
-        jax.tree.leaves(moments(again)), jax.tree.leaves(moments(state)), strict=True
-    ):
-        assert np.any(before != 0)
-        np.testing.assert_array_equal(kept, before)
+WARM = make_schedule(1e-3, steps=10, warmup=3)
 
 
-def test_a_partition_of_two_groups_serves_where_no_parts_are():
-    groups: dict[Any, Any] = {"lora": optax.adam(RATE), "gain": optax.adam(GAIN_RATE)}
-    made = optax.partition(groups, group_labels)
-    state = reset_moments(made.init(tree(0)), get_method("tsd"))
-    updates, _ = made.update(tree(1), state, tree(0))
-    assert jax.tree.structure(updates) == jax.tree.structure(tree(0))
-    with pytest.raises(ValueError, match="full"):
-        made.init(both(0))
+@pytest.mark.parametrize(
+    ("rate", "launch_step"),
+    [(WARM, 1), (WARM, 0), (0.0, 5), (lambda step: 0.0, 5), (float("nan"), 5)],
+    ids=["warm-up", "first step", "zero", "zero schedule", "nan"],
+)
+def test_a_launch_on_nothing_is_refused_before_the_run(rate, launch_step):
+    with pytest.raises(InputError, match=f"rate is 0 in all {launch_step} steps"):
+        check_schedule(rate, launch_step, get_method("tsd"))
+    check_schedule(rate, launch_step, get_method("pissa"))
+    check_schedule(rate, launch_step, get_method("lora"))
+
+
+@pytest.mark.parametrize(("rate", "launch_step"), [(WARM, 2), (1e-4, 1)])
+def test_one_step_with_a_rate_suffices(rate, launch_step):
+    check_schedule(rate, launch_step, get_method("dash"))

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
         (("host:ninety", 2, 0), "coordinator 'host:ninety' must be HOST:PORT"),
         (("host:70000", 2, 0), "must be HOST:PORT"),
         (("host:1", 0, 0), "number of processes must be positive, not 0"),
-        (("host:1", 2, 2), "process 2 is none of 2: they are numbered from 0"),
-        (("host:1", 2, -1), "process -1 is none of 2"),
+        (("host:1", 2, 2), "process 2 is not one of 2: they are numbered from 0"),
+        (("host:1", 2, -1), "process -1 is not one of 2"),
     ],
 )
 def test_what_is_no_run_of_several_processes(given, message):
@@ -38,9 +38,9 @@ def test_the_environment_is_read_where_nothing_is_given(monkeypatch):
         processes.connect()
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "5")
-    with pytest.raises(InputError, match="process 5 is none of 2"):
+    with pytest.raises(InputError, match="process 5 is not one of 2"):
         processes.connect()
-    with pytest.raises(InputError, match="process 7 is none of 3"):
+    with pytest.raises(InputError, match="process 7 is not one of 3"):
         processes.connect(None, 3, 7)
 
 
@@ -63,7 +63,7 @@ def test_who_waits_in_vain_ends_with_one_line():
     )
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
-    assert line == "-c: error: the other processes did not come in 1 s"
+    assert line == "-c: error: the other processes did not connect within 1 s"
 
 
 def test_a_run_of_one_process_ends_as_it_likes(capsys, monkeypatch):

@@ -14,10 +14,11 @@ from tests.helpers.mlp import CLASSES, RULES, Mlp, mlp_batch, mlp_params, mlp_sp
 from tests.helpers.trees import random_all
 from tsd_jax.binding.linen import adapted, bind_variables
 from tsd_jax.core.adapter import merge
+from tsd_jax.core.errors import InputError
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.evaluation.loss import next_token_loss
-from tsd_jax.training.optimizer import make_optimizer
+from tsd_jax.training.optimizer import group_labels, make_optimizer
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import accumulate_gradients, launch_state, make_train_step
 
@@ -207,6 +208,33 @@ def test_micro_batches_draw_apart():
 def test_without_dropout_the_key_does_not_matter():
     loss = dropout_loss(False)
     assert loss(0) == loss(1) == loss(0, at=1)
+
+
+def test_a_second_launch_is_refused():
+    state, spec = new_state("dash", make_optimizer(1e-2, 1e-2))
+    launched = state.replace(launched=jnp.ones((), bool))
+    with pytest.raises(InputError, match="launched already; a run launches once"):
+        launch_state(launched, PARAMS, spec)
+
+
+def test_a_launch_on_nothing_is_refused():
+    state, spec = new_state("dash", make_optimizer(1e-2, 1e-2))
+    with pytest.raises(InputError, match="B is zero, so there is no change to rank"):
+        launch_state(state, PARAMS, spec)
+
+
+def test_launch_takes_the_start_of_moments_from_the_optimizer():
+    """Adagrad's accumulators start at 0.1."""
+    groups: Any = {name: optax.adagrad(1e-2) for name in ("lora", "gain", "full")}
+    optimizer = optax.partition(groups, group_labels)
+    state, spec = new_state("tsd", optimizer)
+    step = make_train_step(LOSS, bind_variables, optimizer)
+    state, _ = step(state, PARAMS, mlp_batch(0), KEY)
+    with pytest.raises(InputError, match="launch_state the optimizer"):
+        launch_state(state, PARAMS, spec)
+    launched, _ = launch_state(state, PARAMS, spec, optimizer=optimizer)
+    for leaf in jax.tree.leaves(launched.opt_state):
+        np.testing.assert_allclose(leaf, 0.1)
 
 
 def is_adam(node: Any) -> bool:

@@ -34,7 +34,7 @@ from tsd_jax.extraction.settings import Extraction
 from tsd_jax.huggingface.full_tensors import check_modules
 from tsd_jax.training import sharding
 from tsd_jax.training.loop import LoopConfig
-from tsd_jax.training.optimizer import make_optimizer, make_schedule
+from tsd_jax.training.optimizer import check_schedule, make_optimizer, make_schedule
 
 BatchFn = Callable[[int], dict[str, jax.Array]]
 """step -> its batch on the mesh, leaves (micro-batches, examples, positions)."""
@@ -80,6 +80,7 @@ def prepare(settings: Settings) -> Prepared:
     mesh = sharding.make_mesh(settings.mesh)
     plan = loop_config(settings)
     rates = schedules(settings.optimizer, plan)
+    check_prelaunch(settings, plan, rates)
     files = read_files(settings.data, settings.seed)
     base = open_model(settings.model, files)
     spec = adapted_spec(settings, base)
@@ -112,6 +113,19 @@ def loop_config(settings: Settings) -> LoopConfig:
         eval_every=settings.eval.every,
         checkpoint_every=settings.train.checkpoint_every,
     )
+
+
+def check_prelaunch(
+    settings: Settings, plan: LoopConfig, rates: Mapping[str, optax.Schedule]
+) -> None:
+    """Raise InputError where nothing is learned before launch that it could rank by."""
+    if settings.method.gradient_batches:
+        return
+    first = plan.launch_step
+    if plan.auto_launch is not None:
+        first = plan.auto_launch.launch_min
+    if first is not None:
+        check_schedule(rates["learning_rate"], first, settings.method.method())
 
 
 def schedules(

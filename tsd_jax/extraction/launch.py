@@ -32,6 +32,7 @@ from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.types import Leaf, Progress
 from tsd_jax.extraction.chunks import ChunkPlan, plan_chunks, run_each
 from tsd_jax.extraction.devices import run_on_hosts
+from tsd_jax.extraction.launch_checks import check_adapters, check_rates
 from tsd_jax.extraction.matrix_launch import MatrixLaunch, Ranking, Started, Trained
 from tsd_jax.extraction.ranking import EPSILON, RankSettings
 from tsd_jax.extraction.settings import Extraction
@@ -236,17 +237,16 @@ def launch(
 ) -> tuple[Trainable, AllDirections, dict[str, Ranking]]:
     """Rank every kernel's directions and start the dash phase from them.
 
-    Call it once, between two steps. Extraction runs jit-compiled in float64 whatever
-    the global settings, a few whole matrices at a time over all devices; results have
-    the adapters' types and shardings. Resetting optimizer moments is left to
-    `tsd_jax.training.optimizer.reset_moments`.
+    Call it once, between two steps, and then `tsd_jax.reset_moments`. Extraction runs
+    jit-compiled in float64 whatever the global settings, a few whole matrices at a time
+    over all devices; results have the adapters' types and shardings.
 
     Args:
       params: parameter tree with the base's kernels, quantized or not.
-      trainable: as trained so far.
-      spec: as `make_spec` returns it; its method says what launch does.
-      epsilon: of the change rate |p_i| / (sigma_i + epsilon).
-      seed: of the ranking "random".
+      trainable: as trained so far, before launch.
+      spec: of `make_spec`; its method says what launch does.
+      epsilon: epsilon of the change rate |p_i| / (sigma_i + epsilon).
+      seed: seed of the ranking "random".
       deltas: {path: dK as stored} to rank by instead of gamma A B, such as gradients
         dL/dK, whose scale has no effect; read one by one, in the spec's order.
       extraction: where and how to decompose.
@@ -257,7 +257,9 @@ def launch(
       frozen directions, and {path: Ranking}.
 
     Raises:
-      InputError: a kernel is missing, the method has no launch or cannot use `deltas`.
+      InputError: the method has no launch or cannot use `deltas`; a kernel is missing;
+        or, unless traced, an adapter is not finite, has nonzero gains and so launched
+        before, or has learned nothing to rank directions by.
 
     Source: arXiv:2409.01035, sections 3 to 5.
     """
@@ -265,9 +267,10 @@ def launch(
         raise InputError(f"method {spec.method.name!r} has no launch")
     if deltas is not None:
         check_deltas(spec.method)
-    extraction = extraction or Extraction()
+    learned, extraction = deltas is None, extraction or Extraction()
     kernels = paths.select(params, spec.paths)
-    tell = _kernel_progress(progress, spec)
+    check_adapters(trainable, spec, ranks_learned=learned and spec.method.needs_delta)
+    report_done = _kernel_progress(progress, spec)
     adapters, directions, report = {}, {}, {}
     for kernel in spec.kernels:
         path, adapter = kernel.path, trainable.adapters[kernel.path]
@@ -276,7 +279,8 @@ def launch(
         operands = Operands(kernels[path], _trained(adapter), noise, delta)
         program = _program(kernel, spec.method, epsilon, extraction.solver)
         (started, directions[path]), report[path] = _launch_kernel(
-            operands, adapter, program, extraction, tell[path]
+            operands, adapter, program, extraction, report_done[path]
         )
+        check_rates(path, report[path].rates, spec.method, learned=learned)
         adapters[path] = _renewed(adapter, started, spec.method)
     return trainable.replace(adapters=adapters), directions, report

@@ -1,12 +1,12 @@
-"""When to launch: once the directions that a launch would take have settled.
+"""Automatic launch: once the directions that launch would take have settled.
 
-A few matrices are watched, decomposed once. Every k steps t the s directions of the
-largest change rates are found again, I_t, and compared with those before:
+A few matrices are watched, and decomposed once. Every k steps the s directions of the
+largest change rates, I_t, are found again and compared with the previous ones:
 
     overlap_t = mean over the watched matrices of |I_t n I_{t-k}| / s
 
-They have settled when overlap_t >= threshold in `patience` checks on end. Pre-launch
-is at least `launch_min` steps and at most `launch_max`.
+They have settled when overlap_t >= threshold in `patience` consecutive checks.
+Pre-launch takes at least `launch_min` steps and at most `launch_max`.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ from tsd_jax.extraction.ranking import EPSILON, RankSettings, top_directions
 from tsd_jax.extraction.spectra import decompose
 
 Sample = tuple[tuple[KernelSpec, tuple[int, ...]], ...]
-"""Kernels, and which matrices of their stacks."""
+"""(kernel, indices of some of its matrices) for every watched kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoLaunchConfig:
-    """Say when directions count as settled; in optimizer steps.
+    """When directions count as settled, in optimizer steps.
 
     Attributes:
-      launch_min: of pre-launch at least. launch_max: at most, settled or not.
-      every: k, steps from check to check.
-      threshold: on the mean overlap, in (0, 1].
-      patience: checks on end that must reach it.
-      matrices: to watch at most; each costs a decomposition at the start, and a
-        float64 matrix of its short side while it is watched.
+      launch_min: least number of steps before launch.
+      launch_max: largest number of steps before launch, settled or not.
+      every: k, steps between checks.
+      threshold: least mean overlap, in (0, 1].
+      patience: number of consecutive checks that must reach the threshold.
+      matrices: largest number of matrices to watch; each costs a decomposition at the
+        start, and a float64 matrix of its short side while it is watched.
     """
 
     launch_min: int
@@ -61,7 +62,7 @@ class AutoLaunchConfig:
     matrices: int = 16
 
     def __post_init__(self):
-        """Refuse what could never be decided."""
+        """Refuse settings under which directions could never settle."""
         for name in ("launch_min", "every", "patience", "matrices"):
             if getattr(self, name) < 1:
                 raise InputError(
@@ -84,22 +85,32 @@ class AutoLaunchConfig:
             )
 
     def due(self, step: int) -> bool:
-        """Return whether there is a check after this many steps."""
+        """Return whether directions are checked after a step.
+
+        Args:
+          step: number of steps taken.
+        """
         return step % self.every == 0
 
     def launches(self, step: int, streak: int) -> bool:
-        """Return whether to launch after this many steps."""
+        """Return whether to launch after a step.
+
+        Args:
+          step: number of steps taken.
+          streak: number of consecutive checks that reached the threshold.
+        """
         settled = streak >= self.patience or step >= self.launch_max
         return step >= self.launch_min and settled
 
 
 class MonitorState(struct.PyTreeNode):
-    """Hold what the next check needs; part of the training state.
+    """What the next check needs of the earlier ones; part of the training state.
 
     Attributes:
       sets: {kernel path: top directions of its watched matrices, (n, s), int32}.
-      overlap: the last one, float32 (). streak: checks on end that reached the
-        threshold, int32 (). checks: so far, int32 ().
+      overlap: mean overlap of the last check, float32 ().
+      streak: number of consecutive checks that reached the threshold, int32 ().
+      checks: number of checks so far, int32 ().
     """
 
     sets: Any
@@ -109,18 +120,22 @@ class MonitorState(struct.PyTreeNode):
 
 
 def sample(spec: Spec, count: int) -> Sample:
-    """Choose at most `count` matrices, spread evenly over kernels and layers.
+    """Return at most `count` matrices, spread evenly over kernels and layers.
 
-    All matrices in a row, kernel after kernel: the first, the last, and others at
-    equal distances between them.
+    In the row of all matrices, kernel after kernel, these are the first, the last, and
+    others at equal distances between them.
+
+    Args:
+      spec: of `make_spec`.
+      count: largest number of matrices.
     """
     every = [
         (kernel, index)
         for kernel in spec.kernels
         for index in range(int(np.prod(kernel.batch_shape)))
     ]
-    places = np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)
-    chosen = [every[place] for place in places]
+    spread = np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)
+    chosen = [every[position] for position in spread]
     return tuple(
         (kernel, tuple(index for owner, index in chosen if owner is kernel))
         for kernel in spec.kernels
@@ -129,7 +144,12 @@ def sample(spec: Spec, count: int) -> Sample:
 
 
 def init_monitor(spec: Spec, config: AutoLaunchConfig) -> MonitorState:
-    """Start: no check yet, and no set that could overlap."""
+    """Return the state before the first check, whose sets overlap with none.
+
+    Args:
+      spec: of `make_spec`.
+      config: when directions have settled.
+    """
     sets = {
         kernel.path: jnp.full((len(indices), kernel.ranked), -1, jnp.int32)
         for kernel, indices in sample(spec, config.matrices)
@@ -139,7 +159,12 @@ def init_monitor(spec: Spec, config: AutoLaunchConfig) -> MonitorState:
 
 
 def mean_overlap(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> float:
-    """Return the mean over all rows of |I n J| / s."""
+    """Return the mean over all rows of |I n J| / s.
+
+    Args:
+      old: {kernel path: directions I of its matrices, (n, s)}.
+      new: {kernel path: directions J of its matrices, (n, s)}.
+    """
     shares = [
         len(np.intersect1d(before, after)) / len(after)
         for path in new
@@ -149,20 +174,26 @@ def mean_overlap(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -
 
 
 def advance(
-    settling: MonitorState, sets: Mapping[str, np.ndarray], threshold: float
+    monitor: MonitorState, sets: Mapping[str, np.ndarray], threshold: float
 ) -> MonitorState:
-    """Compare the sets of a check with those before; all on the host."""
-    old = {path: np.asarray(rows) for path, rows in settling.sets.items()}
+    """Return the state after a check, in NumPy.
+
+    Args:
+      monitor: state before the check.
+      sets: {kernel path: top directions of its watched matrices, (n, s)}.
+      threshold: least mean overlap.
+    """
+    old = {path: np.asarray(rows) for path, rows in monitor.sets.items()}
     overlap = mean_overlap(old, sets)
-    checks = int(settling.checks)
+    checks = int(monitor.checks)
     reached = checks > 0 and overlap >= threshold - 1e-9
-    streak = int(settling.streak) + 1 if reached else 0
+    streak = int(monitor.streak) + 1 if reached else 0
     new = MonitorState(dict(sets), overlap, streak, checks + 1)
-    return jax.tree.map(lambda x, y: np.asarray(x, y.dtype), new, settling)
+    return jax.tree.map(lambda x, y: np.asarray(x, y.dtype), new, monitor)
 
 
 def _replicated(array: Any) -> Any:
-    """Return the sharding that puts an array whole on all of its devices."""
+    """Return the sharding that replicates an array over its devices, or None."""
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
@@ -170,7 +201,7 @@ def _replicated(array: Any) -> Any:
 
 
 def _here(array: jax.Array) -> jax.Array:
-    """Return this process's copy, on one device that computes in float64."""
+    """Return this process's copy on a device that computes in float64."""
     local = array.addressable_data(0)
     (device,) = local.devices()
     if has_float64(device.platform):
@@ -181,7 +212,7 @@ def _here(array: jax.Array) -> jax.Array:
 def _matrices(
     kernel: jax.Array, spec: KernelSpec, indices: tuple[int, ...]
 ) -> jax.Array:
-    """Return some matrices (n, in, out) of a stored kernel, moving no more than a few."""
+    """Return some matrices (n, in, out) of a stored kernel, moved one by one."""
     plan = plan_chunks(kernel, spec.layout, matrices_per_device=1)
     take = jax.jit(
         lambda kernel, start: plan.matrices(kernel, start)[0],
@@ -190,16 +221,18 @@ def _matrices(
     return jnp.stack([_here(take(kernel, np.int32(index))) for index in indices])
 
 
-@functools.partial(jax.jit, static_argnames=("chosen", "place"))
-def _pick(trainable: Trainable, *, chosen: Sample, place: NamedSharding | None):
-    """Return {path: {field: leaf}} of the watched matrices, whole on every device."""
+@functools.partial(jax.jit, static_argnames=("chosen", "sharding"))
+def _pick(trainable: Trainable, *, chosen: Sample, sharding: NamedSharding | None):
+    """Return {path: {field: leaf}} of the watched matrices, replicated."""
 
     def rows(adapter: Adapter, indices: tuple[int, ...], name: str) -> Any:
         x, own = getattr(adapter, name), len(leaf_specs(Adapter)[name].axes)
         if x is None:
             return None
         some = x.reshape(-1, *x.shape[-own:])[np.asarray(indices)]
-        return some if place is None else lax.with_sharding_constraint(some, place)
+        if sharding is None:
+            return some
+        return lax.with_sharding_constraint(some, sharding)
 
     return {
         kernel.path: {
@@ -217,11 +250,11 @@ def _decompose(matrices: jax.Array) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("chosen", "epsilon"))
 def _top(matrices: Any, spectra: Any, factors: Any, *, chosen: Sample, epsilon: float):
-    """Return {path: (n, s)}, a matrix after the other."""
+    """Return {path: top directions (n, s)}, one matrix after the other."""
 
     def sets(kernel: KernelSpec) -> jax.Array:
-        def one(parts):
-            matrix, spectrum, trained = parts
+        def one(operands):
+            matrix, spectrum, trained = operands
             delta = learned_delta(matrix, gamma=kernel.scale, **trained)
             settings = RankSettings(count=kernel.ranked, epsilon=epsilon)
             return top_directions(matrix, delta, spectrum, settings)
@@ -233,14 +266,16 @@ def _top(matrices: Any, spectra: Any, factors: Any, *, chosen: Sample, epsilon: 
 
 
 class DirectionMonitor:
-    """Check whether the directions of a few matrices have settled.
+    """The check whether the directions of a few matrices have settled.
 
-    Every process watches on one device of its own, or on its CPU where devices have
-    no float64; what the first one finds holds for all.
+    Every process checks on one device of its own, or on its CPU where devices have no
+    float64; the result of the first process holds for all.
 
     Args:
-      params: the base's tree. spec: of `make_spec`. config: when they have settled.
-      epsilon: of the change rate.
+      params: the base's tree.
+      spec: of `make_spec`.
+      config: when directions have settled.
+      epsilon: epsilon of the change rate.
     """
 
     def __init__(
@@ -261,11 +296,17 @@ class DirectionMonitor:
         with jax.enable_x64(True):
             self._spectra = {p: _decompose(m) for p, m in self._matrices.items()}
 
-    def __call__(self, settling: MonitorState, trainable: Trainable) -> MonitorState:
-        """Check once; give what the next check needs, where the old one lies."""
+    def __call__(self, monitor: MonitorState, trainable: Trainable) -> MonitorState:
+        """Return the state after one more check, with the shardings of the old one.
+
+        Args:
+          monitor: state before the check.
+          trainable: what trains.
+        """
         chosen = self._sample
-        place = _replicated(jax.tree.leaves(trainable)[0])
-        factors = jax.tree.map(_here, _pick(trainable, chosen=chosen, place=place))
+        sharding = _replicated(jax.tree.leaves(trainable)[0])
+        picked = _pick(trainable, chosen=chosen, sharding=sharding)
+        factors = jax.tree.map(_here, picked)
         with jax.enable_x64(True):
             sets = _top(
                 self._matrices,
@@ -278,5 +319,5 @@ class DirectionMonitor:
         if jax.process_count() > 1:
             sets = multihost_utils.broadcast_one_to_all(sets)
             sets = jax.tree.map(np.asarray, sets)
-        new = advance(settling, sets, self._threshold)
-        return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), new, settling)
+        new = advance(monitor, sets, self._threshold)
+        return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), new, monitor)

@@ -20,7 +20,7 @@ _UNREADABLE = (ValueError, KeyError, TypeError, OSError)
 
 
 def _named(state: Any) -> dict[str, Any]:
-    """Name every leaf by its place, independent of the classes around it."""
+    """Return {path in the tree: leaf}, independent of the classes around the leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {
         jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf
@@ -30,7 +30,7 @@ def _named(state: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Say nothing of the reads Orbax gives up on; each complains over many lines."""
+    """Silence the reads that Orbax abandons, each of which prints many lines."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
@@ -39,11 +39,11 @@ def _quietly() -> Iterator[None]:
 
 
 class Checkpoints:
-    """Save and restore states under one folder; use as a context manager.
+    """The saved states of a run, under one folder; a context manager.
 
     Args:
-      folder: made where it does not exist.
-      keep: how many of the newest to keep.
+      folder: folder of the checkpoints, created if it does not exist.
+      keep: number of the newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2):
@@ -66,22 +66,27 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Save a state in the background; a step that is there is left alone."""
+        """Save a state in the background, unless its step is saved already.
+
+        Args:
+          step: number of steps taken.
+          state: the state after them.
+        """
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(_named(state)))
 
     def wait(self) -> None:
-        """Wait until all that was saved is on disk."""
+        """Wait until all saved states are on disk."""
         self._manager.wait_until_finished()
 
     def restore(self, template: TrainState) -> TrainState:
-        """Restore the newest state into the shapes and shardings of `template`.
+        """Return the newest state, with the shapes and shardings of `template`.
 
         Args:
-          template: a state of arrays or of ShapeDtypeStructs with shardings.
+          template: state of arrays or of ShapeDtypeStructs with shardings.
 
         Raises:
-          InputError: there is none, or it is of another shape or damaged.
+          InputError: there is no checkpoint, or it is damaged or has other shapes.
         """
         step = self.latest
         if step is None:
@@ -95,7 +100,7 @@ class Checkpoints:
         with _quietly():
             restored, reason = self._read(step, _named(template))
             if restored is None:
-                # Reads still under way must end before what they report to is freed.
+                # Pending reads must end before the objects they report to are freed.
                 time.sleep(0.5)
                 gc.collect()
         if restored is None:
@@ -107,25 +112,25 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
     def _mismatch(self, step: int, template: dict[str, Any]) -> str | None:
-        """Say what a step holds otherwise than wanted, before anything is read."""
+        """Return how a saved step differs from a template, or None; reads no array."""
         try:
-            held = {k: v.shape for k, v in self._manager.item_metadata(step).items()}
-        except Exception:  # Unreadable: reading the arrays will say why.
+            found = {k: v.shape for k, v in self._manager.item_metadata(step).items()}
+        except Exception:  # Unreadable: reading the arrays reports why.
             return None
-        if odd := sorted(held.keys() ^ template.keys()):
-            return f"{odd[0]} is {'not wanted' if odd[0] in held else 'missing'}"
+        if odd := sorted(found.keys() ^ template.keys()):
+            return f"{odd[0]} is {'not wanted' if odd[0] in found else 'missing'}"
         for name, leaf in template.items():
-            if tuple(held[name]) != tuple(leaf.shape):
-                return f"{name} has shape {tuple(held[name])}, not {tuple(leaf.shape)}"
+            if tuple(found[name]) != tuple(leaf.shape):
+                return f"{name} has shape {tuple(found[name])}, not {tuple(leaf.shape)}"
         return None
 
     def _read(self, step: int, template: dict[str, Any]) -> tuple[Any, str]:
-        """Return what a step holds, or None and why it cannot be read."""
+        """Return the arrays of a step, or None and why they cannot be read."""
         try:
             args = ocp.args.StandardRestore(template)
             return self._manager.restore(step, args=args), ""
         except Exception as error:
-            # Where an array cannot be read, Orbax raises a bare Exception from it.
+            # Orbax raises a bare Exception where an array cannot be read.
             if type(error) is not Exception and not isinstance(error, _UNREADABLE):
                 raise
             return None, str(error.__cause__ or error).splitlines()[0]

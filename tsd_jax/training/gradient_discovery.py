@@ -1,10 +1,10 @@
 """Directions without pre-launch: from the gradient of the loss by singular values.
 
-What a first small step along the singular values would change is
+The change that a first small step along the singular values would make is
 
     p_i = -eta dL/dsigma_i,   dL/dsigma_i = P_i^T (dL/dK) Q_i
 
-and eta, like the gradient's own scale, moves no direction past another.
+and neither eta nor the scale of the gradient affects the ranking.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ from tsd_jax.training.state import TrainState
 from tsd_jax.training.step import Bind
 
 MEMORY_BUDGET = 2**32
-"""Bytes of float32 gradients that exist at a time, over all devices."""
+"""Bytes of float32 gradients held at a time, over all devices."""
 
 
 def group(kernels: Sequence[KernelSpec], budget: int) -> list[tuple[str, ...]]:
-    """Put kernels whose gradients fit the budget together, in order; one at least."""
+    """Return the paths of kernels in groups whose gradients fit the budget, in order.
+
+    Args:
+      kernels: descriptions of the kernels.
+      budget: bytes of float32 gradients a group; a larger kernel is a group alone.
+    """
     groups: list[tuple[str, ...]] = []
     size = 0
     for kernel in kernels:
@@ -43,19 +48,21 @@ def group(kernels: Sequence[KernelSpec], budget: int) -> list[tuple[str, ...]]:
 
 
 class KernelGradients(Mapping):
-    """Return {path: dL/dK} of the adapted kernels, float32, as they are asked for.
+    """Gradients {path: dL/dK} of the adapted kernels, float32, computed on demand.
 
     L is the loss summed over the counted targets of some batches, without dropout,
-    at the state's adapters. Only adapted kernels are differentiated, and as many of
-    them at a time as fit `memory_budget`: every such group costs a compilation and a
-    pass over the batches, and is forgotten when another one is asked for.
+    at the state's adapters. Only adapted kernels are differentiated, as many of them at
+    a time as fit `memory_budget`: each group costs a compilation and a pass over the
+    batches, and is dropped when a kernel of another one is read.
 
     Args:
       loss_fn: (what `bind` returns, micro-batch) -> (summed loss, counted targets).
-      bind: puts what trains beside or into the base.
-      state: before launch. params: the base's tree. spec: of `make_spec`.
-      batches: leaves (micro-batches, examples, positions).
-      memory_budget: bytes of gradients at a time.
+      bind: how adapters meet the base; see `Bind`.
+      state: state before launch.
+      params: the base's tree.
+      spec: of `make_spec`.
+      batches: batches of arrays (micro-batches, examples, positions).
+      memory_budget: bytes of gradients to hold at a time.
     """
 
     def __init__(
@@ -91,7 +98,7 @@ class KernelGradients(Mapping):
         return self._held[path]
 
     def _differentiate(self, wanted: tuple[str, ...]) -> dict[str, jax.Array]:
-        """Sum the gradients of one group over all micro-batches."""
+        """Return the gradients of one group, summed over all micro-batches."""
         chosen = paths.select(self._params, wanted)
         kernels = {path: dequantize(kernel) for path, kernel in chosen.items()}
 
@@ -112,14 +119,14 @@ class KernelGradients(Mapping):
             return jnp.zeros_like(kernel, jnp.float32)
 
         total = jax.tree.map(zeros, kernels)
-        step = jax.jit(gradients, donate_argnums=1, out_shardings=_places(kernels))
+        step = jax.jit(gradients, donate_argnums=1, out_shardings=_shardings(kernels))
         for batch in self._batches:
             total = step(kernels, total, self._state, self._params, batch)
         return total
 
 
-def _places(kernels: Mapping[str, jax.Array]) -> Any:
+def _shardings(kernels: Mapping[str, jax.Array]) -> Any:
     """Return the kernels' own shardings, or None where they have no named ones."""
-    places = {path: getattr(x, "sharding", None) for path, x in kernels.items()}
-    named = all(isinstance(place, NamedSharding) for place in places.values())
-    return places if named else None
+    shardings = {path: getattr(x, "sharding", None) for path, x in kernels.items()}
+    named = all(isinstance(each, NamedSharding) for each in shardings.values())
+    return shardings if named else None

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,18 +20,38 @@ from tsd_jax.training.recorder import Recorder
 from tsd_jax.training.state import TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """Say when things happen; in optimizer steps.
+class Due(NamedTuple):
+    """What is due after a step, in this order.
 
     Attributes:
-      steps: of the whole run.
-      launch_step: steps before launch, 0 for a launch before the first; None for a
-        method without one, or where `auto_launch` decides.
-      auto_launch: when to launch by what the directions do; None for `launch_step`.
-      log_every: a figure, a sync of host and device.
-      eval_every: 0 for evaluation before and after only.
-      checkpoint_every: 0 for the end only.
+      log: whether to log its figures.
+      check: whether to check if directions have settled.
+      evaluate: whether to evaluate.
+      save: whether to save a checkpoint.
+    """
+
+    log: bool
+    check: bool
+    evaluate: bool
+    save: bool
+
+
+def _is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """The schedule of a run, in optimizer steps.
+
+    Attributes:
+      steps: number of steps of the whole run.
+      launch_step: number of steps before launch, 0 for a launch before the first one;
+        None for a method without launch, or with `auto_launch`.
+      auto_launch: settings of automatic launch; None for a launch at `launch_step`.
+      log_every: steps between logged figures; each one syncs host and device.
+      eval_every: steps between evaluations; 0 for those before and after the run only.
+      checkpoint_every: steps between checkpoints; 0 for one at the end only.
     """
 
     steps: int
@@ -55,19 +75,41 @@ class LoopConfig:
         if self.auto_launch is None:
             return
         if self.launch_step is not None:
-            raise InputError("a launch at a fixed step leaves nothing to settle")
-        if self.auto_launch.launch_max >= self.steps:
             raise InputError(
-                f"auto_launch.launch_max {self.auto_launch.launch_max} must be less than the "
+                "give either launch_step or auto_launch: a launch at a fixed step does "
+                "not wait for directions to settle"
+            )
+        launch_max = self.auto_launch.launch_max
+        if launch_max >= self.steps:
+            raise InputError(
+                f"auto_launch.launch_max {launch_max} must be less than the "
                 f"{self.steps} steps: launch earlier or train longer"
             )
 
-    def settles(self, done: int) -> bool:
-        """Return whether directions are checked after this many steps."""
-        return self.auto_launch is not None and self.auto_launch.due(done)
+    def due(self, done: int, *, launched: bool, stopping: bool) -> Due:
+        """Return what is due after a step.
+
+        Args:
+          done: number of steps taken.
+          launched: whether launch has happened.
+          stopping: whether the run was asked to stop here.
+        """
+        last = done == self.steps
+        checked = self.auto_launch is not None and self.auto_launch.due(done)
+        return Due(
+            log=last or stopping or _is_due(done, self.log_every),
+            check=checked and not (last or launched),
+            evaluate=not last and _is_due(done, self.eval_every),
+            save=last or stopping or _is_due(done, self.checkpoint_every),
+        )
 
     def launches(self, step: int, monitor: MonitorState | None) -> bool:
-        """Return whether to launch after this many steps, if it is not done yet."""
+        """Return whether to launch after a step, where launch has not happened.
+
+        Args:
+          step: number of steps taken.
+          monitor: state of the direction monitor, with automatic launch.
+        """
         if self.auto_launch is None or monitor is None:
             return step == self.launch_step
         return self.auto_launch.launches(step, int(monitor.streak))
@@ -75,16 +117,16 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopCallbacks:
-    """Name what the loop calls; it knows neither model nor data.
+    """The functions that the loop calls; it knows neither model nor data.
 
     Attributes:
       step: jitted (state, params, batch, key) -> (state, metrics).
       launch: state -> (state, report).
-      batch: step -> placed batch.
+      batch: step -> batch on its devices.
       evaluate: state -> {name: figure}.
       on_launch: report -> None; writes what launch saw.
       rates: {name: schedule} of learning rates, for the log.
-      settle: state -> state with one more check of the directions.
+      settle: state -> state after one more check of the directions.
     """
 
     step: Any
@@ -97,12 +139,12 @@ class LoopCallbacks:
 
 
 class Stopwatch:
-    """Time the steps alone: no compilation, launch, evaluation or saving.
+    """A stopwatch for the steps alone: no compilation, launch, evaluation or saving.
 
     Attributes:
-      tokens: positions trained on so far, padding included.
-      seconds: of training so far.
-      compile_seconds: of compiling the step.
+      tokens: number of positions trained on so far, padding included.
+      seconds: seconds of training so far.
+      compile_seconds: seconds that the compilation of the step took.
     """
 
     def __init__(self):
@@ -111,11 +153,15 @@ class Stopwatch:
         self._since = 0.0
 
     def go(self) -> None:
-        """Start or go on."""
+        """Start or continue."""
         self._since = time.perf_counter()
 
     def stop(self, pending: Any) -> None:
-        """Wait until the device has computed `pending`, and hold the watch."""
+        """Pause once the device has computed some arrays.
+
+        Args:
+          pending: tree of these arrays.
+        """
         jax.block_until_ready(pending)
         self.seconds += time.perf_counter() - self._since
 
@@ -132,25 +178,11 @@ class Stopwatch:
 
 
 class StopRequested(Exception):  # noqa: N818 - no error
-    """Tell that a signal ended the run, after a checkpoint."""
-
-
-def _launch(
-    state: TrainState, parts: LoopCallbacks, recorder: Recorder, step: int
-) -> TrainState:
-    """Launch between two steps, say how long it took, and write what it saw."""
-    recorder.launch_begins(step)
-    begun = time.perf_counter()
-    state, report = parts.launch(state)
-    jax.block_until_ready((state, report))
-    seconds = time.perf_counter() - begun
-    parts.on_launch(report)
-    recorder.launched(step, seconds)
-    return state
+    """A signal ended the run, after a checkpoint."""
 
 
 def _check_finite(done: int, metrics: Mapping[str, jax.Array]) -> None:
-    """Refuse to log, to save or to launch what is no longer a number."""
+    """Refuse to log, save or launch a state whose loss or gradient is not finite."""
     for name, key in (("loss", "loss"), ("gradient's norm", "grad_norm")):
         if not math.isfinite(metrics[key]):
             raise InputError(
@@ -159,107 +191,121 @@ def _check_finite(done: int, metrics: Mapping[str, jax.Array]) -> None:
             )
 
 
-def _settle(
-    state: TrainState, parts: LoopCallbacks, recorder: Recorder, done: int
-) -> TrainState:
-    """Check the directions once, and record what came of it."""
-    assert parts.settle is not None
-    state = parts.settle(state)
-    seen = state.monitor
-    # The first check has nothing to compare with.
-    figures = {"overlap": float(seen.overlap)} if int(seen.checks) > 1 else {}
-    recorder.log("settling", done, **figures, streak=int(seen.streak))
-    return state
+@dataclass(frozen=True)
+class _Loop:
+    """What happens between steps: launch, log, check, evaluation and checkpoint."""
 
+    callbacks: LoopCallbacks
+    recorder: Recorder
+    checkpoints: Checkpoints
+    watch: Stopwatch
 
-def _log(
-    done: int,
-    metrics: Mapping[str, jax.Array],
-    parts: LoopCallbacks,
-    launched: bool,
-    recorder: Recorder,
-    speed: float,
-) -> None:
-    """Record one step."""
-    figures = {name: float(value) for name, value in metrics.items()}
-    # The schedules count from 0: this step used the rate of the one before.
-    rates = {
-        name: float(np.asarray(rate(done - 1))) for name, rate in parts.rates.items()
-    }
-    phase = "dash" if launched else "prelaunch"
-    recorder.train(done, phase, **figures, **rates, tokens_per_second=speed)
+    def launch(self, state: TrainState, step: int) -> TrainState:
+        """Return the state after launch; record its time, and write what it saw."""
+        self.recorder.launch_begins(step)
+        begun = time.perf_counter()
+        state, report = self.callbacks.launch(state)
+        jax.block_until_ready((state, report))
+        seconds = time.perf_counter() - begun
+        self.callbacks.on_launch(report)
+        self.recorder.launched(step, seconds)
+        return state
 
+    def after_step(
+        self, state: TrainState, metrics: Mapping[str, jax.Array], done: int, due: Due
+    ) -> TrainState:
+        """Do what is due after a step, and return the state."""
+        if due.log:
+            self._log(done, metrics, launched=bool(state.launched))
+        if due.check:
+            state = self._settle(state, done)
+        if due.evaluate:
+            self.recorder.evaluation(done, self.callbacks.evaluate(state))
+        if due.save:
+            self.checkpoints.save(done, state)
+        return state
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    def _settle(self, state: TrainState, done: int) -> TrainState:
+        """Check the directions once, and record the result."""
+        assert self.callbacks.settle is not None
+        state = self.callbacks.settle(state)
+        seen = state.monitor
+        # The first check has nothing to compare with.
+        figures = {"overlap": float(seen.overlap)} if int(seen.checks) > 1 else {}
+        self.recorder.log("settling", done, **figures, streak=int(seen.streak))
+        return state
+
+    def _log(
+        self, done: int, metrics: Mapping[str, jax.Array], *, launched: bool
+    ) -> None:
+        """Record one step."""
+        figures = {name: float(value) for name, value in metrics.items()}
+        # The schedules count from 0: this step used the rate of the one before.
+        rates = {
+            name: float(np.asarray(rate(done - 1)))
+            for name, rate in self.callbacks.rates.items()
+        }
+        phase, speed = "dash" if launched else "prelaunch", self.watch.lap()
+        self.recorder.train(done, phase, **figures, **rates, tokens_per_second=speed)
 
 
 def run(
     state: TrainState,
     params: Mapping[str, Any],
     key: jax.Array,
-    parts: LoopCallbacks,
+    callbacks: LoopCallbacks,
     config: LoopConfig,
     recorder: Recorder,
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, Stopwatch]:
     """Train from `state.step` to the last step.
 
-    The step is compiled once, ahead of time, and that one executable is called to
-    the end.
+    The step is compiled once, ahead of time, and that executable takes every step.
 
     Args:
-      state: new or restored. params: the base.
-      key: for dropout.
-      parts: what to call. config: when.
-      recorder: where figures go. checkpoints: where states go.
+      state: state of a new or a resumed run.
+      params: the base's tree.
+      key: dropout key.
+      callbacks: functions to call.
+      config: when to call them.
+      recorder: writer of the figures.
+      checkpoints: where states are saved.
 
     Returns:
-      The last state, and the watch over the steps taken here.
+      The last state, and the stopwatch over the steps taken here.
 
     Raises:
-      StopRequested: SIGINT or SIGTERM came; the state is saved.
+      StopRequested: SIGINT or SIGTERM arrived; the state is saved.
       InputError: the loss or its gradient is no longer finite.
     """
     start, watch, launched = int(state.step), Stopwatch(), bool(state.launched)
     if start == config.steps:
         return state, watch
-    begun = time.perf_counter()
-    batch = parts.batch(start)
-    step_fn = parts.step.lower(state, params, batch, key).compile()
+    loop = _Loop(callbacks, recorder, checkpoints, watch)
+    begun, batch = time.perf_counter(), callbacks.batch(start)
+    step_fn = callbacks.step.lower(state, params, batch, key).compile()
     watch.compile_seconds = time.perf_counter() - begun
     positions = jax.tree.leaves(batch)[0].size
     metrics: Mapping[str, jax.Array] = {}
     watch.go()
     with stop_signals() as stop_asked:
-        for step in range(start, config.steps):
-            if not launched and config.launches(step, state.monitor):
+        for done in range(start + 1, config.steps + 1):
+            if not launched and config.launches(done - 1, state.monitor):
                 watch.stop(state)
-                if metrics:  # Init would start afresh from whatever was ranked.
-                    _check_finite(step, metrics)
-                state, launched = _launch(state, parts, recorder, step), True
+                if metrics:  # Init would drop what is wrong, after ranking by it.
+                    _check_finite(done - 1, metrics)
+                state, launched = loop.launch(state, done - 1), True
                 watch.go()
-            state, metrics = step_fn(state, params, parts.batch(step), key)
+            state, metrics = step_fn(state, params, callbacks.batch(done - 1), key)
             watch.tokens += positions
-            done, last = step + 1, step + 1 == config.steps
             stopping = stop_asked(done)
-            logging = last or stopping or _due(done, config.log_every)
-            evaluating = not last and _due(done, config.eval_every)
-            saving = last or stopping or _due(done, config.checkpoint_every)
-            checking = not (last or launched) and config.settles(done)
-            if not (logging or evaluating or saving or checking):
+            due = config.due(done, launched=launched, stopping=stopping)
+            if not any(due):
                 continue
             watch.stop(metrics)
             _check_finite(done, metrics)
-            if logging:
-                _log(done, metrics, parts, launched, recorder, watch.lap())
-            if checking:
-                state = _settle(state, parts, recorder, done)
-            if evaluating:
-                recorder.evaluation(done, parts.evaluate(state))
-            if saving:
-                checkpoints.save(done, state)
-            if stopping and not last:
+            state = loop.after_step(state, metrics, done, due)
+            if stopping and done < config.steps:
                 raise StopRequested(f"stopped by a signal after step {done}")
             watch.go()
     return state, watch

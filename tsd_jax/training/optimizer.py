@@ -1,24 +1,21 @@
-"""One optimizer for A, B and DoRA's m ("lora"), gains ("gain") and full parameters ("full").
+"""One optimizer for A, B and DoRA's m ("lora"), gains ("gain") and full parameters.
 
-Before launch the gains' gradients are exactly zero (L = R = 0), so they move nothing
-and add nothing to the clipping norm. What must not go on over the launch is Adam's
-step count: bias correction would take the gains' first gradients for the end of a
-long run of zeros and more than double the update. `reset_moments` starts Adam again,
-count included, while the schedules outside it read on from the global step.
+Each group has a learning rate of its own; `moments` has what launch resets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tsd_jax.core.adapter import Adapter, Trainable
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.leaves import FACTORS, FULL, GAINS, GROUPS, Group, leaf_specs
+from tsd_jax.core.leaves import FACTORS, FULL, GAINS, Group, leaf_specs
 from tsd_jax.core.methods import Method
 
 DECAYS: dict[str, Callable[[float, int], optax.Schedule]] = {
@@ -36,19 +33,19 @@ def make_schedule(
     decay: str = "linear",
     restart: int | None = None,
 ) -> optax.Schedule:
-    """Rise linearly from 0 over `warmup` steps, then decay over the rest.
+    """Return a schedule that rises linearly from 0, then decays over the rest.
 
     With "linear" it is the schedule of Hugging Face's trainer. With `restart` = t it
-    is that schedule before step t, and from there on a new one over what is left:
+    is that schedule before step t, and a new one over the remaining steps after it:
 
         rate(n) = s(n; steps) for n < t,  s(n - t; steps - t) for n >= t
 
     Args:
       peak: highest learning rate.
-      steps: of the whole run, warm-up and pre-launch included.
-      warmup: steps of the rise.
+      steps: number of steps of the whole run, warm-up and pre-launch included.
+      warmup: number of steps of the rise.
       decay: "constant", "linear" or "cosine".
-      restart: the step (of launch) to start again at; None to go on.
+      restart: step (of launch) at which the schedule restarts; None for no restart.
 
     Raises:
       InputError: unknown decay, or a warm-up as long as the run or what is left of it.
@@ -70,7 +67,7 @@ def make_schedule(
 
 
 def _labels(adapter: Adapter) -> Adapter:
-    """Label the leaves there are by their groups."""
+    """Return an adapter with the name of its group in place of every leaf."""
     labels = {
         name: spec.group.name
         for name, spec in leaf_specs(Adapter).items()
@@ -80,9 +77,13 @@ def _labels(adapter: Adapter) -> Adapter:
 
 
 def group_labels(trainable: Trainable) -> Trainable:
-    """Label every leaf with its optimizer group, for `optax.partition`.
+    """Return the optimizer group of every leaf, for `optax.partition`.
 
-    "lora" (A, B and m), "gain", and, where there are full parameters, "full".
+    The groups are "lora" (A, B and m), "gain", and, where there are full parameters,
+    "full".
+
+    Args:
+      trainable: what trains, or a tree like it.
     """
     adapters = {path: _labels(each) for path, each in trainable.adapters.items()}
     full = {
@@ -102,13 +103,17 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """Build AdamW over all groups, each with a learning rate of its own.
+    """Return AdamW over all groups, each with a learning rate of its own.
 
     Args:
-      learning_rate: of A, B and m. gain_learning_rate: of the gains.
-      full_learning_rate: of parts trained whole; None for that of A and B.
-      b1: of Adam. b2: of Adam. eps: of Adam.
-      weight_decay: decoupled, on A, B, parts and, as with PEFT, m; gains have none.
+      learning_rate: learning rate of A, B and m.
+      gain_learning_rate: learning rate of the gains.
+      full_learning_rate: learning rate of full parameters; None for that of A and B.
+      b1: decay of Adam's first moment.
+      b2: decay of Adam's second moment.
+      eps: epsilon of Adam.
+      weight_decay: decoupled decay of A, B, full parameters and, as with PEFT, m;
+        gains have none.
       clip_norm: bound on the global norm of all gradients; None for no clipping.
     """
     if full_learning_rate is None:
@@ -132,56 +137,24 @@ def make_optimizer(
     return optax.chain(clip, optax.partition(groups, cast(Any, group_labels)))
 
 
-def reset_moments(
-    opt_state: optax.OptState, method: Method, labels: Mapping[str, str] | None = None
-) -> optax.OptState:
-    """Start Adam again for what launch starts again; schedules go on.
-
-    `dash` resets the gains (their count has run), `init` and `tsd` A, B and m as well;
-    parts trained whole go on.
+def check_schedule(
+    learning_rate: optax.ScalarOrSchedule, launch_step: int, method: Method
+) -> None:
+    """Raise InputError where nothing is learned before launch that it could rank by.
 
     Args:
-      opt_state: of an optimizer with an `optax.partition` over `group_labels`
-        anywhere in its chain.
-      method: that launched.
-      labels: names of the groups "lora" and "gain" in a partition of your own.
-
-    Raises:
-      InputError: there is no partition with these groups.
+      learning_rate: learning rate of the group "lora", or its schedule.
+      launch_step: number of steps before launch; of automatic launch the least.
+      method: the method; nothing is checked where its launch needs no learned delta.
     """
-    names = {group.name: group.name for group in GROUPS} | dict(labels or {})
-    groups = {names[group.name] for group in GROUPS if group.resets(method)}
-    found = False
-
-    def is_adam(node) -> bool:
-        return isinstance(node, optax.ScaleByAdamState)
-
-    def zero(node):
-        return jax.tree.map(jnp.zeros_like, node) if is_adam(node) else node
-
-    def restart(node):
-        nonlocal found
-        if not isinstance(node, optax.transforms.PartitionState):
-            return node
-        if not groups <= set(node.inner_states):
-            return node
-        found = True
-        inner = {
-            name: jax.tree.map(zero, inner, is_leaf=is_adam)
-            if name in groups
-            else inner
-            for name, inner in node.inner_states.items()
-        }
-        return node._replace(inner_states=inner)
-
-    state = jax.tree.map(
-        restart,
-        opt_state,
-        is_leaf=lambda node: isinstance(node, optax.transforms.PartitionState),
-    )
-    if not found:
+    if not method.needs_delta:
+        return
+    rates = np.full(launch_step, learning_rate, np.float32)
+    if callable(learning_rate):
+        rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(launch_step)))
+    if not rates.sum() > 0:
         raise InputError(
-            f"the optimizer state has no optax.partition with the groups "
-            f"{sorted(groups)}; label them with tsd_jax.group_labels"
+            f"method {method.name!r} finds its directions in what training changes "
+            f"before launch, but the learning rate is 0 in all {launch_step} steps "
+            "before it: launch later, shorten the warm-up or raise the learning rate"
         )
-    return state

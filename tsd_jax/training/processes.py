@@ -1,8 +1,8 @@
-"""Several processes as one run: they find each other, and fail and stop together.
+"""Several processes as one run: they connect, and fail and stop together.
 
-JAX's processes meet in collectives: one that leaves before the others would let them
-wait for it. So each tells why it leaves, through the coordination service that
-`jax.distributed` keeps, and a thread of every other one listens.
+JAX's processes meet in collectives: one that exits early would leave the others waiting
+for it. So a process that exits reports why through the coordination service of
+`jax.distributed`, and a thread of every other process listens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tsd_jax.core.errors import InputError
 
 _FAILED, _LEFT = "tsd_jax/failed", "tsd_jax/left"
 _POLL = 0.5  # seconds
-_PATIENCE = 10.0  # seconds the first process, which keeps the service, waits at the end
+_PATIENCE = 10.0  # seconds the first process, which runs the service, waits at the end
 _leaving = threading.Lock()
 
 
@@ -38,14 +38,15 @@ def connect(
 ) -> None:
     """Join the run's other processes; call it before any device is used.
 
-    What is not given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, and where those are not set found by JAX, which knows TPU pods,
-    Slurm, Open MPI and Kubernetes.
+    Missing arguments are read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; where those are not set, JAX detects TPU pods, Slurm, Open MPI and
+    Kubernetes.
 
     Args:
-      coordinator: HOST:PORT of the first process. processes: their number.
-      number: of this one, from 0.
-      timeout: seconds to wait for the others; then this process ends with code 2.
+      coordinator: HOST:PORT of the first process.
+      processes: number of processes.
+      number: index of this process, from 0.
+      timeout: seconds to wait for the others; then this process exits with code 2.
 
     Raises:
       InputError: there is no such run to join.
@@ -54,11 +55,11 @@ def connect(
     processes = _from_environment("JAX_NUM_PROCESSES", processes)
     number = _from_environment("JAX_PROCESS_ID", number)
     _check(coordinator, processes, number)
-    # JAX aborts the process where it waits in vain; this comes just before it.
+    # JAX aborts the process after its own timeout; this fires just before.
     late = threading.Timer(
         timeout,
         _leave_now,
-        [2, f"the other processes did not come in {timeout} s", None],
+        [2, f"the other processes did not connect within {timeout} s", None],
     )
     late.daemon = True
     late.start()
@@ -79,7 +80,7 @@ def connect(
 
 
 def _from_environment(name: str, given: int | None) -> int | None:
-    """Read a whole number that was not given otherwise."""
+    """Return a whole number, from the environment where it is not given."""
     if given is not None or not os.environ.get(name):
         return given
     try:
@@ -91,7 +92,7 @@ def _from_environment(name: str, given: int | None) -> int | None:
 
 
 def _check(coordinator: str | None, processes: int | None, number: int | None) -> None:
-    """Refuse what JAX would only refuse by waiting."""
+    """Refuse arguments that JAX would only reject after a long wait."""
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
         if not (host and port.isdigit() and 0 < int(port) < 2**16):
@@ -100,24 +101,24 @@ def _check(coordinator: str | None, processes: int | None, number: int | None) -
         raise InputError(f"the number of processes must be positive, not {processes}")
     if number is not None and not 0 <= number < (processes or number + 1):
         raise InputError(
-            f"process {number} is none of {processes}: they are numbered from 0"
+            f"process {number} is not one of {processes}: they are numbered from 0"
         )
 
 
 def _service() -> Any:
     """Return the client of the coordination service; None in a run of one process."""
-    from jax._src import distributed  # no public name; Orbax takes it from here too
+    from jax._src import distributed  # no public name; Orbax imports it from here too
 
     return distributed.global_state.client
 
 
 def is_single_process() -> bool:
-    """Return whether this run has one process; uses no device where it was not joined."""
+    """Return whether this run has one process, without starting a device."""
     return _service() is None or jax.process_count() == 1
 
 
 def _listen() -> None:
-    """End this process when another one tells that it has failed."""
+    """Exit this process when another one reports that it has failed."""
     service, ended = _service(), threading.Event()
 
     def listen() -> None:
@@ -129,34 +130,34 @@ def _listen() -> None:
 
 
 def _follow(service: Any) -> None:
-    """Leave as another process did, if one has told so."""
+    """Exit as another process did, if one has reported so."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        told = json.loads(service.key_value_try_get(_FAILED))
-        if told["process"] != jax.process_index():
-            reason = f"process {told['process']}: {told['reason']}"
-            _leave_now(told["code"], reason, service)
+        report = json.loads(service.key_value_try_get(_FAILED))
+        if report["process"] != jax.process_index():
+            reason = f"process {report['process']}: {report['reason']}"
+            _leave_now(report["code"], reason, service)
 
 
 def exit_run(code: int, reason: str, details: str = "") -> int:
-    """Print why this process ends, and end all others; give the exit code.
+    """Print why this process exits and make all others exit; return the exit code.
 
-    Returns only in a run of one process. In others nothing is cleaned up: whoever
-    waits for a collective is not waited for.
+    Returns only in a run of one process. With several, nothing is cleaned up, since
+    other threads may wait in a collective.
 
     Args:
-      code: of the exit. reason: one line.
-      details: printed before it, unless this process only follows another one.
+      code: exit code.
+      reason: reason in one line.
+      details: text printed before it, unless this process only follows another one.
     """
     service = _service()
     if service is None or is_single_process():
         print(_line(code, reason), file=sys.stderr)
         return code
-    told = {"process": jax.process_index(), "code": code, "reason": reason}
+    report = {"process": jax.process_index(), "code": code, "reason": reason}
     try:
-        service.key_value_set(_FAILED, json.dumps(told))
-    except (
-        jax.errors.JaxRuntimeError
-    ):  # somebody was first, and this may follow from it
+        service.key_value_set(_FAILED, json.dumps(report))
+    except jax.errors.JaxRuntimeError:
+        # Another process failed first, which may be why this one did.
         _follow(service)
     _leave_now(code, reason, service)
     return code
@@ -168,7 +169,7 @@ def _line(code: int, reason: str) -> str:
 
 
 def _leave_now(code: int, reason: str, service: Any) -> None:
-    """Print why, and end this process; the first one, by its service, after all."""
+    """Print why and exit; the first process, which runs the service, exits last."""
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # another thread is about to end the process
     print(_line(code, reason), file=sys.stderr, flush=True)
@@ -186,25 +187,33 @@ def _leave_now(code: int, reason: str, service: Any) -> None:
 
 
 def broadcast_flag(flag: bool) -> bool:
-    """Return the first process's answer to a question, in every process."""
+    """Return the first process's flag, in every process.
+
+    Args:
+      flag: the flag as this process has it.
+    """
     if is_single_process():
         return flag
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
 def wait_for_all(name: str) -> None:
-    """Wait until every process has come here."""
+    """Wait until every process gets here.
+
+    Args:
+      name: name of this place in the program.
+    """
     if not is_single_process():
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Return the function (steps done) -> whether SIGINT or SIGTERM ask for an end here.
+    """Yield a function (steps done) -> whether SIGINT or SIGTERM asked to stop here.
 
-    In a run of several processes it is to be asked after every step, and says yes in
-    all of them after the same one, whichever was sent the signal. A second signal
-    raises KeyboardInterrupt.
+    With several processes it must be called after every step, and returns True in all
+    of them after the same step, whichever received the signal. A second signal raises
+    KeyboardInterrupt.
     """
     seen: list[int] = []
     several = not is_single_process()

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard, and the terminal."""
+"""The record of a run: metrics.jsonl, TensorBoard, and the terminal."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tqdm import tqdm
 from tsd_jax.storage.run_files import read_lines, write_lines
 
 LAUNCH_EVERY = 10.0
-"""Seconds from line to line about a launch, where there is no progress bar."""
+"""Seconds between lines about a launch, where there is no progress bar."""
 
 QUIET_SECONDS = 10.0
-"""Without a terminal, a line at most this often tells how far loading is."""
+"""Seconds between lines about loading, where there is no progress bar."""
 
 
 class LoadingBar:
-    """Show how many bytes are loaded; call it with those done and their number.
+    """The progress of loading; call it with the bytes loaded and their total.
 
-    A bar on a terminal; elsewhere plain lines, and none of what is done soon.
+    A bar on a terminal; elsewhere plain lines, and none where loading is quick.
 
     Args:
       active: whether this process shows anything.
@@ -31,7 +31,7 @@ class LoadingBar:
 
     def __init__(self, *, active: bool = True):
         self._active, self._bar = active, None
-        self._told = monotonic()
+        self._shown = monotonic()
 
     def __enter__(self) -> LoadingBar:
         if self._active and sys.stderr.isatty():
@@ -45,23 +45,23 @@ class LoadingBar:
             self._bar.close()
 
     def __call__(self, done: int, total: int) -> None:
-        """Tell that `done` of `total` bytes are loaded."""
+        """Show that `done` of `total` bytes are loaded."""
         if self._bar is not None:
             self._bar.total = total
             self._bar.update(done - self._bar.n)
-        elif self._active and monotonic() - self._told > QUIET_SECONDS:
-            self._told = monotonic()
+        elif self._active and monotonic() - self._shown > QUIET_SECONDS:
+            self._shown = monotonic()
             print(f"weights: {done / 1e9:.1f} of {total / 1e9:.1f} GB", flush=True)
 
 
 class Recorder:
-    """Write a run's figures; on processes other than the first, do nothing.
+    """The writer of a run's figures; only the first process writes.
 
     Args:
-      workdir: exists already.
-      steps: of the whole run.
-      start: the step the run goes on from, 0 for a new one.
-      launched: whether the state it goes on from has launched.
+      workdir: folder of the run, which exists.
+      steps: number of steps of the whole run.
+      start: step that the run resumes from, 0 for a new one.
+      launched: whether the state that it resumes from has launched.
       active: whether this process writes.
     """
 
@@ -77,8 +77,8 @@ class Recorder:
         self._path = workdir / "metrics.jsonl"
         self._active = active
         self._bar = None
-        self._launch = (start, monotonic())  # step and time it began at
-        self._told = self._launch[1]
+        self._launch = (start, monotonic())  # the step and time of its beginning
+        self._shown = self._launch[1]
         self.rows: list[dict[str, Any]] = []
         if not active:
             return
@@ -114,15 +114,19 @@ class Recorder:
         """Announce the pause for a launch after this many steps."""
         self.say(f"step {step:>6}  launch: ranking directions ...")
         self._launch = (step, monotonic())
-        self._told = self._launch[1]
+        self._shown = self._launch[1]
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_description("launch")
 
     def launching(self, done: int, total: int) -> None:
-        """Show how far the launch is, in matrices, and about how long it still takes.
+        """Show the progress of the launch and an estimate of the time left.
 
         On the progress bar each time; without one, a line every few seconds.
+
+        Args:
+          done: number of matrices launched.
+          total: number of all matrices.
         """
         if not self._active:
             return
@@ -131,15 +135,15 @@ class Recorder:
         if self._bar is not None:
             clock = "<".join(tqdm.format_interval(int(x)) for x in (gone, left))
             self._bar.set_description(f"launch {done}/{total} matrices [{clock}]")
-        elif now - self._told >= LAUNCH_EVERY and done < total:
-            self._told = now
+        elif now - self._shown >= LAUNCH_EVERY and done < total:
+            self._shown = now
             self.say(
                 f"step {step:>6}  launch     {done}/{total} matrices  "
                 f"{gone:.0f} s, about {left:.0f} s left"
             )
 
     def launched(self, step: int, seconds: float) -> None:
-        """Record and show what a launch took."""
+        """Record and show how long a launch took."""
         self.log("launch", step, extract_seconds=seconds)
         self.say(f"step {step:>6}  launched in {seconds:.1f} s")
         if self._bar is not None:
@@ -184,7 +188,7 @@ class Recorder:
 
 
 def _still_true(row: dict[str, Any], start: int, launched: bool) -> bool:
-    """Return whether a row was written before the state the run goes on from."""
+    """Return whether a row was written before the state that the run resumes from."""
     if row.get("kind") == "launch":
         return launched
     return row.get("step", start + 1) <= start

@@ -1,4 +1,4 @@
-"""Where every array lies on a data x fsdp x tensor mesh, by rules."""
+"""Shardings of every array on a data x fsdp x tensor mesh, by rules."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ BATCH = PartitionSpec(None, ("data", "fsdp"), None)
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Arrange devices as data x fsdp x tensor.
+    """Return the devices as a mesh data x fsdp x tensor.
 
     Args:
-      shape: three sizes; one of them may be -1 for all that is left.
-      devices: all devices by default.
+      shape: three sizes; one of them may be -1 for what the others leave.
+      devices: devices of the mesh; None for all.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
@@ -59,7 +59,7 @@ def _axis_size(mesh: Mesh, axis: Any) -> int:
 
 
 def _fit(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    """Leave an axis whole where the mesh does not divide it."""
+    """Return a spec without the axes that the mesh does not divide."""
     axes = (*spec, *(None,) * (len(shape) - len(spec)))
     return PartitionSpec(
         *(
@@ -74,13 +74,13 @@ def param_shardings(
     rules: Sequence[tuple[str, PartitionSpec]],
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """Return every parameter the spec of the first rule that matches its whole path.
+    """Return every parameter's sharding, by the first rule that matches its full path.
 
-    An axis the mesh does not divide is left whole. Values and scales of a quantized
-    kernel share one spec: a mesh divides its input axis by whole tiles.
+    An axis that the mesh does not divide is not sharded. Values and scales of a
+    quantized kernel share one spec: a mesh divides its input axis by whole tiles.
 
     Args:
-      params: the tree; arrays or ShapeDtypeStructs.
+      params: the base's tree, of arrays or ShapeDtypeStructs.
       rules: ((regular expression, PartitionSpec), ...).
       mesh: of `make_mesh`.
 
@@ -104,10 +104,14 @@ def param_shardings(
 def adapter_shardings(
     kernel: KernelSpec, sharding: NamedSharding
 ) -> tuple[Adapter, Directions]:
-    """Derive the shardings beside a kernel from the kernel's own.
+    """Return the shardings beside a kernel, derived from the kernel's own.
 
     A and L take its input axis, B, R and DoRA's m its output axis, all of them its
-    stacked axes; rank and direction axes are not sharded.
+    batch axes; rank and direction axes are not sharded.
+
+    Args:
+      kernel: description of the kernel.
+      sharding: sharding of the stored kernel.
 
     Returns:
       An Adapter and a Directions whose leaves are NamedShardings.
@@ -116,31 +120,36 @@ def adapter_shardings(
     return leaves_beside(kernel, axes.sharding)
 
 
-def full_sharding(part: FullSpec, sharding: NamedSharding) -> FullParam:
-    """Lay what trains whole as its base's parameter, rows of it whole along theirs."""
-    axes = [*sharding.spec, *(None,) * (len(part.shape) - len(sharding.spec))]
-    if part.rows is not None:
-        axes[part.axis] = None
-    return FullParam(NamedSharding(sharding.mesh, PartitionSpec(*axes)), part)
+def full_sharding(spec: FullSpec, sharding: NamedSharding) -> FullParam:
+    """Return a full parameter's sharding: the base's, with the axis of rows unsharded.
+
+    Args:
+      spec: description of the full parameter.
+      sharding: sharding of the base's parameter.
+    """
+    axes = [*sharding.spec, *(None,) * (len(spec.shape) - len(sharding.spec))]
+    if spec.rows is not None:
+        axes[spec.axis] = None
+    return FullParam(NamedSharding(sharding.mesh, PartitionSpec(*axes)), spec)
 
 
 def state_shardings(
     state: TrainState, spec: Spec, params: Mapping[str, Any], mesh: Mesh
 ) -> TrainState:
-    """Return the shardings of a whole state, moments beside what they are of.
+    """Return the shardings of a state; moments are sharded as their parameters.
 
     Args:
-      state: of `create_state`; abstract (`jax.eval_shape`) or real.
+      state: of `create_state`, abstract (`jax.eval_shape`) or of arrays.
       spec: of `make_spec`.
-      params: the base's shardings, of `param_shardings`.
+      params: shardings of the base, of `param_shardings`.
       mesh: of `make_mesh`.
     """
     kernels = paths.select(params, spec.paths)
     pairs = {k.path: adapter_shardings(k, kernels[k.path]) for k in spec.kernels}
-    leaves = paths.select(params, tuple(part.path for part in spec.full))
+    bases = paths.select(params, tuple(each.path for each in spec.full))
     trainable = Trainable(
         adapters={path: pair[0] for path, pair in pairs.items()},
-        full={p.path: full_sharding(p, leaves[p.path]) for p in spec.full},
+        full={p.path: full_sharding(p, bases[p.path]) for p in spec.full},
     )
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -157,7 +166,7 @@ def state_shardings(
 def _moment_shardings(
     opt_state: optax.OptState, trainable: Trainable, others: NamedSharding
 ) -> Any:
-    """Shard every moment as what it is of, and all else by `others`."""
+    """Return every moment's sharding, its parameter's, and `others` for all else."""
 
     def at(moment: Any, sharding: NamedSharding) -> Any:
         return moment if _is_masked(moment) else sharding  # of another group
@@ -178,7 +187,12 @@ def _is_masked(node: Any) -> bool:
 
 
 def check_batch(examples: int, mesh: Mesh) -> None:
-    """Raise InputError unless a micro-batch divides over the mesh's data axes."""
+    """Raise InputError unless a micro-batch divides over the mesh's data axes.
+
+    Args:
+      examples: number of examples of a micro-batch.
+      mesh: of `make_mesh`.
+    """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if examples % ways:
         raise InputError(
@@ -190,15 +204,15 @@ def check_batch(examples: int, mesh: Mesh) -> None:
 def place_batch(
     batch: Mapping[str, Any], mesh: Mesh, spec: PartitionSpec = BATCH
 ) -> dict:
-    """Put a batch on the mesh.
+    """Return a batch on the devices of the mesh.
 
-    Every process gives the whole batch, the same one, and keeps what belongs to its
-    devices: so any mesh may lie across processes in any way.
+    Every process passes the same whole batch, and keeps the share of its devices, so
+    that a mesh may span processes in any way.
 
     Args:
       batch: {name: array (micro-batches, examples, positions)}.
       mesh: of `make_mesh`.
-      spec: axes of the arrays.
+      spec: mesh axes of the arrays.
     """
     sharding = NamedSharding(mesh, spec)
     return {

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and nothing of the base model."""
+"""The arrays that a run carries from step to step, without the base model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tsd_jax.training.auto_launch import AutoLaunchConfig, init_monitor
 
 
 class TrainState(struct.PyTreeNode):
-    """Hold the run's arrays; all that a checkpoint needs.
+    """The arrays of a run, which are all that a checkpoint needs.
 
     Attributes:
-      step: optimizer steps taken, int32 ().
+      step: number of optimizer steps taken, int32 ().
       launched: whether launch has happened, bool ().
-      trainable: what trains. directions: what is frozen beside it.
-      opt_state: of the optimizer, over `trainable` alone.
-      monitor: what was seen of the directions so far, where that decides when to
-        launch; None otherwise.
+      trainable: what trains.
+      directions: the frozen factors beside it.
+      opt_state: state of the optimizer over `trainable` alone.
+      monitor: MonitorState with automatic launch; None otherwise.
     """
 
     step: Any
@@ -43,14 +43,14 @@ def create_state(
     *,
     params: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Start a run: adapters without effect, no directions, empty moments.
+    """Return the state of a new run: adapters without effect, moments at their start.
 
     Args:
       key: a JAX random key.
-      spec: of `make_spec`. optimizer: over what trains.
-      auto_launch: when directions have settled, where that decides when to launch.
-      params: the base's tree, needed where the spec trains parameters whole or has
-        DoRA.
+      spec: of `make_spec`.
+      optimizer: optimizer of what trains.
+      auto_launch: settings of automatic launch; None for a launch at a fixed step.
+      params: the base's tree; needed where the spec has full parameters or DoRA.
     """
     trainable, directions = init(key, spec, params=params)
     return TrainState(

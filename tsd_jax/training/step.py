@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from tsd_jax.core.adapter import Directions, Trainable
+from tsd_jax.core.errors import InputError
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn, Progress
 from tsd_jax.extraction.launch import launch
 from tsd_jax.extraction.matrix_launch import Ranking
 from tsd_jax.extraction.ranking import EPSILON
 from tsd_jax.extraction.settings import Extraction
-from tsd_jax.training.optimizer import reset_moments
+from tsd_jax.training.moments import reset_moments
 from tsd_jax.training.state import TrainState
 
 Bind = Callable[[Any, Trainable, Mapping[str, Directions], jax.Array | None], Any]
@@ -41,15 +42,15 @@ def accumulate_gradients(
     (transformers, pull request 34191).
 
     Args:
-      loss_fn: summed loss and count of one micro-batch.
-      bind: puts what trains beside or into the base.
-      state: its `trainable` is differentiated, and nothing else.
+      loss_fn: (what `bind` returns, micro-batch) -> (summed loss, counted targets).
+      bind: how adapters meet the base; see `Bind`.
+      state: the run's state; only its `trainable` is differentiated.
       params: the base's tree.
-      batch: leaves (micro-batches, examples, positions).
-      key: for dropout, or None.
+      batch: arrays (micro-batches, examples, positions).
+      key: dropout key, or None.
 
     Returns:
-      gradients like `state.trainable`, mean loss (), counted targets ().
+      Gradients like `state.trainable`, the mean loss () and the counted targets ().
     """
 
     def summed(trainable: Trainable, micro: Mapping[str, jax.Array], key):
@@ -83,21 +84,22 @@ def make_train_step(
     param_shardings: Any = None,
     batch_shardings: Any = None,
 ) -> Any:
-    """Build the jitted step (state, params, batch, key) -> (state, metrics).
+    """Return the jitted step (state, params, batch, key) -> (state, metrics).
 
-    The state is donated; with shardings given they are pinned on both sides, so that
+    The state is donated. Shardings that are given hold for inputs and outputs, so that
     one executable serves the whole run, launch included.
 
     Args:
       loss_fn: (what `bind` returns, micro-batch) -> (summed loss, counted targets).
-      bind: puts what trains beside or into the base; see `Bind`.
-      optimizer: over what trains.
-      dropout: whether keys are drawn for it; `key` is folded with the step.
-      state_shardings: a TrainState of shardings, or None.
-      param_shardings: of the base. batch_shardings: of a batch's arrays.
+      bind: how adapters meet the base; see `Bind`.
+      optimizer: optimizer of what trains.
+      dropout: whether to draw dropout keys, from `key` and the step.
+      state_shardings: TrainState of shardings, or None.
+      param_shardings: shardings of the base's tree.
+      batch_shardings: shardings of a batch's arrays.
 
     Returns:
-      A jitted function; metrics are loss (mean over counted targets), grad_norm
+      The jitted function. Its metrics are loss (mean over counted targets), grad_norm
       (before clipping) and targets.
     """
 
@@ -139,19 +141,32 @@ def launch_state(
     extraction: Extraction | None = None,
     progress: Progress | None = None,
     state_shardings: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[TrainState, dict[str, Ranking]]:
-    """Launch: rank the directions, start what trains on them, reset its moments.
+    """Return the state after launch: what trains starts on the ranked directions.
 
     Args:
-      state: before launch.
+      state: state before launch.
       params: the base's tree.
       spec: of `make_spec`.
-      epsilon, seed, changes, extraction, progress: see `launch`.
-      state_shardings: where the new state shall lie; None keeps it where it is.
+      epsilon: see `launch`.
+      seed: see `launch`.
+      deltas: see `launch`.
+      extraction: see `launch`.
+      progress: see `launch`.
+      state_shardings: shardings of the new state; None keeps those of the old one.
+      optimizer: optimizer of the state, needed where its moments do not start at zero;
+        see `reset_moments`.
 
     Returns:
       The state with `launched` set, and {path: Ranking}.
+
+    Raises:
+      InputError: the state has launched already, `launch` refuses it, or its moments
+        cannot be reset.
     """
+    if not isinstance(state.launched, jax.core.Tracer) and state.launched:
+        raise InputError("this state has launched already; a run launches once")
     trainable, directions, report = launch(
         params,
         state.trainable,
@@ -162,11 +177,12 @@ def launch_state(
         extraction=extraction,
         progress=progress,
     )
+    initial = None if optimizer is None else optimizer.init(cast(Any, trainable))
     new = state.replace(
         launched=jnp.ones_like(state.launched),
         trainable=trainable,
         directions=directions,
-        opt_state=reset_moments(state.opt_state, spec.method),
+        opt_state=reset_moments(state.opt_state, spec.method, initial=initial),
     )
     if state_shardings is not None:
         new = jax.device_put(new, state_shardings)
