@@ -357,3 +357,27 @@ def test_a_type_without_fractions_is_refused(tmp_path):
             base_folder=tmp_path / "base",
             dtype="int8",
         )
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_a_value_that_a_cast_loses_is_refused(tmp_path, name):
+    folder, out = tmp_path / "base", tmp_path / "out"
+    tensors = base(folder, dtype=jnp.bfloat16)
+    tensors[name].flat[3] = 1e5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"'{name}' holds values that are too large"):
+        to_merged(out, *trees(), module_name, base_folder=folder, dtype="float16")
+    assert not out.exists()
+    to_merged(out, *trees(), module_name, base_folder=folder)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    base(tmp_path / "base")
+    pair = Factors(np.full((IN, 1), np.nan), np.ones((1, OUT)))
+    with pytest.raises(InputError, match=r"the adapter of lm_head.* not finite"):
+        merge_factors(
+            tmp_path / "out",
+            {"lm_head": pair},
+            base_folder=tmp_path / "base",
+            head_follows=True,
+        )

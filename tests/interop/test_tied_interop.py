@@ -23,6 +23,7 @@ from tsd_jax.huggingface import (
     tensor_paths,
 )
 from tsd_jax.huggingface.names import EMBEDDING, HEAD
+from tsd_jax.huggingface.peft.files import read_files
 from tsd_jax.huggingface.peft.merge import merge_peft
 from tsd_jax.huggingface.peft.read import from_peft
 from tsd_jax.models.decoder import Decoder
@@ -168,7 +169,7 @@ def test_each_adapter_is_peft_function_or_refused(
     adapter, out = tmp_path / "adapter", tmp_path / "merged"
     theirs = write_adapter(adapter, bases[base], KINDS[kind], ensure)
 
-    merge_peft(out, adapter, base_folder=bases[base])
+    merge_peft(out, read_files(adapter), base_folder=bases[base])
     np.testing.assert_allclose(torch_logits(stock(out)), theirs, atol=3e-4)
     tied = stays_tied(kind, base, ensure)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == tied

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,14 +15,15 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullSpec
 from tsd_jax.huggingface.factors import Factors, module_factors
 from tsd_jax.huggingface.families.family import ModelConfig
-from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors, neighbours
+from tsd_jax.huggingface.full_tensors import full_tensors, neighbours
 from tsd_jax.huggingface.merge import MergedExport, to_merged
 from tsd_jax.huggingface.merge_encoder import Trained
 from tsd_jax.huggingface.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from tsd_jax.huggingface.names import TOKEN_AXES, ModuleName
-from tsd_jax.huggingface.peft.files import read_files
+from tsd_jax.huggingface.peft.base_copies import base_copies
+from tsd_jax.huggingface.peft.files import AdapterFiles, read_files
 from tsd_jax.huggingface.peft.full_params import full_of
-from tsd_jax.huggingface.peft.merge import merge_peft
+from tsd_jax.huggingface.peft.merge import full_in_folder, merge_peft
 from tsd_jax.huggingface.peft.modules import modules_of
 from tsd_jax.huggingface.peft.write import PeftExport, to_peft, write_adapter
 from tsd_jax.storage.adapter_file import BaseFacts, SavedAdapter, load_adapter
@@ -154,35 +155,35 @@ class RunAdapter:
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """An adapter in PEFT's format.
+    """An adapter in PEFT's format."""
 
-    Attributes:
-      folder: of the adapter.
-      factors: {torch module: its low-rank factors}.
-      full: {tensor: what trained in full}.
-      base_model: name or path of its base model, if it is known.
-      tied: whether the base's head and embedding are one.
-      task_type: of PEFT, or None.
-    """
+    files: AdapterFiles
 
-    folder: Path
-    factors: Mapping[str, Factors]
-    full: Mapping[str, FullTensor]
-    base_model: str | None
-    tied: bool
-    task_type: str | None
+    @property
+    def base_model(self) -> str | None:
+        """Name or path of its base model, if it is known."""
+        return self.files.config.get("base_model_name_or_path")
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """{torch module: its low-rank factors}."""
+        return {name: each.factors for name, each in modules_of(self.files).items()}
 
     def write_peft(self, out: Path, base: str, max_rank: int | None) -> PeftExport:
         """Write it in PEFT's format."""
+        full = full_of(self.files)
+        if base_copies(self.files):
+            full = full_in_folder(self.files, _resolve(base))
+        factors, config = self.factors, self.files.config
         return write_adapter(
             out,
-            self.factors,
-            {*self.factors},
+            factors,
+            {*factors},
             base_model=base,
             max_rank=max_rank,
-            tensors=self.full,
-            tied=self.tied,
-            task_type=self.task_type,
+            tensors=full,
+            tied=bool(config.get("ensure_weight_tying")),
+            task_type=config.get("task_type"),
         )
 
     def merge(
@@ -190,13 +191,16 @@ class PeftFolder:
     ) -> MergedExport:
         """Write a decoder's checkpoint with the adapter merged into it."""
         return merge_peft(
-            out, self.folder, base_folder=base, dtype=dtype, tokenizer_folder=tokenizer
+            out,
+            self.files,
+            base_folder=base,
+            dtype=dtype,
+            tokenizer_folder=tokenizer,
         )
 
     def trained(self, base: Path) -> Trained:
         """Return what is merged into an encoder."""
-        del base
-        return Trained(self.factors, self.full)
+        return Trained(self.factors, full_in_folder(self.files, base))
 
 
 def read_adapter(source: Path) -> TrainedAdapter:
@@ -208,26 +212,13 @@ def read_adapter(source: Path) -> TrainedAdapter:
     if (source / ADAPTER).is_file():
         return RunAdapter(load_adapter(source / ADAPTER))
     if (source / ADAPTER_CONFIG_FILE).is_file():
-        return _read_peft(source)
+        return PeftFolder(read_files(source))
     if source.is_dir():
         raise InputError(
             f"{source} holds neither {ADAPTER} of a finished run nor "
             f"{ADAPTER_CONFIG_FILE} of PEFT"
         )
     return RunAdapter(load_adapter(source))
-
-
-def _read_peft(folder: Path) -> PeftFolder:
-    files = read_files(folder)
-    config, modules = files.config, modules_of(files)
-    return PeftFolder(
-        folder=folder,
-        factors={name: module.factors for name, module in modules.items()},
-        full=full_of(files),
-        base_model=config.get("base_model_name_or_path"),
-        tied=bool(config.get("ensure_weight_tying")),
-        task_type=config.get("task_type"),
-    )
 
 
 def _resolve(base: str) -> Path:

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from tsd_jax.core.adapter import Directions, Trainable
 from tsd_jax.core.errors import InputError
+from tsd_jax.huggingface.casts import cast
 from tsd_jax.huggingface.factors import (
     Factors,
     module_factors,
@@ -229,7 +230,7 @@ def _check_base(
                 f"{base} has {name!r} of shape {found}, but the adapter needs "
                 f"{shape}: give the base that was trained on"
             )
-        require_finite(pair)
+        require_finite(pair, name)
     return size
 
 
@@ -297,11 +298,11 @@ class _ShardWriter:
         dtype = stored.dtype if self.target is None else self.target
         change = self.changes.get(name)
         if change is None:
-            return stored.astype(dtype, copy=False)
+            return stored if dtype == stored.dtype else cast(stored, dtype, name)
         exact = change.applied(stored)
         before = np.zeros_like(exact)
         before[: len(stored)] = stored
-        merged = exact.astype(dtype)
+        merged = cast(exact, dtype, name)
         self.report.add(name.removesuffix(".weight"), before, exact, merged)
         return merged
 

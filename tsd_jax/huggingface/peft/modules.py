@@ -18,6 +18,7 @@ from tsd_jax.huggingface.factors import Factors
 from tsd_jax.huggingface.model_folder import ADAPTER_CONFIG_FILE
 from tsd_jax.huggingface.names import HEAD
 from tsd_jax.huggingface.peft import experts
+from tsd_jax.huggingface.peft.base_copies import copied_tensor
 from tsd_jax.huggingface.peft.files import AdapterFiles
 from tsd_jax.huggingface.peft.full_params import is_full
 from tsd_jax.huggingface.peft.names import (
@@ -68,7 +69,11 @@ def modules_of(files: AdapterFiles) -> dict[str, PeftModule]:
       InputError: a tensor is not LoRA of a linear module, or config and tensors
         disagree.
     """
-    lora = [name for name in files.tensors if not is_full(name, files.config)]
+    lora = [
+        name
+        for name in files.tensors
+        if not is_full(name, files.config) and copied_tensor(name) is None
+    ]
     names = sorted({_module_of(files, tensor) for tensor in lora})
     if not names:
         raise InputError(f"{files.weights} holds no LoRA tensors: fetch it again")
@@ -216,7 +221,7 @@ def _stored_factors(
     files: AdapterFiles, name: str
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return a module's factors as a linear module has them, (r, in) and (out, r)."""
-    if embedding_factor_name(name, "A") in files.tensors:
+    if _is_embedding(files, name):
         low, high = (
             files.tensors.get(embedding_factor_name(name, side)) for side in "BA"
         )
@@ -225,8 +230,17 @@ def _stored_factors(
     return low, high
 
 
+def _is_embedding(files: AdapterFiles, name: str) -> bool:
+    return embedding_factor_name(name, "A") in files.tensors
+
+
 def _read_magnitude(files: AdapterFiles, name: str, size: int) -> np.ndarray | None:
     """Return one module's DoRA magnitudes (out,), if the config says it has them."""
+    if magnitude_name(name) in files.tensors and _is_embedding(files, name):
+        raise InputError(
+            f"{files.weights}: {name} is an embedding with DoRA, which is not "
+            "supported: merge the adapter with PEFT (merge_and_unload)"
+        )
     magnitude = files.tensors.get(magnitude_name(name))
     wanted = (size,) if files.config.get("use_dora") else "none"
     found = "none" if magnitude is None else magnitude.shape

@@ -29,6 +29,7 @@ from tsd_jax.core.adapter import Adapter, Directions, Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.huggingface import factors as low_rank
+from tsd_jax.huggingface.casts import cast
 from tsd_jax.huggingface.factors import Factors
 from tsd_jax.huggingface.full_tensors import (
     FullTensor,
@@ -149,6 +150,15 @@ def write_adapter(
     Raises:
       InputError: as `to_peft`.
     """
+    for name, each in factors.items():
+        low_rank.require_finite(each, name)
+        if f"{name}.weight" in tensors:
+            raise InputError(
+                f"{name} is adapted and has trained or grown rows, too, and PEFT saves "
+                "a module one way or the other: export it merged"
+            )
+    for name, each in tensors.items():
+        cast(each.value, each.value.dtype, name)
     dora = _uses_dora(factors)
     cut: dict[str, tuple[float, float]] = {}
     if max_rank is not None:
