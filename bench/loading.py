@@ -77,7 +77,7 @@ def make_checkpoint(folder: Path, layers: int, files: int, wide: bool) -> int:
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(2**22, np.float32) * 0.02
     flat = names.flatten(abstract_params(config_of(layers)))
-    shapes = list(names.tensor_shapes(flat).items())
+    shapes = list(names.tensor_shapes(flat, "llama").items())
     weight_map, size = {}, 0
     folder.mkdir()
     for number in range(files):
@@ -150,7 +150,9 @@ def plain(folder: Path, config: Any) -> Any:
     tensors = load_file(folder / "model.safetensors")
     params = {}
     for path, leaf in names.flatten(abstract_params(config)).items():
-        layers = [tensors[name] for name in names.tensor_names(path, leaf.shape)]
+        layers = [
+            tensors[name] for name in names.tensor_names(path, leaf.shape, "llama")
+        ]
         layers = [each.T if names.is_transposed(path) else each for each in layers]
         stack = np.stack(layers) if names.stacked_axes(path) else layers[0]
         params[path] = jnp.asarray(stack)

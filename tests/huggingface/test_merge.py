@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from tests.helpers.trees import random_all, small_spec
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface import merge
-from tsd_jax.huggingface.merge import to_merged
+from tsd_jax.huggingface.factors import Factors
+from tsd_jax.huggingface.merge import merge_factors, to_merged
 
 IN, OUT, LAYERS = 6, 7, 3
 INDEX = "model.safetensors.index.json"
@@ -36,10 +37,14 @@ def weights(dtype: Any) -> dict[str, np.ndarray]:
     return {n: rng.normal(size=shape).astype(dtype) for n, shape in shapes.items()}
 
 
-def base(folder, *, dtype: Any = np.float32, shards: int = 1, **config):
+def base(
+    folder, *, dtype: Any = np.float32, shards: int = 1, head: bool = True, **config
+):
     """Write a checkpoint and what lies beside it; give its weights."""
     folder.mkdir(parents=True)
     tensors = weights(dtype)
+    if not head:
+        del tensors["lm_head.weight"]
     config = {"model_type": "llama", "torch_dtype": jnp.dtype(dtype).name} | config
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
@@ -207,18 +212,33 @@ def test_rounding_is_measured_and_told(tmp_path, caplog):
     assert "rounding to bfloat16 changed the merged deltas by" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
-def test_a_tied_weight_is_refused_and_others_are_not(tmp_path, name):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_tied_head_that_trains_apart_gets_a_weight_of_its_own(tmp_path, shards):
+    folder = tmp_path / "base"
+    old = base(folder, shards=shards, tie_word_embeddings=True, head=False)
+    assert "lm_head.weight" not in old
+    embedding = "model.embed_tokens.weight"
+    pair = Factors(np.ones((IN, 1), np.float32), np.ones((1, 11), np.float32))
+    done = merge_factors(
+        tmp_path / "out", {"lm_head": pair}, base_folder=folder, head_follows=True
+    )
+    assert [*done.errors] == ["lm_head"]
+    found = read(tmp_path / "out")
+    np.testing.assert_array_equal(found[embedding], old[embedding])
+    np.testing.assert_array_equal(found["lm_head.weight"], old[embedding] + 1)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    if shards > 1:
+        index = json.loads((tmp_path / "out" / INDEX).read_text())
+        files = index["weight_map"]
+        assert files["lm_head.weight"] == files[embedding]
+        size = sum(tensor.nbytes for tensor in found.values())
+        assert index["metadata"]["total_size"] == size
+
+
+def test_other_changes_leave_a_tied_head_tied(tmp_path):
     base(tmp_path / "base", tie_word_embeddings=True)
-    spec = small_spec("tsd", shape=(IN, OUT))
-    pair = random_all(0, spec)
-    with pytest.raises(InputError, match=f"{name} shares its weight"):
-        to_merged(
-            tmp_path / "out",
-            *pair,
-            lambda path, layer: name,
-            base_folder=tmp_path / "base",
-        )
+    pair = random_all(0, small_spec("tsd", shape=(IN, OUT)))
     to_merged(
         tmp_path / "out",
         *pair,
@@ -226,6 +246,8 @@ def test_a_tied_weight_is_refused_and_others_are_not(tmp_path, name):
         base_folder=tmp_path / "base",
     )
     assert "lm_head.weight" in read(tmp_path / "out")  # a spare copy stays
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
 
 
 def test_nothing_is_written_over(tmp_path):
@@ -334,4 +356,28 @@ def test_a_type_without_fractions_is_refused(tmp_path):
             module_name,
             base_folder=tmp_path / "base",
             dtype="int8",
+        )
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_a_value_that_a_cast_loses_is_refused(tmp_path, name):
+    folder, out = tmp_path / "base", tmp_path / "out"
+    tensors = base(folder, dtype=jnp.bfloat16)
+    tensors[name].flat[3] = 1e5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"'{name}' holds values that are too large"):
+        to_merged(out, *trees(), module_name, base_folder=folder, dtype="float16")
+    assert not out.exists()
+    to_merged(out, *trees(), module_name, base_folder=folder)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    base(tmp_path / "base")
+    pair = Factors(np.full((IN, 1), np.nan), np.ones((1, OUT)))
+    with pytest.raises(InputError, match=r"the adapter of lm_head.* not finite"):
+        merge_factors(
+            tmp_path / "out",
+            {"lm_head": pair},
+            base_folder=tmp_path / "base",
+            head_follows=True,
         )

@@ -44,7 +44,7 @@ def numbered(tree):
     ],
 )
 def test_module_names(path, layer, module):
-    assert names.module_name(path, layer) == module
+    assert names.module_name(path, layer, model_type="llama") == module
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_module_names(path, layer, module):
 )
 def test_a_layer_belongs_to_stacked_leaves_alone(path, layer):
     with pytest.raises(ValueError, match=path):
-        names.module_name(path, layer)
+        names.module_name(path, layer, model_type="llama")
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -120,10 +120,10 @@ def test_another_models_tree_is_refused():
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_module_paths_invert_module_names(scan_layers):
     params = names.abstract_params(CONFIG, scan_layers=scan_layers)
-    places = names.module_paths(params)
+    places = names.module_paths(params, "llama")
     assert len(places) == 2 * 7 + 1
     for module, (path, layer) in places.items():
-        assert names.module_name(path, layer) == module
+        assert names.module_name(path, layer, model_type="llama") == module
     place = ("layers/mlp/up_proj/kernel", 1)
     place = place if scan_layers else ("layers_1/mlp/up_proj/kernel", None)
     assert places["model.layers.1.mlp.up_proj"] == place
@@ -189,7 +189,7 @@ def test_module_paths_invert_module_names(scan_layers):
     ],
 )
 def test_module_names_of_other_families(path, index, family, module):
-    assert names.module_name(path, index, family) == module
+    assert names.module_name(path, index, model_type=family) == module
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_module_names_of_other_families(path, index, family, module):
 )
 def test_every_stacked_axis_needs_an_index(path, index):
     with pytest.raises(ValueError, match=path):
-        names.module_name(path, index)
+        names.module_name(path, index, model_type="llama")
 
 
 def test_a_stack_index_selects_its_matrix():
@@ -221,8 +221,8 @@ def test_a_stack_index_selects_its_matrix():
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_tensor_paths_invert_tensor_names(scan_layers):
     params = names.abstract_params(CONFIG, scan_layers=scan_layers)
-    slots = names.tensor_paths(params)
-    assert slots.keys() == names.tensor_shapes(params).keys()
+    slots = names.tensor_paths(params, "llama")
+    assert slots.keys() == names.tensor_shapes(params, "llama").keys()
     layer = ("layers/mlp/up_proj/kernel", 1) if scan_layers else None
     layer = layer or ("layers_1/mlp/up_proj/kernel", None)
     assert slots["model.layers.1.mlp.up_proj.weight"] == layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 
@@ -26,7 +27,7 @@ from tsd_jax.core.initialization import init
 from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch
-from tsd_jax.huggingface import module_name, module_paths
+from tsd_jax.huggingface import module_paths, names
 from tsd_jax.huggingface.merge import to_merged
 from tsd_jax.huggingface.peft.read import from_peft
 from tsd_jax.huggingface.peft.write import to_peft
@@ -34,6 +35,8 @@ from tsd_jax.storage.adapter_file import load_adapter, save_adapter
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+
+module_name = functools.partial(names.module_name, model_type="llama")
 
 DORA = [
     Rule(
@@ -181,7 +184,7 @@ def test_a_compressed_adapter_keeps_its_magnitudes(base, tmp_path):
     )
     assert export.rank == 3
     assert 0.01 < export.error < 0.9
-    found = from_peft(tmp_path, module_paths(params))
+    found = from_peft(tmp_path, module_paths(params, "llama"))
     path = "layers/mlp/up_proj/kernel"
     for layer, module in found.kernels[path].items():
         np.testing.assert_array_equal(
@@ -215,7 +218,7 @@ SETTINGS = {
 def test_adapters_made_by_peft_start_ours(base, tmp_path, settings):
     theirs = peft_adapter(base, tmp_path, use_dora=True, **settings)
     model, params = our_model(base)
-    found = from_peft(tmp_path, module_paths(params))
+    found = from_peft(tmp_path, module_paths(params, "llama"))
     rules = found.rules(directions=3)
     assert all(rule.dora for rule in rules)
     spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method="tsd")
@@ -234,7 +237,7 @@ def test_a_plain_adapter_goes_on_with_dora(base, tmp_path):
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
     theirs = peft_adapter(base, tmp_path, **settings)
     model, params = our_model(base)
-    found = from_peft(tmp_path, module_paths(params))
+    found = from_peft(tmp_path, module_paths(params, "llama"))
     spec = make_spec(model.apply, {"params": params}, DORA[:1], TOKENS, method="dash")
     trainable, directions = found.start(jax.random.key(0), spec, params=params)
     close(our_logits(model, params, trainable, directions), theirs)

@@ -5,6 +5,7 @@ Where the vocabulary has grown, the stock model is resized as PEFT's users do it
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ from tsd_jax.huggingface import (
     grow,
     grown_config,
     load_params,
-    module_name,
     module_paths,
+    names,
     read_config,
     tensor_paths,
 )
@@ -39,6 +40,8 @@ from tsd_jax.models.decoder import Decoder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+
+module_name = functools.partial(names.module_name, model_type="llama")
 
 VOCABULARY, NEW = 64, 3
 TOKENS = np.random.default_rng(0).integers(VOCABULARY, size=(2, 12))
@@ -193,7 +196,7 @@ def test_our_own_adapter_is_read_back(bases, tmp_path, name):
     trees = trained(our)
     base = str(bases[tied])
     to_peft(tmp_path, *trees, module_name, base_model=base, params=our.params)
-    places = module_paths(our.params), tensor_paths(our.params)
+    places = module_paths(our.params, "llama"), tensor_paths(our.params, "llama")
     found = from_peft(tmp_path, *places)
     again = ours(bases[tied], found.rules(directions=2), grows)
     assert again.spec.full == our.spec.full
@@ -242,7 +245,7 @@ def test_an_adapter_of_stock_peft_gives_its_logits(bases, tmp_path, tied, settin
     assert np.abs(theirs - logits_of(stock(grown), grows)).max() > 1
     config = read_config(grown)
     params, decoder = load_params(grown, config), Decoder(config)
-    places = module_paths(params), tensor_paths(params)
+    places = module_paths(params, "llama"), tensor_paths(params, "llama")
     found = from_peft(tmp_path / "adapter", *places)
     spec = make_spec(
         decoder.apply, {"params": params}, found.rules(), TOKENS, method="tsd"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import jax
@@ -19,8 +20,8 @@ from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import launch
 from tsd_jax.huggingface import (
     load_params,
-    module_name,
     module_paths,
+    names,
     read_config,
 )
 from tsd_jax.huggingface.merge import to_merged
@@ -30,6 +31,8 @@ from tsd_jax.models.decoder import Decoder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+
+module_name = functools.partial(names.module_name, model_type="llama")
 
 TOKENS = np.random.default_rng(0).integers(64, size=(2, 12))
 ALL = (Rule(pattern=r"layers/.*/\w+_proj/kernel", rank=4, alpha=8, directions=3),)
@@ -261,7 +264,7 @@ THEIRS = {
 def test_adapters_made_by_peft_start_ours(base, tmp_path, settings, scan_layers):
     theirs = peft_adapter(base, tmp_path, **settings)
     model, params = our_model(base, scan_layers=scan_layers)
-    found = from_peft(tmp_path, module_paths(params))
+    found = from_peft(tmp_path, module_paths(params, "llama"))
     assert found.base_model == str(base)
     spec = make_spec(
         model.apply,
@@ -295,13 +298,13 @@ def test_adapters_on_a_changed_base_are_refused_until_converted(base, tmp_path, 
     model.save_pretrained(plain)
     ours, params = our_model(base)
     with pytest.raises(InputError, match="path_initial_model_for_weight_conversion"):
-        from_peft(plain, module_paths(params))
+        from_peft(plain, module_paths(params, "llama"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it warns of what it undoes
         model.save_pretrained(
             converted, path_initial_model_for_weight_conversion=str(first)
         )
-    found = from_peft(converted, module_paths(params))
+    found = from_peft(converted, module_paths(params, "llama"))
     variables = {"params": params}
     spec = make_spec(ours.apply, variables, found.rules(), TOKENS, method="lora")
     trainable, directions = found.start(jax.random.key(0), spec)

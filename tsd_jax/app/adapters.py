@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tsd_jax import huggingface
+from tsd_jax.app.model import facts_of
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.full_params import FullSpec
 from tsd_jax.huggingface.factors import Factors, module_factors
-from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors, neighbours
-from tsd_jax.huggingface.merge import MergedExport, merge_factors, to_merged
+from tsd_jax.huggingface.families.family import ModelConfig
+from tsd_jax.huggingface.full_tensors import full_tensors, neighbours
+from tsd_jax.huggingface.merge import MergedExport, to_merged
 from tsd_jax.huggingface.merge_encoder import Trained
-from tsd_jax.huggingface.model_folder import ADAPTER_CONFIG_FILE
-from tsd_jax.huggingface.names import ModuleName
-from tsd_jax.huggingface.peft.files import read_files
+from tsd_jax.huggingface.model_folder import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from tsd_jax.huggingface.names import TOKEN_AXES, ModuleName
+from tsd_jax.huggingface.peft.base_copies import base_copies
+from tsd_jax.huggingface.peft.files import AdapterFiles, read_files
 from tsd_jax.huggingface.peft.full_params import full_of
+from tsd_jax.huggingface.peft.merge import full_in_folder, merge_peft
 from tsd_jax.huggingface.peft.modules import modules_of
 from tsd_jax.huggingface.peft.write import PeftExport, to_peft, write_adapter
-from tsd_jax.storage.adapter_file import SavedAdapter, load_adapter
+from tsd_jax.storage.adapter_file import BaseFacts, SavedAdapter, load_adapter
 
 ADAPTER = "adapter.safetensors"
 """The library's own adapter file, in a run's workdir."""
@@ -80,15 +85,17 @@ class RunAdapter:
 
     def write_peft(self, out: Path, base: str, max_rank: int | None) -> PeftExport:
         """Write it in PEFT's format."""
+        facts, params = self._base(base)
         return to_peft(
             out,
             self.saved.trainable,
             self.saved.directions,
-            _module_name(base),
+            _module_name(facts),
             base_model=base,
-            params=self._params(base),
+            params=params,
             max_rank=max_rank,
-            task_type=_task_type(base),
+            task_type=facts.peft_task,
+            tied=facts.tied,
         )
 
     def merge(
@@ -99,7 +106,7 @@ class RunAdapter:
             out,
             self.saved.trainable,
             self.saved.directions,
-            _module_name(str(base)),
+            _module_name(self._facts(huggingface.read_config(base), str(base))),
             base_folder=base,
             dtype=dtype,
             tokenizer_folder=tokenizer,
@@ -107,77 +114,93 @@ class RunAdapter:
 
     def trained(self, base: Path) -> Trained:
         """Return what is merged into an encoder."""
-        saved, name = self.saved, _module_name(str(base))
+        saved = self.saved
+        name = _module_name(self._facts(huggingface.read_config(base), str(base)))
         return Trained(
             module_factors(saved.trainable.adapters, saved.directions, name),
             full_tensors(saved.trainable.full, name),
         )
 
-    def _params(self, base: str) -> Any:
-        """Return the base's parameters, by which modules get short names, or None.
+    def _base(self, base: str) -> tuple[BaseFacts, Any]:
+        """Return what is known of the base, and its parameters if they are here.
 
-        Shapes suffice, unless PEFT saves some that did not train along with one that
-        did; None where the base is not here.
+        Modules get short names by them. Shapes suffice, unless PEFT saves some that did
+        not train along with one that did.
         """
-        if not _is_here(base):
-            return None
-        paths_here = self.saved.trainable.paths
-        stacked = any(path.startswith("layers/") for path in paths_here)
-        config = huggingface.read_config(base)
+        saved = self.saved
+        folder = Path(base).expanduser()
+        if not (folder / CONFIG_FILE).is_file():
+            recorded = saved.base if base == saved.base_model else None
+            if recorded is not None and not _may_have_neighbours(saved.spec.full):
+                return recorded, None
+            folder = _resolve(base)
+        config = huggingface.read_config(folder)
+        facts = self._facts(config, base)
+        stacked = any(path.startswith("layers/") for path in saved.trainable.paths)
         shapes = huggingface.abstract_params(config, scan_layers=stacked)
-        if not neighbours(self.saved.spec.full, paths.flatten(shapes)):
-            return shapes
-        return huggingface.load_params(base, config, scan_layers=stacked)
+        if not neighbours(saved.spec.full, paths.flatten(shapes)):
+            return facts, shapes
+        return facts, huggingface.load_params(folder, config, scan_layers=stacked)
+
+    def _facts(self, config: ModelConfig, base: str) -> BaseFacts:
+        """Return what a base's config says, which must be of the recorded family."""
+        facts, recorded = facts_of(config), self.saved.base
+        if recorded is not None and recorded.model_type != facts.model_type:
+            raise InputError(
+                f"{base} is a {facts.model_type}, but the adapter was trained on a "
+                f"{recorded.model_type}: give --base, the base that was trained on"
+            )
+        return facts
 
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """An adapter in PEFT's format.
+    """An adapter in PEFT's format."""
 
-    Attributes:
-      factors: {torch module: its low-rank factors}.
-      full: {tensor: what trained in full}.
-      base_model: name or path of its base model, if it is known.
-      tied: whether the base's head and embedding are one.
-      task_type: of PEFT.
-    """
+    files: AdapterFiles
 
-    factors: Mapping[str, Factors]
-    full: Mapping[str, FullTensor]
-    base_model: str | None
-    tied: bool
-    task_type: str
+    @property
+    def base_model(self) -> str | None:
+        """Name or path of its base model, if it is known."""
+        return self.files.config.get("base_model_name_or_path")
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """{torch module: its low-rank factors}."""
+        return {name: each.factors for name, each in modules_of(self.files).items()}
 
     def write_peft(self, out: Path, base: str, max_rank: int | None) -> PeftExport:
         """Write it in PEFT's format."""
+        full = full_of(self.files)
+        if base_copies(self.files):
+            full = full_in_folder(self.files, _resolve(base))
+        factors, config = self.factors, self.files.config
         return write_adapter(
             out,
-            self.factors,
-            {*self.factors},
+            factors,
+            {*factors},
             base_model=base,
             max_rank=max_rank,
-            tensors=self.full,
-            tied=self.tied,
-            task_type=self.task_type,
+            tensors=full,
+            tied=bool(config.get("ensure_weight_tying")),
+            task_type=config.get("task_type"),
         )
 
     def merge(
         self, out: Path, base: Path, dtype: str | None, tokenizer: Path | None
     ) -> MergedExport:
         """Write a decoder's checkpoint with the adapter merged into it."""
-        return merge_factors(
+        return merge_peft(
             out,
-            self.factors,
+            self.files,
             base_folder=base,
             dtype=dtype,
-            full=self.full,
             tokenizer_folder=tokenizer,
         )
 
     def trained(self, base: Path) -> Trained:
         """Return what is merged into an encoder."""
-        del base
-        return Trained(self.factors, self.full)
+        return Trained(self.factors, full_in_folder(self.files, base))
 
 
 def read_adapter(source: Path) -> TrainedAdapter:
@@ -189,7 +212,7 @@ def read_adapter(source: Path) -> TrainedAdapter:
     if (source / ADAPTER).is_file():
         return RunAdapter(load_adapter(source / ADAPTER))
     if (source / ADAPTER_CONFIG_FILE).is_file():
-        return _read_peft(source)
+        return PeftFolder(read_files(source))
     if source.is_dir():
         raise InputError(
             f"{source} holds neither {ADAPTER} of a finished run nor "
@@ -198,34 +221,19 @@ def read_adapter(source: Path) -> TrainedAdapter:
     return RunAdapter(load_adapter(source))
 
 
-def _read_peft(folder: Path) -> PeftFolder:
-    files = read_files(folder)
-    config, modules = files.config, modules_of(files)
-    return PeftFolder(
-        factors={name: module.factors for name, module in modules.items()},
-        full=full_of(files),
-        base_model=config.get("base_model_name_or_path"),
-        tied=bool(config.get("ensure_weight_tying")),
-        task_type=config.get("task_type") or "CAUSAL_LM",
-    )
+def _resolve(base: str) -> Path:
+    """Return the folder of a base that has to be read."""
+    try:
+        return huggingface.resolve(base)
+    except InputError as error:
+        raise InputError(f"{error}; --base names the folder of the base") from error
 
 
-def _is_here(base: str) -> bool:
-    """Return whether a base model is a folder here."""
-    return (Path(base) / "config.json").is_file()
+def _may_have_neighbours(full: Collection[FullSpec]) -> bool:
+    """Return whether PEFT may save more than what trains, by the modules' names."""
+    return any(part.rows is None and part.path not in TOKEN_AXES for part in full)
 
 
-def _module_name(base: str) -> ModuleName:
-    """Return how the base's family names modules, if the base is here."""
-    if not _is_here(base):
-        return huggingface.module_name
-    family = huggingface.read_config(base).model_type
-    return functools.partial(huggingface.module_name, model_type=family)
-
-
-def _task_type(base: str) -> str:
-    """Return PEFT's name of what the base's family does, if the base is here."""
-    if not _is_here(base):
-        return "CAUSAL_LM"
-    family = huggingface.family_of(huggingface.read_config(base))
-    return family.kind.peft_task
+def _module_name(facts: BaseFacts) -> ModuleName:
+    """Return how the base's family names modules."""
+    return functools.partial(huggingface.module_name, model_type=facts.model_type)

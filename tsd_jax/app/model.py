@@ -25,6 +25,7 @@ from tsd_jax.huggingface.factors import ModuleName
 from tsd_jax.huggingface.families.encoders import default_names
 from tsd_jax.huggingface.families.family import Family, ModelConfig
 from tsd_jax.models.encoder_config import PROBLEM_TYPES, EncoderConfig
+from tsd_jax.storage.adapter_file import BaseFacts
 from tsd_jax.training import sharding
 
 
@@ -83,6 +84,11 @@ class Base:
         )
 
     @property
+    def facts(self) -> BaseFacts:
+        """What the adapter's file records of the model."""
+        return facts_of(self.config)
+
+    @property
     def notes(self) -> list[str]:
         """What a user should know of the model, a line each."""
         if self.labels is None:
@@ -92,6 +98,19 @@ class Base:
         if not self.absent:
             return [f"{head} with the checkpoint's head"]
         return [f"{head}; started at random: {', '.join(sorted(self.absent))}"]
+
+
+def facts_of(config: ModelConfig) -> BaseFacts:
+    """Return what an export needs to know of a model.
+
+    Args:
+      config: of the model.
+    """
+    return BaseFacts(
+        model_type=config.model_type,
+        peft_task=huggingface.family_of(config).kind.peft_task,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
 
 
 def open_model(settings: ModelSettings, files: DataFiles) -> Base:

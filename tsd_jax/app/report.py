@@ -89,6 +89,7 @@ def write(
         launched=bool(state.launched),
         indices=launched_indices(workdir, spec, state),
         base_model=base.name,
+        base=base.facts,
     )
     export = write_peft(workdir / "adapter", base, state, rest)
     launches = [row for row in recorder.rows if row["kind"] == "launch"]

@@ -110,7 +110,7 @@ def compress(factors: Factors, rank: int) -> Compressed:
     """
     if rank < 1:
         raise InputError(f"max_rank must be at least 1, not {rank}")
-    require_finite(factors)
+    require_finite(factors, "the matrix")
     q_down, r_down = np.linalg.qr(factors.down.astype(np.float64))
     q_up, r_up = np.linalg.qr(factors.up.T.astype(np.float64))
     u, s, v_t = np.linalg.svd(r_down @ r_up.T)
@@ -124,11 +124,17 @@ def compress(factors: Factors, rank: int) -> Compressed:
     return Compressed(small, float(np.linalg.norm(s[rank:])), norm)
 
 
-def require_finite(factors: Factors) -> None:
-    """Raise InputError if a factor holds infinities or NaNs."""
+def require_finite(factors: Factors, name: str) -> None:
+    """Raise InputError if a factor holds infinities or NaNs.
+
+    Args:
+      factors: of dK.
+      name: of the adapted module, for messages.
+    """
     if not all(np.isfinite(x).all() for x in factors if x is not None):
         raise InputError(
-            "the adapter holds values that are not finite: its training diverged"
+            f"the adapter of {name} holds values that are not finite: its training "
+            "diverged"
         )
 
 

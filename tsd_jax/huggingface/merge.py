@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from tsd_jax.core.adapter import Directions, Trainable
 from tsd_jax.core.errors import InputError
+from tsd_jax.huggingface.casts import cast
 from tsd_jax.huggingface.factors import (
     Factors,
     module_factors,
@@ -29,7 +30,14 @@ from tsd_jax.huggingface.factors import (
     total,
 )
 from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors
-from tsd_jax.huggingface.merge_full import grown_vocabulary, replaced, with_tied_copy
+from tsd_jax.huggingface.merge_full import grown_vocabulary
+from tsd_jax.huggingface.merge_tied import (
+    Change,
+    TiedChanges,
+    changes_of,
+    is_tied,
+    tied_changes,
+)
 from tsd_jax.huggingface.model_folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -105,6 +113,7 @@ def to_merged(
         dtype=dtype,
         full=full_tensors(trainable.full, module_name),
         tokenizer_folder=tokenizer_folder,
+        head_follows=True,
     )
 
 
@@ -116,6 +125,7 @@ def merge_factors(
     dtype: DTypeLike | None = None,
     full: Mapping[str, FullTensor] = MappingProxyType({}),
     tokenizer_folder: str | Path | None = None,
+    head_follows: bool,
 ) -> MergedExport:
     """Merge torch modules' factors into a base; see `to_merged`.
 
@@ -126,6 +136,8 @@ def merge_factors(
       dtype: as in `to_merged`.
       full: {torch tensor: its trained values}.
       tokenizer_folder: as in `to_merged`.
+      head_follows: whether a tied head has what is trained of the embedding alone. If
+        not, and wherever the head trains apart, the checkpoint is no longer tied.
 
     Raises:
       InputError: as `to_merged`.
@@ -136,26 +148,28 @@ def merge_factors(
         raise InputError(f"dtype {target} cannot hold weights: give a float dtype")
     check_new_folder(folder, base)
     config = read_json(base / CONFIG_FILE)
-    changes: dict[str, Factors | FullTensor] = {
-        f"{module}.weight": each for module, each in factors.items()
-    }
     files = weight_files(base)
     shapes = {
         name: each.shape for file in files for name, each in read_header(file).items()
     }
-    _check_base(base, config, shapes, factors)
-    tied = bool(config.get("tie_word_embeddings"))
-    full = with_tied_copy(full, {*shapes}, tied=tied)
-    size = grown_vocabulary(full, shapes, base)
+    changes, untied = TiedChanges(changes_of(factors, full), untied=False)
+    if is_tied(config):
+        changes, untied = tied_changes(changes, shapes, head_follows=head_follows)
+    copied = {EMBEDDING: HEAD} if untied and HEAD not in shapes else {}
+    shapes |= {new: shapes[old] for old, new in copied.items() if old in shapes}
+    size = _check_base(base, config, shapes, changes)
+    new = _updated(config, target, size, untied=untied)
     report = _Report()
     with staged_folder(folder) as part:
-        _write_companions(base, part, config, target, size)
+        copy_companions(base, part)
+        if new != config:
+            write_json(part / CONFIG_FILE, new)
         if size is not None and tokenizer_folder is not None:
             copy_tokenizer(Path(tokenizer_folder), part)
-        writer = _ShardWriter(part, {**changes, **full}, target, report)
+        writer = _ShardWriter(part, changes, copied, target, report)
         total_size = sum([writer.write(file) for file in files])
         if [file.name for file in files] != [WEIGHTS_FILE]:
-            _write_index(base / INDEX_FILE, part, total_size)
+            _write_index(base / INDEX_FILE, part, total_size, copied)
     return report.export()
 
 
@@ -193,48 +207,50 @@ def _check_base(
     base: Path,
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    factors: Mapping[str, Factors],
-) -> None:
-    """Check that every dK has a float weight of its own to be added to."""
+    changes: Mapping[str, Change],
+) -> int | None:
+    """Check that the base has what is changed; return the size it grows to, if any."""
     if config.get("quantization_config"):
         raise InputError(f"{base} is quantized: merge into its unquantized original")
-    for module, pair in factors.items():
-        name = f"{module}.weight"
-        if config.get("tie_word_embeddings") and name in (EMBEDDING, HEAD):
-            raise InputError(
-                f"{module} shares its weight with another module (tied embeddings), so "
-                "that a checkpoint cannot hold a change of one alone"
-            )
+    full = {name: each.full for name, each in changes.items() if each.full is not None}
+    size = grown_vocabulary(full, shapes, base)
+    for name, change in changes.items():
         if name not in shapes:
             raise InputError(
                 f"{base} has no tensor {name!r}: give the base that was trained on"
             )
+        pair = change.factors
+        if pair is None:
+            continue
+        first, *rest = shapes[name]
+        found = (first if change.full is None else size or first, *rest)
         shape = (pair.up.shape[1], pair.down.shape[0])
-        if shapes[name] != shape:
+        if found != shape:
             raise InputError(
-                f"{base} has {name!r} of shape {shapes[name]}, but the adapter needs "
+                f"{base} has {name!r} of shape {found}, but the adapter needs "
                 f"{shape}: give the base that was trained on"
             )
-        require_finite(pair)
+        require_finite(pair, name)
+    return size
 
 
-def _write_companions(
-    base: Path,
-    part: Path,
+def _updated(
     config: Mapping[str, Any],
     target: np.dtype | None,
     vocab_size: int | None,
-) -> None:
-    """Copy the files beside the weights, with config.json brought up to date."""
-    copy_companions(base, part)
+    *,
+    untied: bool,
+) -> dict[str, Any]:
+    """Return the content of config.json that describes the merged model."""
     new = dict(config)
+    if untied:
+        new["tie_word_embeddings"] = False
     if vocab_size is not None:
         new["vocab_size"] = vocab_size
     if target is not None:
         keys = {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}
         new |= dict.fromkeys(keys, str(target))
-    if new != config:
-        write_json(part / CONFIG_FILE, new)
+    return new
 
 
 @dataclass(frozen=True)
@@ -243,13 +259,15 @@ class _ShardWriter:
 
     Attributes:
       folder: to write into.
-      changes: {tensor: dK of it, or its trained values}.
+      changes: {tensor: what is merged into it}.
+      copied: {tensor of the base: name of a tensor that starts as its copy}.
       target: dtype of all float weights; None for their own.
       report: of the rounding.
     """
 
     folder: Path
-    changes: Mapping[str, Factors | FullTensor]
+    changes: Mapping[str, Change]
+    copied: Mapping[str, str]
     target: np.dtype | None
     report: _Report
 
@@ -266,6 +284,9 @@ class _ShardWriter:
                         f"{file}: {name!r} is of dtype {stored.dtype}, not a float"
                     )
                 tensors[name] = self._merged(name, stored) if floating else stored
+                if name in self.copied:
+                    new = self.copied[name]
+                    tensors[new] = self._merged(new, stored)
         written = self.folder / file.name
         save_file(tensors, written, metadata)
         # safetensors lets only the owner read.
@@ -277,21 +298,19 @@ class _ShardWriter:
         dtype = stored.dtype if self.target is None else self.target
         change = self.changes.get(name)
         if change is None:
-            return stored.astype(dtype, copy=False)
-        if isinstance(change, FullTensor):
-            exact = replaced(stored, change)
-            before = np.zeros_like(exact)
-            before[: len(stored)] = stored
-        else:
-            before = stored.astype(np.promote_types(stored.dtype, np.float32))
-            exact = change.applied(before)
-        merged = exact.astype(dtype)
+            return stored if dtype == stored.dtype else cast(stored, dtype, name)
+        exact = change.applied(stored)
+        before = np.zeros_like(exact)
+        before[: len(stored)] = stored
+        merged = cast(exact, dtype, name)
         self.report.add(name.removesuffix(".weight"), before, exact, merged)
         return merged
 
 
-def _write_index(index: Path, part: Path, size: int) -> None:
-    """Write the base's index with the new size of the weights."""
+def _write_index(index: Path, part: Path, size: int, copied: Mapping[str, str]) -> None:
+    """Write the base's index with the new size of the weights, and new tensors."""
     content = read_json(index)
     content["metadata"] = {**(content.get("metadata") or {}), "total_size": size}
+    listed = content["weight_map"]
+    listed |= {new: listed[old] for old, new in copied.items()}
     write_json(part / index.name, content)

@@ -132,7 +132,7 @@ def _merge(
     }
     slots = tensor_paths(params, config.model_type)
     for name, pair in trained.factors.items():
-        require_finite(pair)
+        require_finite(pair, name)
         here = _matrix(flat, slots, f"{name}.weight", pair.down @ pair.up)
         here[...] = pair.applied(here.T).T
     for name, each in trained.full.items():

@@ -12,21 +12,6 @@ from tsd_jax.huggingface.full_tensors import FullTensor
 from tsd_jax.huggingface.names import EMBEDDING, HEAD
 
 
-def with_tied_copy(
-    full: Mapping[str, FullTensor], names: set[str], *, tied: bool
-) -> dict[str, FullTensor]:
-    """Update the copy of a tied embedding that some checkpoints store as the head.
-
-    Args:
-      full: {tensor: its trained values}.
-      names: of the tensors in the base.
-      tied: whether the base ties head and embedding.
-    """
-    if tied and EMBEDDING in full and HEAD in names:
-        return {**full, HEAD: full[EMBEDDING]._replace(module="lm_head")}
-    return dict(full)
-
-
 def grown_vocabulary(
     full: Mapping[str, FullTensor], shapes: Mapping[str, tuple[int, ...]], base: Path
 ) -> int | None:

@@ -54,7 +54,7 @@ def abstract_params(
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
-def module_name(path: str, index: StackIndex = None, model_type: str = "llama") -> str:
+def module_name(path: str, index: StackIndex, model_type: str) -> str:
     """Return the name of the torch module that owns the parameter at `path`.
 
     "layers/self_attn/q_proj/kernel", 3 gives "model.layers.3.self_attn.q_proj", and
@@ -90,9 +90,7 @@ def module_name(path: str, index: StackIndex = None, model_type: str = "llama") 
     return ".".join(names)
 
 
-def module_paths(
-    params: Mapping[str, Any], model_type: str = "llama"
-) -> dict[str, ParamSlot]:
+def module_paths(params: Mapping[str, Any], model_type: str) -> dict[str, ParamSlot]:
     """Return the inverse of `module_name`, {torch module: (kernel path, index)}.
 
     Where transformers 5 renames a module on loading, the new name is a key as well.
@@ -111,9 +109,7 @@ def module_paths(
     return slots
 
 
-def tensor_paths(
-    params: Mapping[str, Any], model_type: str = "llama"
-) -> dict[str, ParamSlot]:
+def tensor_paths(params: Mapping[str, Any], model_type: str) -> dict[str, ParamSlot]:
     """Return the inverse of `tensor_names`, {torch tensor: (parameter path, index)}.
 
     Args:
@@ -163,9 +159,7 @@ def is_transposed(path: str) -> bool:
     return path.endswith("/kernel")
 
 
-def tensor_names(
-    path: str, shape: tuple[int, ...], model_type: str = "llama"
-) -> list[str]:
+def tensor_names(path: str, shape: tuple[int, ...], model_type: str) -> list[str]:
     """Return the torch tensors of a parameter, in the order of its stacked axes.
 
     Args:
@@ -181,7 +175,7 @@ def tensor_names(
 
 
 def tensor_shapes(
-    params: Mapping[str, Any], model_type: str = "llama"
+    params: Mapping[str, Any], model_type: str
 ) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every torch tensor of a parameter tree.
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from tsd_jax.huggingface.casts import cast
 from tsd_jax.huggingface.config import config_json
 from tsd_jax.huggingface.families.family import ModelConfig
 from tsd_jax.huggingface.model_folder import CONFIG_FILE, WEIGHTS_FILE
@@ -37,13 +37,12 @@ def write_checkpoint(
       extra: more entries of config.json, such as `eos_token_id`.
 
     Raises:
-      InputError: if `params` is not the tree of a model with this config.
+      InputError: if `params` is not the tree of a model with this config, or `dtype`
+        cannot hold a value.
     """
     tensors = to_huggingface(params, config)
     if dtype is not None:
-        tensors = {
-            name: each.astype(jnp.dtype(dtype)) for name, each in tensors.items()
-        }
+        tensors = {name: cast(each, dtype, name) for name, each in tensors.items()}
     stored = str(next(iter(tensors.values())).dtype)
     text = json.dumps({**config_json(config, stored), **(extra or {})}, indent=2)
     folder = Path(folder)

@@ -4,10 +4,11 @@ One safetensors file. Its tensors are the leaves of the adapters and directions 
 "<path>/<leaf>", its metadata a format name, a version and a JSON object:
 
     {"method": {...}, "kernels": [{...}, ...], "whole": [{...}, ...],
-     "launched": true, "base_model": "..."}
+     "launched": true, "base_model": "...", "base": {...}}
 
-with the fields of `Method`, `KernelSpec` and `FullSpec` as they are; "whole" lists the
-full parameters. Version 1, which had none, is still read.
+with the fields of `Method`, `KernelSpec`, `FullSpec` and `BaseFacts` as they are;
+"whole" lists the full parameters. Version 1, which had none, is still read, and so are
+files without "base".
 """
 
 from __future__ import annotations
@@ -46,6 +47,21 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
+class BaseFacts:
+    """What an export needs to know of the base model.
+
+    Attributes:
+      model_type: its family.
+      peft_task: PEFT's name for what the family does.
+      tied: whether its head is its embedding.
+    """
+
+    model_type: str
+    peft_task: str
+    tied: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class SavedAdapter:
     """The content of an adapter file.
 
@@ -56,6 +72,7 @@ class SavedAdapter:
       launched: whether launch has happened.
       indices: {kernel path: launched directions, (*batch, c), int32}, or None.
       base_model: name or path of the base, or None.
+      base: what is known of it, or None.
     """
 
     trainable: Trainable
@@ -64,6 +81,7 @@ class SavedAdapter:
     launched: bool
     indices: dict[str, np.ndarray] | None
     base_model: str | None
+    base: BaseFacts | None = None
 
 
 def save_adapter(
@@ -75,6 +93,7 @@ def save_adapter(
     launched: bool,
     indices: Mapping[str, Any] | None = None,
     base_model: str | None = None,
+    base: BaseFacts | None = None,
 ) -> None:
     """Write adapters, directions and their spec into one file, bit for bit.
 
@@ -89,6 +108,7 @@ def save_adapter(
       launched: whether `launch` has been called on them.
       indices: {kernel path: Ranking.indices}, kept for the record.
       base_model: name or path of the base model.
+      base: what an export needs to know of it.
 
     Raises:
       InputError: adapters or directions are not those of the spec, or the file
@@ -105,6 +125,8 @@ def save_adapter(
         "launched": bool(launched),
         "base_model": base_model,
     }
+    if base is not None:
+        facts["base"] = dataclasses.asdict(base)
     metadata = {"format": FORMAT, "version": str(VERSION), "facts": json.dumps(facts)}
     try:
         write_tensors(Path(file), tensors, metadata)
@@ -136,6 +158,7 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
         saved = _spec(facts)
         _check(tensors, saved, "tensors and header disagree")
         launched, base_model = bool(facts["launched"]), facts["base_model"]
+        base = _build(BaseFacts, facts["base"]) if "base" in facts else None
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise InputError(f"{file} is damaged ({error}): write it again") from error
     different = None if spec is None else _difference(saved, spec)
@@ -149,6 +172,7 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
         launched=launched,
         indices=_indices(tensors, saved),
         base_model=base_model,
+        base=base,
     )
 
 

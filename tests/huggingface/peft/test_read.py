@@ -272,7 +272,7 @@ def test_starts_that_leave_the_base_alone_are_read(tmp_path, start):
     [
         ("base_model.model.head.k.lora_magnitude_vector", "lacks one factor of head.k"),
         ("base_model.model.head.k.lora_magnitude", "only lora_A, lora_B and lora_mag"),
-        ("base_model.model.e.lora_embedding_A", "only lora_A, lora_B and"),
+        ("base_model.model.e.lora_embedding_A", "e, which is not among target_mod"),
         ("base_model.model.lm_head.weight", "lm_head.weight"),
         ("base_model.model.model.0.stack.lora_A.weight", "lacks one factor"),
     ],

@@ -19,7 +19,7 @@ def adapter_config(
     default_rank: int,
     base_model: str,
     dora: bool,
-    task_type: str,
+    task_type: str | None,
 ) -> dict[str, Any]:
     """Return the config of an adapter whose scale is in its factors (alpha = rank).
 
@@ -30,7 +30,7 @@ def adapter_config(
       default_rank: `r`; every other rank has an entry in `rank_pattern`.
       base_model: name or path of the base.
       dora: whether all modules have magnitudes.
-      task_type: of PEFT.
+      task_type: of PEFT, or None.
     """
     others = {
         _pattern(name, ranks): rank

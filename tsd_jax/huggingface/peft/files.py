@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ _UNSUPPORTED = {
     "kasa_config": "a KaSA adapter, which changes its base",
     "monteclora_config": "a MonteCLoRA adapter",
 }
+# The adapter's name, which the state dict of a wrapped model has inside its keys.
+_ADAPTER_NAME = re.compile(
+    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|"
+    r"modules_to_save|trainable_tokens_delta)\.default(?=\.|$)"
+)
+_MAGNITUDE = "lora_magnitude_vector.weight"
 # Initializations that subtract from the base's weights what the adapter adds back.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -73,8 +80,26 @@ def read_files(folder: str | Path) -> AdapterFiles:
             f"{folder} holds adapter_model.bin, a pickle, which is not opened here: "
             "load it with PEFT and save it again with safe_serialization=True"
         )
-    tensors, _ = read_tensors(weights)
-    return AdapterFiles(folder, config, tensors)
+    stored, _ = read_tensors(weights)
+    return AdapterFiles(folder, config, _canonical(weights, stored))
+
+
+def _canonical(file: Path, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensors under the names that save_pretrained gives them."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, value in stored.items():
+        if not value.size:
+            raise InputError(
+                f"{file} holds {name!r} without values: it was saved under ZeRO-3 or "
+                "FSDP before its shards were gathered; gather them and save it again"
+            )
+        new = _ADAPTER_NAME.sub(r".\1", name).replace(".modules_to_save.", ".")
+        new = new.removesuffix(".weight") if new.endswith(_MAGNITUDE) else new
+        if not np.array_equal(tensors.setdefault(new, value), value):
+            raise InputError(
+                f"{file} holds {new!r} twice, with different values: save it again"
+            )
+    return tensors
 
 
 def _check_plain(file: Path, config: Mapping[str, Any]) -> None:

@@ -28,6 +28,8 @@ def full_of(files: AdapterFiles) -> dict[str, FullTensor]:
     found = {}
     for name, value in files.tensors.items():
         each = _full_tensor(files, name.removeprefix(PREFIX), value)
+        if each is not None and each.rows is not None and _is_copy(files, each):
+            continue
         if each is not None:
             found[each.name] = each._replace(value=np.asarray(value, np.float32))
     # PEFT lists every name that a head may have: one of them must be there.
@@ -48,6 +50,28 @@ def full_of(files: AdapterFiles) -> dict[str, FullTensor]:
     return found
 
 
+def _is_copy(files: AdapterFiles, each: FullTensor) -> bool:
+    """Return whether the rows of a head are the copy of its embedding's."""
+    listed = files.config["trainable_token_indices"]
+    if each.name != HEAD or not isinstance(listed, Mapping) or "lm_head" in listed:
+        return False
+    rows = f"{PREFIX}{EMBEDDING.removesuffix('.weight')}.{TRAINED_ROWS}"
+    return np.array_equal(each.value, files.tensors.get(rows, ()))
+
+
+def head_follows(files: AdapterFiles) -> bool:
+    """Return whether PEFT gives a tied head what is trained of the embedding alone.
+
+    It does so with rows of the embedding, and otherwise only where it is asked to.
+
+    Args:
+      files: of the adapter.
+    """
+    embedding = full_of(files).get(EMBEDDING)
+    of_rows = embedding is not None and embedding.rows is not None
+    return of_rows or bool(files.config.get("ensure_weight_tying"))
+
+
 def is_full(name: str, config: Mapping[str, Any]) -> bool:
     """Return whether a tensor of the file holds trained values, not a factor of LoRA.
 
@@ -64,6 +88,8 @@ def _module(name: str, config: Mapping[str, Any]) -> str | None:
     if module != name and not ending and config.get("trainable_token_indices"):
         return module
     owned = re.fullmatch(r"(.+)\.(weight|bias)", name)
+    if re.search(r"\.(base_layer|original_module)\.", name):
+        return None  # a copy of the base's
     saved = tuple(config.get("modules_to_save") or ())
     tied = (HEAD,) if config.get("ensure_weight_tying") else ()
     if owned is None or ".lora_" in name:
@@ -87,7 +113,10 @@ def _full_tensor(
         return FullTensor(module, name.rpartition(".")[2], value)
     listed = files.config["trainable_token_indices"]
     if isinstance(listed, Mapping):
-        fitting = [rows for key, rows in listed.items() if module.endswith(key)]
+        owner = module
+        if f"{module}.weight" == HEAD and "lm_head" not in listed:
+            owner = EMBEDDING.removesuffix(".weight")  # whose rows a tied head has
+        fitting = [rows for key, rows in listed.items() if owner.endswith(key)]
         listed = fitting[0] if fitting else ()
     if len(listed) != len(value) or value.ndim != 2:
         raise InputError(

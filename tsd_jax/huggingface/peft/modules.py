@@ -1,6 +1,6 @@
 """The LoRA of each torch module, sorted out of the files of a PEFT adapter.
 
-Only LoRA of linear modules, and of experts as parameters, is read.
+Only LoRA of linear modules, of embeddings, and of experts as parameters, is read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.spec import SCALINGS
 from tsd_jax.huggingface.factors import Factors
 from tsd_jax.huggingface.model_folder import ADAPTER_CONFIG_FILE
+from tsd_jax.huggingface.names import HEAD
 from tsd_jax.huggingface.peft import experts
+from tsd_jax.huggingface.peft.base_copies import copied_tensor
 from tsd_jax.huggingface.peft.files import AdapterFiles
 from tsd_jax.huggingface.peft.full_params import is_full
 from tsd_jax.huggingface.peft.names import (
     MAGNITUDE,
     PREFIX,
+    embedding_factor_name,
     factor_name,
     magnitude_name,
 )
@@ -66,7 +69,11 @@ def modules_of(files: AdapterFiles) -> dict[str, PeftModule]:
       InputError: a tensor is not LoRA of a linear module, or config and tensors
         disagree.
     """
-    lora = [name for name in files.tensors if not is_full(name, files.config)]
+    lora = [
+        name
+        for name in files.tensors
+        if not is_full(name, files.config) and copied_tensor(name) is None
+    ]
     names = sorted({_module_of(files, tensor) for tensor in lora})
     if not names:
         raise InputError(f"{files.weights} holds no LoRA tensors: fetch it again")
@@ -99,7 +106,7 @@ class _StoredFactors(NamedTuple):
 def _module_of(files: AdapterFiles, tensor: str) -> str:
     """Return the module of a tensor, refusing what is not LoRA."""
     found = re.fullmatch(
-        rf"{re.escape(PREFIX)}(.+)\.(lora_[AB]\.weight|{MAGNITUDE})",
+        rf"{re.escape(PREFIX)}(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|{MAGNITUDE})",
         tensor,
         flags=re.DOTALL,
     )
@@ -115,6 +122,8 @@ def _module_of(files: AdapterFiles, tensor: str) -> str:
 def _is_target(name: str, files: AdapterFiles) -> bool:
     """Return whether PEFT adapts a module: a list of endings, or one expression."""
     targets, parameters = files.config.get("target_modules"), files.parameters
+    if f"{name}.weight" == HEAD and files.config.get("ensure_weight_tying"):
+        return True  # PEFT adapts a head that is tied to an embedding it adapts
     wrapped = experts.stacked_parameter(name, parameters) or f"{name}.weight"
     if any(_ends_with(wrapped, ending) for ending in parameters):
         return True
@@ -188,7 +197,7 @@ def _rank_error(files: AdapterFiles, name: str, found: _StoredFactors) -> InputE
 
 def _read_factors(files: AdapterFiles, name: str, key: str) -> _StoredFactors:
     """Return a module's factors; the config's patterns are looked up by `key`."""
-    low, high = (files.tensors.get(factor_name(name, side)) for side in ("A", "B"))
+    low, high = _stored_factors(files, name)
     if low is None or high is None:
         raise InputError(f"{files.weights} lacks one factor of {name}: fetch it again")
     config = files.config
@@ -208,8 +217,30 @@ def _read_factors(files: AdapterFiles, name: str, key: str) -> _StoredFactors:
     return _StoredFactors(low, high, rank, float(alpha), scaling(alpha, rank))
 
 
+def _stored_factors(
+    files: AdapterFiles, name: str
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return a module's factors as a linear module has them, (r, in) and (out, r)."""
+    if _is_embedding(files, name):
+        low, high = (
+            files.tensors.get(embedding_factor_name(name, side)) for side in "BA"
+        )
+        return None if low is None else low.T, None if high is None else high.T
+    low, high = (files.tensors.get(factor_name(name, side)) for side in "AB")
+    return low, high
+
+
+def _is_embedding(files: AdapterFiles, name: str) -> bool:
+    return embedding_factor_name(name, "A") in files.tensors
+
+
 def _read_magnitude(files: AdapterFiles, name: str, size: int) -> np.ndarray | None:
     """Return one module's DoRA magnitudes (out,), if the config says it has them."""
+    if magnitude_name(name) in files.tensors and _is_embedding(files, name):
+        raise InputError(
+            f"{files.weights}: {name} is an embedding with DoRA, which is not "
+            "supported: merge the adapter with PEFT (merge_and_unload)"
+        )
     magnitude = files.tensors.get(magnitude_name(name))
     wanted = (size,) if files.config.get("use_dora") else "none"
     found = "none" if magnitude is None else magnitude.shape

@@ -25,3 +25,18 @@ def factor_name(module: str, side: str) -> str:
 def magnitude_name(module: str) -> str:
     """Return the tensor that holds DoRA's magnitudes of a module."""
     return f"{PREFIX}{module}.{MAGNITUDE}"
+
+
+def embedding_factor_name(module: str, side: str) -> str:
+    """Return the tensor that holds one factor of an embedding's LoRA.
+
+    Args:
+      module: of torch.
+      side: "A", (r, rows), or "B", (width, r).
+    """
+    return f"{PREFIX}{module}.lora_embedding_{side}"
+
+
+def is_embedding(module: str) -> bool:
+    """Return whether a torch module looks rows up, by its name."""
+    return "embed" in module.rpartition(".")[2]

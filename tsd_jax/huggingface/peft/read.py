@@ -13,7 +13,6 @@ refused by name.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import re
 from collections.abc import Mapping
@@ -33,10 +32,22 @@ from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import SCALINGS, KernelSpec, Rule, Spec
 from tsd_jax.huggingface.factors import Factors, compress
 from tsd_jax.huggingface.full_tensors import FullTensor, filled, full_rule
-from tsd_jax.huggingface.names import ParamSlot, StackIndex, axis_indices
-from tsd_jax.huggingface.peft.files import AdapterFiles, read_files
-from tsd_jax.huggingface.peft.full_params import full_of
+from tsd_jax.huggingface.names import (
+    HEAD,
+    ParamSlot,
+    StackIndex,
+    axis_indices,
+)
+from tsd_jax.huggingface.peft.files import read_files
 from tsd_jax.huggingface.peft.modules import PeftModule, modules_of
+from tsd_jax.huggingface.peft.names import embedding_factor_name
+from tsd_jax.huggingface.peft.slots import (
+    check_tied,
+    full_params,
+    full_tensors,
+    slot,
+    tied_error,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -151,6 +162,7 @@ def from_peft(
     folder: str | Path,
     module_paths: Mapping[str, ParamSlot],
     tensor_paths: Mapping[str, ParamSlot] | None = None,
+    params: Mapping[str, Any] | None = None,
 ) -> PeftAdapter:
     """Read a LoRA adapter that PEFT saved.
 
@@ -160,6 +172,8 @@ def from_peft(
         models here `tsd_jax.huggingface.module_paths` returns it.
       tensor_paths: {torch tensor: (parameter path, index of its matrix or None)}, for
         adapters with full parameters; `tsd_jax.huggingface.tensor_paths` returns it.
+      params: the base's tree, for adapters that hold copies of the base's weights, as
+        PEFT saves them of a resized vocabulary; it has that vocabulary already.
 
     Raises:
       InputError: a file is missing or damaged, the adapter is not a plain LoRA, or it
@@ -167,11 +181,20 @@ def from_peft(
         and why.
     """
     files = read_files(folder)
+    full = full_tensors(files, tensor_paths, params)
+    check_tied(files, full, tensor_paths)
     scaling = "rslora" if files.config.get("use_rslora") else "lora"
     kernels: dict[str, dict[StackIndex, PeftModule]] = {}
     notes: list[str] = []
     for name, module in modules_of(files).items():
-        path, index = _slot(module_paths, name, f"{folder} adapts {name}", "module")
+        if embedding_factor_name(name, "A") in files.tensors:
+            raise InputError(
+                f"{folder} adapts {name}, an embedding, by LoRA, which the models here "
+                "do not: export the adapter --to merged and start from that checkpoint"
+            )
+        if f"{name}.weight" == HEAD and name not in module_paths:
+            raise tied_error(files.folder, name)
+        path, index = slot(module_paths, name, f"{folder} adapts {name}", "module")
         limit = min(module.a.shape[0], module.b.shape[1])
         if module.rank > limit:
             notes.append(
@@ -190,33 +213,8 @@ def from_peft(
         dropout=float(files.config.get("lora_dropout") or 0.0),
         base_model=files.config.get("base_model_name_or_path"),
         notes=tuple(notes),
-        full=_full_params(files, tensor_paths),
+        full=full_params(files, full, tensor_paths),
     )
-
-
-def _slot(slots: Mapping[str, ParamSlot], name: str, fact: str, what: str) -> ParamSlot:
-    """Return where a torch module or tensor is; `fact` and `what` are for errors."""
-    if name not in slots:
-        near = difflib.get_close_matches(name, slots, n=1, cutoff=0.0)
-        raise InputError(
-            f"{fact}, but the model has no such {what}; the nearest is "
-            f"{', '.join(near) or 'none'}"
-        )
-    return slots[name]
-
-
-def _full_params(
-    files: AdapterFiles, tensor_paths: Mapping[str, ParamSlot] | None
-) -> dict[str, dict[StackIndex, FullTensor]]:
-    """Return {parameter path: {index of its matrix: what the adapter has of it}}."""
-    full: dict[str, dict[StackIndex, FullTensor]] = {}
-    for name, tensor in full_of(files).items():
-        fact = f"{files.folder} trains {name} in full"
-        if tensor_paths is None:
-            raise InputError(f"{fact}: give tensor_paths (huggingface.tensor_paths)")
-        path, index = _slot(tensor_paths, name, fact, "tensor")
-        full.setdefault(path, {})[index] = tensor
-    return full
 
 
 def _cut(module: PeftModule, rank: int, scaling: str) -> PeftModule:

@@ -29,6 +29,7 @@ from tsd_jax.core.adapter import Adapter, Directions, Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.huggingface import factors as low_rank
+from tsd_jax.huggingface.casts import cast
 from tsd_jax.huggingface.factors import Factors
 from tsd_jax.huggingface.full_tensors import (
     FullTensor,
@@ -43,7 +44,9 @@ from tsd_jax.huggingface.peft.config import adapter_config
 from tsd_jax.huggingface.peft.names import (
     PREFIX,
     TRAINED_ROWS,
+    embedding_factor_name,
     factor_name,
+    is_embedding,
     magnitude_name,
 )
 from tsd_jax.storage.atomic import write_json
@@ -79,7 +82,8 @@ def to_peft(
     base_model: str,
     params: Mapping[str, Any] | None = None,
     max_rank: int | None = None,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
+    tied: bool | None = None,
 ) -> PeftExport:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT loads them.
 
@@ -99,6 +103,7 @@ def to_peft(
         the cost is returned and logged. Without it the export is exact. With DoRA the
         magnitudes stay, and the cost is that of dK before columns are scaled.
       task_type: of PEFT; "SEQ_CLS" for classification or regression.
+      tied: whether the base's head is its embedding; by default as `params` has it.
 
     Raises:
       InputError: there is no adapter, only some kernels have DoRA, `max_rank` is below
@@ -106,14 +111,15 @@ def to_peft(
         one beside an adapted kernel, or rows along another than a tensor's first axis.
     """
     factors = low_rank.module_factors(trainable.adapters, directions, module_name)
+    tensors = _saved_tensors(trainable, module_name, params)
     return write_adapter(
         folder,
         factors,
         _targets(trainable.adapters, module_name, params),
         base_model=base_model,
         max_rank=max_rank,
-        tensors=_saved_tensors(trainable, module_name, params),
-        tied=params is None or "lm_head" not in params,
+        tensors=tensors,
+        tied=_is_tied(tensors, params) if tied is None else tied,
         task_type=task_type,
     )
 
@@ -127,7 +133,7 @@ def write_adapter(
     max_rank: int | None = None,
     tensors: Mapping[str, FullTensor] = MappingProxyType({}),
     tied: bool = False,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None,
 ) -> PeftExport:
     """Write {torch module: factors} as a PEFT adapter; see `to_peft`.
 
@@ -138,12 +144,21 @@ def write_adapter(
       base_model: name or path of the base, for the config.
       max_rank: as in `to_peft`.
       tensors: {torch tensor: its trained values}.
-      tied: whether the base's head may be its embedding.
+      tied: whether the base's head is its embedding.
       task_type: of PEFT.
 
     Raises:
       InputError: as `to_peft`.
     """
+    for name, each in factors.items():
+        low_rank.require_finite(each, name)
+        if f"{name}.weight" in tensors:
+            raise InputError(
+                f"{name} is adapted and has trained or grown rows, too, and PEFT saves "
+                "a module one way or the other: export it merged"
+            )
+    for name, each in tensors.items():
+        cast(each.value, each.value.dtype, name)
     dora = _uses_dora(factors)
     cut: dict[str, tuple[float, float]] = {}
     if max_rank is not None:
@@ -165,6 +180,21 @@ def write_adapter(
     )
     _write_files(Path(folder), config, factors, tensors, tied)
     return _report(cut, PeftExport(largest, {}, 0.0, dora), max_rank)
+
+
+def _is_tied(
+    tensors: Mapping[str, FullTensor], params: Mapping[str, Any] | None
+) -> bool:
+    """Return whether the base's head is its embedding, where that matters."""
+    embedding = tensors.get(EMBEDDING)
+    if embedding is None or embedding.rows is not None:
+        return False
+    if params is None:
+        raise InputError(
+            f"{EMBEDDING} is trained in full, and whether the head is tied to it is "
+            "not known: give params, the base's parameter tree, or tied"
+        )
+    return "lm_head" not in params
 
 
 def _report(
@@ -276,8 +306,12 @@ def _unchanged(leaves: Mapping[str, Any]) -> dict[str, FullParam]:
 def _factor_tensors(factors: Mapping[str, Factors]) -> dict[str, np.ndarray]:
     tensors = {}
     for name, (down, up, magnitude) in factors.items():
-        tensors[factor_name(name, "A")] = np.ascontiguousarray(down.T)
-        tensors[factor_name(name, "B")] = np.ascontiguousarray(up.T)
+        if is_embedding(name):
+            tensors[embedding_factor_name(name, "A")] = np.ascontiguousarray(up)
+            tensors[embedding_factor_name(name, "B")] = np.ascontiguousarray(down)
+        else:
+            tensors[factor_name(name, "A")] = np.ascontiguousarray(down.T)
+            tensors[factor_name(name, "B")] = np.ascontiguousarray(up.T)
         if magnitude is not None:
             tensors[magnitude_name(name)] = magnitude
     return tensors
