@@ -40,7 +40,8 @@ class Mlp(nnx.Module):
 
 def loss_fn(model, batch):
     """Return the summed squared error and the number of examples."""
-    return jnp.sum((model(batch["x"]) - batch["y"]) ** 2), len(batch["x"])
+    losses = (model(batch["x"]) - batch["y"]) ** 2
+    return jnp.sum(losses), jnp.asarray(len(batch["x"]))
 
 
 def batch(step):

@@ -248,16 +248,18 @@ def bound_leaves(
 
     Args:
       base: {path: parameter} of all that is adapted.
-      adapters: {path: Adapter}. directions: {path: Directions}.
+      adapters: {kernel path: Adapter}.
+      directions: {kernel path: Directions}.
       dropout_key: a typed key, or None.
     """
     bound = {}
     for path, adapter in adapters.items():
         kernel = adapter.kernel
-        down, up = low_rank_factors(adapter, directions[path])
-        key = None
+        down, up = map(jnp.asarray, low_rank_factors(adapter, directions[path]))
+        key, generator = None, None
         if dropout_key is not None and kernel.dropout > 0:
             key = _dropout_keys(dropout_key, kernel)
+            generator = jax.random.key_impl(dropout_key)
         scale = output_scale(adapter, base[path], down, up)
         row = None if scale is None else scale[..., None, :]
         place = functools.partial(_place, kernel=kernel)
@@ -267,7 +269,7 @@ def bound_leaves(
             path=path,
             batch=kernel.layout.visible_batch,
             dropout=kernel.dropout,
-            generator=None if key is None else jax.random.key_impl(dropout_key),
+            generator=generator,
             sites=kernel.calls,
         )
     return bound

@@ -78,7 +78,8 @@ def general_subscripts(
 
     Args:
       ndim: of the input.
-      contracted: its contracted axes. stacked: its axes that stack kernels.
+      contracted: its contracted axes.
+      stacked: its axes that stack kernels.
       features: number of axes produced.
     """
     contracted, stacked = (
@@ -132,7 +133,8 @@ def low_rank(
 
     Args:
       x: the module's input.
-      down: (*batch, in, R). up: (*batch, R, out); in and out flattened.
+      down: (*batch, in, R), the inputs flattened.
+      up: (*batch, R, out), the outputs flattened.
       contraction: labels of x, kernel and y.
       batch: the kernel's axes that stack matrices; they stay in between.
       y_shape: shape of the module's output.

@@ -220,14 +220,14 @@ def _dot(equation: Any, inputs: list[Value], ledger: Ledger) -> list[Value]:
         return _lose(equation, inputs, ledger)
     at = places[0]
     kernel, other = inputs[at], inputs[1 - at]
-    if not isinstance(other, Input):
+    if not isinstance(other, Input) or not isinstance(kernel, Param):
         words = "is contracted with what is no plain input of its method"
         return _lose(equation, inputs, ledger, words)
     contracted, batch = equation.params["dimension_numbers"]
-    pairs = [
+    sums, stays = (
         list(zip(axes[1 - at], axes[at], strict=True)) for axes in (contracted, batch)
-    ]
-    products = [multiply(view, kernel, *pairs, at == 0) for view in other.views]
+    )
+    products = [multiply(view, kernel, sums, stays, at == 0) for view in other.views]
     known: list[Product] = [product for product in products if product]
     if not known:
         words = "is contracted over axes that are no whole axes of both"
@@ -338,7 +338,7 @@ def _other(equation: Any, inputs: list[Value], ledger: Ledger) -> list[Value]:
     """Enter what calls a program with its own inputs: jit, remat, custom rules."""
     for inner in _programs(equation):
         shapes = [
-            [atom.aval.shape for atom in atoms]
+            [getattr(atom.aval, "shape", ()) for atom in atoms]
             for atoms in (
                 inner.invars,
                 equation.invars,

@@ -100,7 +100,8 @@ class Recorder:
         """Run one call of a method between two marks.
 
         Args:
-          method: its name. module: of the module.
+          method: name of the method.
+          module: path or type of its module.
           owned: {candidate: its value as the module sees it}.
           arguments: a tree of the call's arguments.
           call: from arguments to outputs.

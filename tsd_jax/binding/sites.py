@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from string import ascii_letters
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tsd_jax.binding.calls import EINSUM, Site
 from tsd_jax.binding.contraction import Contraction
@@ -39,7 +39,7 @@ def refuse(path: str, what: str) -> InputError:
 def _visible(path: str, visit: Visit, source: int) -> tuple[int, ...]:
     """Return the stored axes that a module sees, in the order in which it sees them."""
     arrived, lifted = visit.owned[source]
-    dims = getattr(arrived, "dims", ())
+    dims: Sequence[Any] = getattr(arrived, "dims", ())
     axes = [dim for place, dim in enumerate(dims) if place not in lifted]
     order = [atom.axis for dim in axes for atom in dim]
     same = isinstance(arrived, Param) and arrived.source == source

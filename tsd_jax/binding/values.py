@@ -176,7 +176,8 @@ def multiply(
     """Contract an input with a parameter; None where that cannot be told.
 
     Args:
-      view: the input. kernel: the parameter.
+      view: the input.
+      kernel: the parameter.
       contracted: axes of both that are summed over.
       batch: axes of both that stay.
       kernel_first: whether the free axes of the parameter come first.

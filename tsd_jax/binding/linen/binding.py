@@ -90,7 +90,8 @@ def bind(
 
     Args:
       params: the parameter tree; its other leaves are passed on untouched.
-      trainable: what trains. directions: {kernel path: Directions}.
+      trainable: what trains.
+      directions: {kernel path: Directions}.
       dropout_key: a typed key; without one there is no dropout (evaluation).
 
     Returns:

@@ -124,7 +124,8 @@ def bind(
     Args:
       model: not changed. Its arrays are the copy's, its variables are not: what a
         call changes (batch statistics, caches, counts) is found in the copy.
-      trainable: what trains. directions: {kernel path: Directions}.
+      trainable: what trains.
+      directions: {kernel path: Directions}.
       dropout_key: a typed key; without one there is no dropout (evaluation).
       handlers: as given to `make_spec`.
 
@@ -186,7 +187,7 @@ def make_bind(
     return bind_params
 
 
-def _with_values(model: Model, values: Mapping[str, jax.Array]) -> Model:
+def _with_values(model: Model, values: Mapping[str, Any]) -> Model:
     """Copy a model, with other values at these paths."""
     copy = nnx.clone(model, graph=True)
     known = variables(copy)
@@ -205,7 +206,8 @@ def merge(
 
     Args:
       model: not changed.
-      trainable: what trains. directions: {kernel path: Directions}.
+      trainable: what trains.
+      directions: {kernel path: Directions}.
       dtype: of the merged kernels; None keeps each kernel's own.
 
     Raises:

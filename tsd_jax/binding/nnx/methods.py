@@ -118,7 +118,8 @@ def _subclass(base: type[nnx.Module], handlers: tuple) -> type[nnx.Module]:
         if _is_method(name, attribute)
     }
     facts = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base)(base.__name__, (base,), {**methods, **facts})
+    metaclass: Any = type(base)
+    return metaclass(base.__name__, (base,), {**methods, **facts})
 
 
 def _is_method(name: str, attribute: Any) -> bool:
