@@ -87,8 +87,8 @@ def interceptor(
 
     def intercept(next_fun: Any, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        beside: Mapping[str, Any]
-        beside = candidates_of(module) if recorder else bound_beside(module)
+        # {name: number of a candidate} in a trace, else {name: bound leaf}.
+        beside: Any = candidates_of(module) if recorder else bound_beside(module)
         if not beside or context.method_name in ("setup", "<lambda>"):
             return next_fun(*args, **kwargs)
         method = method_name(context.orig_method)
