@@ -22,7 +22,9 @@ from tsd_jax.huggingface.peft.names import PREFIX
 ReadTensor = Callable[[str], np.ndarray | None]
 """Name of a torch tensor -> the base's values of it, None if it has none."""
 
-_WRAPPED = re.compile(r"(.+?)\.(?:token_adapter\.base_layer|base_layer|original_module)")
+_WRAPPED = re.compile(
+    r"(.+?)\.(?:token_adapter\.base_layer|base_layer|original_module)"
+)
 
 
 def base_copies(files: AdapterFiles) -> dict[str, np.ndarray]:
