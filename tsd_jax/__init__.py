@@ -4,7 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tsd_jax.binding.calls import Call
-from tsd_jax.binding.linen import adapted, bind, bind_variables, einsum, make_spec
+from tsd_jax.binding.linen import (
+    adapted,
+    bind,
+    bind_variables,
+    check,
+    einsum,
+    make_spec,
+)
 from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core.adapter import (
     Adapter,
@@ -66,6 +73,7 @@ __all__ = [
     "adapted",
     "bind",
     "bind_variables",
+    "check",
     "delta",
     "einsum",
     "from_peft",

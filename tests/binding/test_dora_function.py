@@ -10,9 +10,7 @@ import pytest
 
 from tests.helpers.models import Net, inputs, net, three_ways
 from tests.helpers.trees import random_all, trained
-from tsd_jax.binding.calls import Call
 from tsd_jax.binding.linen import adapted, bind, make_spec
-from tsd_jax.binding.linen.handlers import HANDLERS
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import Trainable, low_rank_factors
 from tsd_jax.core.errors import InputError
@@ -183,27 +181,18 @@ class Shifted(nn.Module):
         return x @ kernel + self.param("shift", nn.initializers.normal(), (1, 5))
 
 
-def call_of(bias):
-    return {**HANDLERS, Shifted: lambda _, x: Call("kernel", x, "...a,ab->...b", bias)}
-
-
-def test_a_handler_names_the_bias():
-    """What is added to x K is not scaled; what nobody names is refused."""
+def test_the_trace_names_the_bias():
+    """What is added to x K is not scaled, whatever its parameter is called."""
     model, x = Shifted(), jnp.ones((4, 6))
     params = model.init(jax.random.key(0), x)["params"]
     rule = Rule(pattern="kernel", rank=2, directions=2, dora=True)
-    named = call_of("shift")
-    spec = make_spec(
-        model.apply, {"params": params}, [rule], x, method="dash", handlers=named
-    )
+    spec = make_spec(model.apply, {"params": params}, [rule], x, method="dash")
+    assert spec.kernels[0].calls[0].bias == "shift"
     pairs = random_all(0, spec)
     bound = {"params": bind(params, *pairs)}
     want = x @ materialised(params, *pairs)["kernel"] + params["shift"]
-    got = adapted(model.apply, named)(bound, x)
+    got = adapted(model.apply)(bound, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    words = r"'shift' is neither kernel nor bias to the handler of Shifted: name it"
-    with pytest.raises(InputError, match=words):
-        adapted(model.apply, call_of(None))(bound, x)
 
 
 def test_columns_are_over_all_the_inputs():

@@ -167,17 +167,6 @@ def test_no_stack_of_floats_is_in_the_compiled_step(name, stored):
     assert re.search(rf"f32\[(1,)?{WIDTH},{INNER}\]", text)
 
 
-def test_other_boxes_are_still_refused():
-    import flax.linen as nn
-
-    model = nn.Dense(3, kernel_init=nn.with_partitioning(nn.zeros, ("a", "b")))
-    params = model.init(jax.random.key(0), jnp.ones((1, 2)))["params"]
-    with pytest.raises(InputError, match=r"boxed metadata: call nn\.meta\.unbox"):
-        make_spec(
-            model.apply, {"params": params}, [Rule(pattern="kernel")], jnp.ones((1, 2))
-        )
-
-
 def test_a_quantized_leaf_is_one_leaf_of_paths_and_shardings():
     _, params, _ = decoder(jnp.float32)
     flat = paths.flatten(params)

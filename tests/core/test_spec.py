@@ -173,3 +173,11 @@ def test_directions_are_counted_only_where_they_train(method):
     with pytest.raises(InputError, match="auto_directions=True has no meaning"):
         kernel_spec("k", (8, 8), Layout(), rule, get_method("dash", ranking="random"))
     assert kernel_spec("k", (8, 8), Layout(), rule, get_method("tsd")).gated
+
+
+@pytest.mark.parametrize("rank", [4.0, True, "4"])
+def test_a_rank_is_an_int(rank):
+    rule = Rule(pattern="k")
+    object.__setattr__(rule, "rank", rank)  # past the tests' own type checks
+    with pytest.raises(InputError, match="rank must be an int, not"):
+        rule.__post_init__()

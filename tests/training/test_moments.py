@@ -156,7 +156,7 @@ def test_a_partition_of_two_groups_serves_where_there_are_no_full_parameters():
         made.init(both(0))
 
 
-def is_optax(kind: type, name: str) -> bool:
+def is_optax(kind: Any, name: str) -> bool:
     return kind.__name__ == name and kind.__module__.startswith("optax.")
 
 
@@ -169,6 +169,7 @@ def test_every_name_in_the_tables_is_a_state_of_optax():
     )
     assert len(set(tables)) == len(tables)
     for name in tables:
+        kind: Any
         (kind,) = (kind for kind in tuple.__subclasses__() if is_optax(kind, name))
         fields = (moments.WRAPPERS.get(name), *moments.CONSTANTS.get(name, ()))
         assert set(fields) - {None} <= set(kind._fields)
@@ -313,7 +314,8 @@ UNKNOWN = {
     "ProdigyState": lambda: optax.contrib.prodigy(),
     "ScheduleFreeState": lambda: optax.contrib.schedule_free(optax.sgd(0.1), 0.1),
     "ArrayImpl": lambda: optax.GradientTransformation(
-        lambda tree: jnp.zeros(()), lambda grads, state, tree=None: (grads, state)
+        lambda params: jnp.zeros(()),
+        lambda updates, state, params=None: (updates, state),
     ),
 }
 

@@ -56,7 +56,7 @@ class Contraction:
         return parsed
 
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Return the kernel's batch, input and output axes by who shares their label."""
+        """Return the kernel's batch, input and output axes, by who shares a label."""
         roles: tuple[list[int], list[int], list[int]] = ([], [], [])
         for axis, label in enumerate(self.kernel):
             role = 0 if label in self.x and label in self.y else 1 + (label in self.y)

@@ -1,11 +1,18 @@
-"""From rules and what a trace of a model told to the spec."""
+"""From rules, and what a trace of the model tells, to the spec."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tsd_jax.binding.calls import Handler
+import jax
+
+from tsd_jax.binding.follow import follow
+from tsd_jax.binding.ledger import Ledger
+from tsd_jax.binding.marks import Recorder, recording
+from tsd_jax.binding.sites import Reader, Traced
+from tsd_jax.binding.values import Param, identity
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, FullSpec, full_spec
 from tsd_jax.core.layout import Layout
@@ -22,6 +29,12 @@ def split_rules(
       params: {path: array or ShapeDtypeStruct}.
       rules: the first match wins.
     """
+    if isinstance(rules, Rule | Full) or not all(
+        isinstance(rule, Rule | Full) for rule in rules
+    ):
+        raise InputError(
+            "rules are a list of tsd_jax.Rule and Full: [Rule(pattern=...)]"
+        )
     chosen = match_rules(tuple(params), rules)
     whole = tuple(
         full_spec(path, params[path], rule)
@@ -34,56 +47,50 @@ def split_rules(
 def traced_spec(
     shapes: Mapping[str, tuple[int, ...]],
     matched: Mapping[str, Rule],
-    layouts: Mapping[str, Layout],
-    owners: Mapping[str, str],
-    handlers: Mapping[type, Handler],
+    traced: Mapping[str, Traced | None],
     method: str | Method,
-    whole: tuple[FullSpec, ...],
+    full: tuple[FullSpec, ...],
 ) -> Spec:
-    """Make the spec of matched kernels from what a trace of their model told.
+    """Return the spec of matched kernels, from what a trace of their model told.
 
     Args:
       shapes: {path: stored shape}.
       matched: {path: rule}.
-      layouts: {path: layout} of the kernels used in the trace.
-      owners: {module path: type name} of the modules that use or might use one.
-      handlers: what each module type contracts.
+      traced: {path: what the trace told}, None where no method uses the kernel.
       method: name, or of `get_method`.
-      whole: what trains whole.
+      full: what trains whole.
 
     Raises:
-      InputError: a matched kernel has no layout; a rule's contradicts the traced one.
+      InputError: a matched kernel is not used; a rule's layout contradicts the traced
+        one; DoRA is asked for where more than a bias is added to the contraction.
     """
-    for path in matched:
-        if path not in layouts:
+    found = {path: _used(path, each) for path, each in traced.items()}
+    layouts = {}
+    for path, rule in matched.items():
+        layout = found[path].layout
+        layouts[path] = _overridden(path, rule, layout) if rule.layout else layout
+        if rule.dora and any(site.more for site in found[path].sites):
             raise InputError(
-                _unused(path, owners.get(path.rpartition("/")[0]), handlers)
+                f"{path}: DoRA scales x K and not what is added to it, and its method "
+                "adds more than one bias that lies beside the kernel; adapt it "
+                "without DoRA"
             )
-    chosen = {
-        path: _overridden(path, rule, layouts[path]) if rule.layout else layouts[path]
-        for path, rule in matched.items()
-    }
     method = get_method(method) if isinstance(method, str) else method
-    return build_spec(shapes, chosen, matched, method, whole)
-
-
-def _unused(path: str, owner: str | None, handlers: Mapping[type, Handler]) -> str:
-    names = {kind.__name__ for kind in handlers}
-    known = ", ".join(sorted(names))
-    if owner in names:
-        return (
-            f"{path} is no kernel of its {owner}; narrow the rule's pattern to kernels"
-        )
-    if owner:
-        return (
-            f"{path} belongs to a module of type {owner}, which has no low-rank path "
-            f"(known: {known}); leave it out of the rules or train it whole; if it is "
-            "contracted, give a handler or use this library's einsum"
-        )
-    return (
-        f"{path} is matched by a rule, but no module uses it in this call of the "
-        "model; leave it out of the rules, or trace a call that uses it"
+    spec = build_spec(shapes, layouts, matched, method, full)
+    kernels = (
+        dataclasses.replace(kernel, calls=found[kernel.path].sites)
+        for kernel in spec.kernels
     )
+    return dataclasses.replace(spec, kernels=tuple(kernels))
+
+
+def _used(path: str, traced: Traced | None) -> Traced:
+    if traced is None:
+        raise InputError(
+            f"{path} is matched by a rule, but no module uses it in this call of the "
+            "model; leave it out of the rules, or trace a call that uses it"
+        )
+    return traced
 
 
 def _overridden(path: str, rule: Rule, traced: Layout) -> Layout:
@@ -107,3 +114,74 @@ def _overridden(path: str, rule: Rule, traced: Layout) -> Layout:
             "scales columns over all of the inputs; leave one of them out"
         )
     return layout
+
+
+def with_arrays_apart(
+    function: Callable, *trees: Any
+) -> tuple[Callable[[dict[int, Any]], Any], dict[int, Any]]:
+    """Split a call into its arrays, to be traced, and everything else, as it is.
+
+    Args:
+      function: what is called.
+      *trees: its arguments.
+
+    Returns:
+      (call, arrays): `call(arrays)` is `function(*trees)`.
+    """
+    leaves, tree = jax.tree.flatten(trees)
+    arrays = {n: leaf for n, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
+
+    def call(arrays: dict[int, Any]) -> Any:
+        full = [arrays.get(n, leaf) for n, leaf in enumerate(leaves)]
+        return function(*jax.tree.unflatten(tree, full))
+
+    return call, arrays
+
+
+def trace(
+    params: Mapping[str, Any],
+    candidates: Sequence[str],
+    run: Callable[[Recorder, dict[str, Any], Any], Any],
+    rest: Any,
+) -> dict[str, Traced | None]:
+    """Trace a model once, abstractly, and follow its parameters.
+
+    Args:
+      params: {path: array or ShapeDtypeStruct} of all that can be told apart.
+      candidates: paths of those to be adapted.
+      run: (recorder, {path: value}, rest) -> outputs of the model.
+      rest: tree of all other arrays.
+
+    Returns:
+      {candidate: what it does, or None}.
+
+    Raises:
+      InputError: a candidate is used in another way than by contractions; or the model
+        can be traced, but not with marks in it.
+    """
+    names = [*candidates, *(path for path in params if path not in candidates)]
+    shapes = [tuple(params[path].shape) for path in names]
+    values = [
+        jax.ShapeDtypeStruct(shape, params[path].dtype)
+        for path, shape in zip(names, shapes, strict=True)
+    ]
+    with recording() as recorder:
+        call, arrays = with_arrays_apart(
+            lambda values, rest: _outputs(
+                run(recorder, dict(zip(names, values, strict=True)), rest)
+            ),
+            values,
+            rest,
+        )
+        program = jax.make_jaxpr(call)(arrays).jaxpr
+    ledger = Ledger(recorder, range(len(candidates)))
+    known = [Param(n, identity("k", shape)) for n, shape in enumerate(shapes)]
+    others = [None] * (len(program.invars) - len(known))
+    for value in follow(program, [*known, *others], ledger):
+        ledger.consume(value, "is returned by the model")
+    reader = Reader(ledger, names, shapes)
+    return {path: reader.read(n) for n, path in enumerate(candidates)}
+
+
+def _outputs(tree: Any) -> list:
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]

@@ -19,6 +19,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, place_full
 from tsd_jax.core.leaves import FACTORS, GAINS, LeafSpec, leaf, map_leaves
 from tsd_jax.core.methods import Method
+from tsd_jax.core.promotion import standard_promotion
 from tsd_jax.core.quantization import Kernel, dequantize
 from tsd_jax.core.spec import KernelSpec
 from tsd_jax.core.types import Leaf
@@ -235,12 +236,34 @@ def delta(
     return spec.layout.from_matrices(added, spec.shape)
 
 
+def check_pair(trainable: Any, directions: Any) -> None:
+    """Raise InputError unless these are what trains and its directions.
+
+    Args:
+      trainable: what was given as such.
+      directions: what was given for {kernel path: Directions}.
+    """
+    if not isinstance(trainable, Trainable):
+        raise InputError(
+            f"a {type(trainable).__name__} was given for what trains: give the two "
+            "that init, launch or load_adapter return, first trainable, then directions"
+        )
+    held = directions if isinstance(directions, Mapping) else {}
+    for path in trainable.adapters:
+        if not isinstance(held.get(path), Directions):
+            raise InputError(
+                f"{path} has no directions: give both that init, launch or "
+                "load_adapter return, first trainable, then directions"
+            )
+
+
+@standard_promotion
 def merge(
     params: Mapping,
     trainable: Trainable,
     directions: Mapping[str, Directions],
     dtype: DTypeLike | None = None,
-) -> dict:
+) -> Mapping:
     """Return the parameters with every dK added: K + gamma A B + L diag(g + o) R^T.
 
     With DoRA the columns are scaled to their magnitudes. Fully trained parameters are
@@ -254,12 +277,13 @@ def merge(
       dtype: type of the merged leaves; None for each one's own.
 
     Returns:
-      A new tree in which only what trained differs; adapted kernels that were quantized
-      are floats.
+      A new tree of the kind given in which only what trained differs; adapted kernels
+      that were quantized are floats.
 
     Raises:
-      InputError: a kernel is not in the tree.
+      InputError: a kernel is not in the tree, or has no directions.
     """
+    check_pair(trainable, directions)
     base = paths.select(params, trainable.paths)
     merged = {
         path: place_full(base[path], part, dtype)

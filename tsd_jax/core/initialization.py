@@ -23,6 +23,7 @@ from tsd_jax.core.adapter import (
 from tsd_jax.core.dora import column_norms
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, start_full
+from tsd_jax.core.promotion import standard_promotion
 from tsd_jax.core.quantization import Kernel
 from tsd_jax.core.spec import KernelSpec, Spec
 
@@ -64,6 +65,7 @@ def init_kernel(
     return adapter, directions
 
 
+@standard_promotion
 def init(
     key: Key[Array, ""],
     spec: Spec,

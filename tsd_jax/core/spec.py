@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tsd_jax.core.errors import InputError, check_choice
@@ -54,6 +55,10 @@ class Rule:
         """Refuse values that fit no kernel."""
         where = f"rule {self.pattern!r}"
         check_pattern(self.pattern, where=where)
+        for name in ("rank", "directions"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise InputError(f"{where}: {name} must be an int, not {value!r}")
         if self.rank < 1:
             raise InputError(f"{where}: rank must be at least 1, not {self.rank}")
         if self.directions < 1:
@@ -88,6 +93,8 @@ class KernelSpec:
       dropout: probability of dropping an input element of the low-rank path.
       gated: whether launch decides how many of the gains every matrix uses.
       dora: whether a magnitude is trained for every output.
+      calls: how the model's methods contract it, as the binding traced it; () where
+        that is not known. No file has it.
     """
 
     path: str
@@ -102,6 +109,7 @@ class KernelSpec:
     dropout: float
     gated: bool = False
     dora: bool = False
+    calls: tuple = field(default=(), repr=False)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

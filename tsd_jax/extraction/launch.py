@@ -28,6 +28,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.leaves import KernelAxes, leaf_specs, map_leaves
 from tsd_jax.core.methods import Method
+from tsd_jax.core.promotion import standard_promotion
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.core.types import Leaf, Progress
 from tsd_jax.extraction.chunks import ChunkPlan, plan_chunks, run_each
@@ -224,6 +225,7 @@ def check_deltas(method: Method) -> None:
         )
 
 
+@standard_promotion
 def launch(
     params: Mapping[str, Any],
     trainable: Trainable,

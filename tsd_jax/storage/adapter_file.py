@@ -41,7 +41,7 @@ FORMAT = "tsd_jax adapter"
 VERSION = 2
 _INDICES = "indices"
 # A setting of training alone, which may differ between the file and the given spec.
-_FREE = ("dropout",)
+_FREE = ("dropout", "calls")
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ def save_adapter(
     _check(tensors, spec, "the adapters do not fit the spec")
     facts = {
         "method": dataclasses.asdict(spec.method),
-        "kernels": [dataclasses.asdict(kernel) for kernel in spec.kernels],
+        "kernels": [_kernel_facts(kernel) for kernel in spec.kernels],
         "whole": [dataclasses.asdict(part) for part in spec.full],
         "launched": bool(launched),
         "base_model": base_model,
@@ -250,6 +250,13 @@ def _spec(facts: Mapping[str, Any]) -> Spec:
 def _build(kind: type[T], facts: Mapping[str, Any]) -> T:
     """Build a dataclass from JSON values; lists become tuples."""
     return kind(**{name: _tupled(value) for name, value in facts.items()})
+
+
+def _kernel_facts(kernel: KernelSpec) -> dict[str, Any]:
+    """Return what a file holds of a kernel's description: all but the model's calls."""
+    facts = dataclasses.asdict(dataclasses.replace(kernel, calls=()))
+    del facts["calls"]
+    return facts
 
 
 def _kernel(facts: Mapping[str, Any]) -> KernelSpec:

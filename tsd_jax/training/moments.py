@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
@@ -275,7 +276,7 @@ def _restart_leaves(field: Any, initial: Any, scope: _Scope) -> Any:
 def _like(new: Any, old: Any) -> Any:
     """Return a new array with the type and the sharding of an old one."""
     new = jnp.asarray(new, old.dtype)
-    if isinstance(old, jax.core.Tracer) or new.sharding == old.sharding:
+    if isinstance(old, Tracer) or new.sharding == old.sharding:
         return new
     return jax.device_put(new, old.sharding)
 

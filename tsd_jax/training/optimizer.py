@@ -149,10 +149,11 @@ def check_schedule(
     """
     if not method.needs_delta:
         return
-    rates = np.full(launch_step, learning_rate, np.float32)
     if callable(learning_rate):
-        rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(launch_step)))
-    if not rates.sum() > 0:
+        rates = jax.vmap(learning_rate)(jnp.arange(launch_step))
+    else:
+        rates = np.full(launch_step, learning_rate)
+    if not np.sum(rates) > 0:
         raise InputError(
             f"method {method.name!r} finds its directions in what training changes "
             f"before launch, but the learning rate is 0 in all {launch_step} steps "

@@ -8,6 +8,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from tsd_jax.core.adapter import Directions, Trainable
 from tsd_jax.core.errors import InputError
@@ -165,7 +166,7 @@ def launch_state(
       InputError: the state has launched already, `launch` refuses it, or its moments
         cannot be reset.
     """
-    if not isinstance(state.launched, jax.core.Tracer) and state.launched:
+    if not isinstance(state.launched, Tracer) and state.launched:
         raise InputError("this state has launched already; a run launches once")
     trainable, directions, report = launch(
         params,

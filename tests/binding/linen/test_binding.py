@@ -10,10 +10,11 @@ import pytest
 
 from tests.helpers.models import LIFTS, Net, inputs, net, three_ways
 from tests.helpers.trees import filled, method_of, random_all, zeros
-from tsd_jax.binding.bound import SUFFIX
+from tsd_jax.binding.bound import SUFFIX, Guarded
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import merge
+from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full
 from tsd_jax.core.initialization import init
 from tsd_jax.core.spec import Rule
@@ -81,8 +82,21 @@ def test_bind_adds_leaves_beside_kernels_and_copies_nothing():
     flat = paths.flatten(params)
     bound = paths.flatten(bind(params, *random_all(0, spec)))
     assert set(bound) == set(flat) | {path + SUFFIX for path in spec.paths}
-    assert all(bound[path] is leaf for path, leaf in flat.items())
+    held = {
+        p: x.value if isinstance(x, Guarded) else x
+        for p, x in bound.items()
+        if p in flat
+    }
+    assert all(held[path] is leaf for path, leaf in flat.items())
     assert not any(path.endswith(SUFFIX) for path in paths.flatten(params))
+
+
+def test_a_plain_apply_of_bound_parameters_is_refused():
+    """Else it would train nothing, without a word."""
+    model, params, spec = net("scan of remat", EVERYTHING)
+    bound = bind(params, *random_all(0, spec))
+    with pytest.raises(InputError, match=r"wrap its apply.*adapted\(model\.apply\)"):
+        model.apply({"params": bound}, inputs("scan of remat"))
 
 
 def test_bind_names_a_missing_kernel():

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.trees import filled
-from tsd_jax.binding.calls import find_handler
+from tsd_jax.binding.calls import find_handler, method_name
 from tsd_jax.binding.linen.handlers import HANDLERS, dense
 
 MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -39,7 +37,7 @@ def test_subscripts_are_what_the_module_computes(module, shape):
     x = filled(0, jax.ShapeDtypeStruct(shape, jnp.float32))
     variables = filled(1, jax.eval_shape(module.init, jax.random.key(1), x))
     y = jax.jit(module.apply)(variables, x)
-    handler = find_handler(module, HANDLERS)
+    handler = find_handler(method_name(type(module).__call__), HANDLERS)
     assert handler is not None
     call = handler(module, x)
     kernel = variables["params"][call.kernel]
@@ -55,16 +53,16 @@ def test_einsum_takes_the_subscripts_of_the_call_first():
     assert call.contraction.axes() == ((), (1,), (0,))
 
 
-def test_the_nearest_class_decides():
-    class Mine(nn.Dense):
+def test_a_handler_is_of_the_method_of_its_class():
+    class Inherits(nn.Dense):
         pass
 
-    def mine(module: nn.Module, x: jax.Array):
-        return dense(nn.Dense(1), x)
+    class Overrides(nn.Dense):
+        def __call__(self, inputs):
+            return 2 * super().__call__(inputs)
 
-    handlers: dict[type[nn.Module], Callable] = {**HANDLERS}
-    assert find_handler(Mine(3), handlers) is dense
-    handlers[Mine] = mine
-    assert find_handler(Mine(3), handlers) is mine
-    assert find_handler(nn.Dense(3), handlers) is dense
-    assert find_handler(nn.LayerNorm(), handlers) is None
+    def found(kind):
+        return find_handler(method_name(kind.__call__), HANDLERS)
+
+    assert found(Inherits) is found(nn.Dense) is dense
+    assert found(Overrides) is found(nn.LayerNorm) is None

@@ -15,15 +15,22 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from tsd_jax.binding.bound import SUFFIX, bound_leaves
-from tsd_jax.binding.calls import Call, Handler, Owner, find_handler
+from tsd_jax.binding.bound import SUFFIX, Guarded, adapters_seen, bound_leaves
+from tsd_jax.binding.calls import Handler
+from tsd_jax.binding.check import Ways, compare, floats
+from tsd_jax.binding.einsum import EinsumCall, run_einsum
 from tsd_jax.binding.linen.handlers import HANDLERS
-from tsd_jax.binding.linen.trace import PROBE, trace_layouts
-from tsd_jax.binding.spec import split_rules, traced_spec
+from tsd_jax.binding.linen.methods import (
+    bound_beside,
+    candidates_of,
+    interceptor,
+    read,
+)
+from tsd_jax.binding.linen.trace import trace_calls
+from tsd_jax.binding.spec import split_rules, traced_spec, with_arrays_apart
 from tsd_jax.core import paths
-from tsd_jax.core.adapter import Directions, Trainable
+from tsd_jax.core.adapter import Directions, Trainable, check_pair, merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full, place_full
 from tsd_jax.core.methods import Method
@@ -59,16 +66,18 @@ def make_spec(
         in that trace, or in two ways; rank or directions exceed the kernel; what shall
         train whole is quantized, or has no such rows.
     """
-    params = paths.flatten(variables["params"])
-    boxed = [path for path, leaf in params.items() if not hasattr(leaf, "shape")]
-    if boxed:
-        raise InputError(f"{boxed[0]} is boxed metadata: call nn.meta.unbox first")
-    matched, whole = split_rules(params, rules)
-    layouts, owners = trace_layouts(
-        apply_fn, variables, tuple(matched), handlers, args, kwargs
-    )
+    _check_call(apply_fn, variables)
+    params = _parameters(variables)
+    matched, full = split_rules(params, rules)
+    traced = trace_calls(apply_fn, variables, tuple(matched), handlers, args, kwargs)
     shapes = {path: tuple(params[path].shape) for path in matched}
-    return traced_spec(shapes, matched, layouts, owners, handlers, method, whole)
+    return traced_spec(shapes, matched, traced, method, full)
+
+
+def _parameters(variables: Any) -> dict[str, Any]:
+    """Return {path: parameter} without boxes."""
+    flat = paths.flatten(variables["params"])
+    return {path: paths.unboxed(leaf) for path, leaf in flat.items()}
 
 
 def bind(
@@ -88,9 +97,12 @@ def bind(
       A new tree with one more leaf, `<kernel>_tsd`, beside every adapted kernel, and
       the trained value, in the base's type, where a parameter trains whole.
     """
+    check_pair(trainable, directions)
     base = paths.select(params, trainable.paths)
     bound = bound_leaves(base, trainable.adapters, directions, dropout_key)
-    leaves = {path + SUFFIX: leaf for path, leaf in bound.items()}
+    leaves: dict[str, Any] = {path + SUFFIX: leaf for path, leaf in bound.items()}
+    stored = paths.flatten(params)
+    leaves |= {path: Guarded(stored[path]) for path in trainable.adapters}
     full = trainable.full
     values = {path: place_full(base[path], part) for path, part in full.items()}
     return paths.update(params, {**leaves, **values})
@@ -124,35 +136,80 @@ def adapted(
       apply_fn: a Linen model's `apply`.
       handlers: as given to `make_spec`.
     """
-
-    def add_low_rank(next_fun, args, kwargs, context):
-        y = next_fun(*args, **kwargs)
-        module = context.module
-        handler = find_handler(module, handlers)
-        if handler is None or context.method_name != "__call__":
-            return y
-        return _met(module, handler(module, *args, **kwargs), y, _owner(module))
+    _check_call(apply_fn, {"params": {}})
+    add_low_rank = interceptor(None, handlers)
 
     @functools.wraps(apply_fn)
     def adapted_apply(variables, *args, **kwargs):
-        with nn.intercept_methods(add_low_rank):
+        leaves = paths.flatten(variables.get("params", {}))
+        with adapters_seen(leaves), nn.intercept_methods(add_low_rank):
             return apply_fn(variables, *args, **kwargs)
 
     return adapted_apply
 
 
-def _owner(module: nn.Module) -> Owner:
-    held = module.variables.get("params", {}).items()
-    own = {name: value for name, value in held if not isinstance(value, Mapping)}
-    return Owner("/".join(module.path), type(module).__name__, own)
+def check(
+    apply_fn: Callable,
+    variables: Mapping[str, Any],
+    spec: Spec,
+    *args: Any,
+    handlers: Mapping[type[nn.Module], Handler] = HANDLERS,
+    **kwargs: Any,
+) -> None:
+    """Check a spec on a model: random adapters, bound, do what they do merged.
+
+    The first thing to do with a model of one's own. It takes four forward passes, and
+    no training. With adapters that add nothing the model is to be the base.
+
+    Args:
+      apply_fn: the model's `apply`, as given to `make_spec`.
+      variables: {"params": ..., other collections}, arrays.
+      spec: of `make_spec`.
+      *args: what the model is called with.
+      handlers: as given to `make_spec`.
+      **kwargs: what the model is called with.
+
+    Raises:
+      InputError: outputs differ by more than rounding; the line names the kernel that
+        does most of it.
+    """
+    _check_call(apply_fn, variables)
+    seen = adapted(apply_fn, handlers)
+
+    def forward(apply: Callable, change: Callable, *pair: Any) -> Any:
+        def run(pair: Any, variables: Any, args: Any, kwargs: Any) -> list[jax.Array]:
+            params = change(variables["params"], *pair)
+            return floats(apply({**variables, "params": params}, *args, **kwargs))
+
+        call, arrays = with_arrays_apart(run, pair, variables, args, kwargs)
+        return jax.jit(call)(arrays)
+
+    ways = Ways(
+        functools.partial(forward, apply_fn, lambda params: params),
+        functools.partial(forward, seen, bind),
+        functools.partial(forward, apply_fn, merge),
+    )
+    with jax.default_matmul_precision("highest"):
+        compare(ways, variables["params"], spec, jax.random.key(0))
 
 
-def _met(module: nn.Module, call: Call, y: Any, owner: Owner) -> Any:
-    """Show a call to what lies beside its kernel, bound leaf or probe."""
-    for name in (call.kernel + SUFFIX, call.kernel + PROBE):
-        if module.has_variable("params", name):
-            y = module.get_variable("params", name)(call, y, owner)
-    return y
+def _check_call(apply_fn: Any, variables: Any) -> None:
+    """Refuse what is mistaken for a model's apply and its variables."""
+    kinds = [kind.__module__ for kind in type(apply_fn).__mro__]
+    if any(kind.startswith("flax.nnx") for kind in kinds):
+        raise InputError(
+            f"{type(apply_fn).__name__} is an NNX model: use tsd_jax.nnx for it"
+        )
+    if isinstance(apply_fn, nn.Module) or not callable(apply_fn):
+        raise InputError(
+            f"{type(apply_fn).__name__} was given where a model's apply is needed: "
+            "give model.apply"
+        )
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise InputError(
+            'the variables have no "params": give {"params": params}, and the other '
+            "collections beside it"
+        )
 
 
 def einsum(
@@ -179,7 +236,12 @@ def einsum(
       dtype: both operands are cast to it first; None leaves them as they are.
       **settings: of `jnp.einsum`.
     """
-    value = module.get_variable("params", kernel)
-    operands = (x, value) if dtype is None else (x.astype(dtype), value.astype(dtype))
-    y = jnp.einsum(subscripts, *operands, **settings)
-    return _met(module, Call(kernel, x, subscripts), y, Owner("", "einsum", {}))
+    where = "/".join(module.path) or type(module).__name__
+    return run_einsum(
+        EinsumCall(subscripts, x, dtype, settings),
+        functools.partial(read, module),
+        kernel,
+        where,
+        candidates_of(module),
+        bound_beside(module),
+    )

@@ -1,8 +1,8 @@
 """How adapters meet a Flax NNX model: beside its kernels, in a copy of the model.
 
-    model.q_proj = nnx.Linear                ->   bound.q_proj = Adapted(nnx.Linear)
-           └─ kernel                                     ├─ kernel
-                                                         └─ kernel_tsd
+    model.q_proj: nnx.Linear   ->   bound.q_proj: a subclass of nnx.Linear
+           └─ kernel                       ├─ kernel
+                                           └─ kernel_tsd
 
 Paths, adapters and directions are those of the Linen binding: a parameter's path is its
 path in `nnx.state`, joined by "/". What lies beside a kernel is a variable of the
@@ -12,6 +12,7 @@ kernel itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,12 +20,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tsd_jax.binding.bound import bound_leaves
-from tsd_jax.binding.calls import Call, Handler, Owner, find_handler
+from tsd_jax.binding.bound import SUFFIX, bound_leaves, unknown_calls
+from tsd_jax.binding.calls import (
+    Handler,
+    find_handler,
+    fits,
+    method_name,
+    other_class,
+)
+from tsd_jax.binding.check import Ways, compare, floats
+from tsd_jax.binding.einsum import EinsumCall, run_einsum
 from tsd_jax.binding.nnx.handlers import HANDLERS
-from tsd_jax.binding.nnx.modules import attach, met, variables
-from tsd_jax.binding.nnx.trace import trace_layouts
-from tsd_jax.binding.spec import split_rules, traced_spec
+from tsd_jax.binding.nnx.methods import (
+    bound_beside,
+    candidates_of,
+    owners,
+    read,
+    see_calls,
+    variables,
+)
+from tsd_jax.binding.nnx.trace import trace_calls
+from tsd_jax.binding.spec import split_rules, traced_spec, with_arrays_apart
 from tsd_jax.core import adapter as core
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
@@ -84,12 +100,10 @@ def make_spec(
             f"{odd[0]} holds a {type(known[odd[0]]).__name__} and no plain array: load "
             "it in a float type"
         )
-    matched, whole = split_rules(known, rules)
-    layouts, owners = trace_layouts(
-        model, tuple(matched), handlers, function, args, kwargs
-    )
+    matched, full = split_rules(known, rules)
+    traced = trace_calls(model, tuple(matched), handlers, function, args, kwargs)
     shapes = {path: tuple(known[path].shape) for path in matched}
-    return traced_spec(shapes, matched, layouts, owners, handlers, method, whole)
+    return traced_spec(shapes, matched, traced, method, full)
 
 
 def bind(
@@ -117,16 +131,33 @@ def bind(
     Raises:
       InputError: a kernel is not in the model.
     """
+    core.check_pair(trainable, directions)
     base = paths.select(params(model), trainable.paths)
     full = trainable.full
     if full:
         values = {path: place_full(base[path], part) for path, part in full.items()}
         model = _with_values(model, values)
     leaves = bound_leaves(base, trainable.adapters, directions, dropout_key)
-    bound: Any = attach(
-        model, leaves, lambda path, module: find_handler(module, handlers)
-    )
-    return bound
+    copy = nnx.clone(model, graph=True)
+    known = variables(copy)
+    beside = {
+        id(known[path]): (path, type(known[path])(leaf))
+        for path, leaf in leaves.items()
+    }
+    placed: set[str] = set()
+    for module, found in list(owners(copy, beside)):
+        handler = find_handler(method_name(type(module).__call__), handlers)
+        for name, (path, leaf) in found.items():
+            setattr(module, name + SUFFIX, leaf)
+            sites = leaves[path].sites
+            if fits(sites, type(module)) if sites else handler:
+                placed.add(path)
+        see_calls(module, handlers)
+    for path, leaf in leaves.items():
+        if path not in placed:
+            wrong = other_class(path, leaf.sites) if leaf.sites else None
+            raise wrong or unknown_calls(path)
+    return copy
 
 
 def make_bind(
@@ -184,6 +215,51 @@ def merge(
     return _with_values(model, paths.select(merged, trainable.paths))
 
 
+def check(
+    model: nnx.Module,
+    spec: Spec,
+    *args: Any,
+    handlers: Mapping[type[nnx.Module], Handler] = HANDLERS,
+    function: Callable = _forward,
+    **kwargs: Any,
+) -> None:
+    """Check a spec on a model: random adapters, bound, do what they do merged.
+
+    The first thing to do with a model of one's own. It takes four forward passes, and
+    no training. With adapters that add nothing the model is to be the base.
+
+    Args:
+      model: not changed.
+      spec: of `make_spec`.
+      *args: what the model is called with.
+      handlers: as given to `make_spec`.
+      function: as given to `make_spec`.
+      **kwargs: what the model is called with.
+
+    Raises:
+      InputError: outputs differ by more than rounding; the line names the kernel that
+        does most of it.
+    """
+    base = params(model)
+    graphdef, state = nnx.split(model, graph=True)
+
+    def forward(change: Callable, *pair: Any) -> Any:
+        def run(pair: Any, state: Any, args: Any, kwargs: Any) -> list[jax.Array]:
+            changed = change(nnx.merge(graphdef, state), *pair)
+            return floats(function(changed, *args, **kwargs))
+
+        call, arrays = with_arrays_apart(run, pair, state, args, kwargs)
+        return jax.jit(call)(arrays)
+
+    ways = Ways(
+        functools.partial(forward, lambda model: model),
+        functools.partial(forward, functools.partial(bind, handlers=handlers)),
+        functools.partial(forward, merge),
+    )
+    with jax.default_matmul_precision("highest"):
+        compare(ways, base, spec, jax.random.key(0))
+
+
 def einsum(
     module: nnx.Module,
     subscripts: str,
@@ -208,7 +284,11 @@ def einsum(
       dtype: both operands are cast to it first; None leaves them as they are.
       **settings: of `jnp.einsum`.
     """
-    value = getattr(module, kernel).get_value()
-    operands = (x, value) if dtype is None else (x.astype(dtype), value.astype(dtype))
-    y = jnp.einsum(subscripts, *operands, **settings)
-    return met(module, Call(kernel, x, subscripts), y, Owner("", "einsum", {}))
+    return run_einsum(
+        EinsumCall(subscripts, x, dtype, settings),
+        functools.partial(read, module),
+        kernel,
+        type(module).__name__,
+        candidates_of(module),
+        bound_beside(module),
+    )

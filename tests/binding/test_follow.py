@@ -6,18 +6,40 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tsd_jax.binding.jaxpr_axes import Origin, follow, mark
+from tsd_jax.binding.follow import follow
+from tsd_jax.binding.ledger import Ledger
+from tsd_jax.binding.marks import ENTER, Recorder, Region
+from tsd_jax.binding.values import Param, identity
 
 CUBE = (4, 4, 4)
 
 
-def marks(function: Any, *shapes: tuple[int, ...]) -> list[tuple[int, Any]]:
-    """Return (number, (input, its axes)) of all marks a function leaves."""
+def probe(x: Any, number: int) -> None:
+    """Enter a region whose module owns what the program makes of a parameter."""
+    ENTER.bind(x, region=number, count=0, lifted=((),))
+
+
+def walk(function: Any, *shapes: tuple[int, ...]) -> Ledger:
+    """Follow all inputs of a function, which are candidates."""
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     program: Any = jax.make_jaxpr(function)(*arrays).jaxpr
+    recorder = Recorder()
+    recorder.regions += [Region("method", "module", (), (0,))] * 8
+    ledger = Ledger(recorder, range(len(shapes)))
+    follow(program, [Param(n, identity("k", s)) for n, s in enumerate(shapes)], ledger)
+    return ledger
+
+
+def marks(function: Any, *shapes: tuple[int, ...]) -> list[tuple[int, Any]]:
+    """Return (number, (input, the axes that are seen)) of all probes of a function."""
     found = []
-    sources: Any = [Origin(n, tuple(range(len(s))), s) for n, s in enumerate(shapes)]
-    follow(program, sources, lambda n, o: found.append((n, o and (o.source, o.axes))))
+    for visit in walk(function, *shapes).visits:
+        value, lifted = visit.owned[0]
+        seen = None
+        if isinstance(value, Param):
+            dims = [dim for n, dim in enumerate(value.dims) if n not in lifted]
+            seen = (value.source, tuple(a.axis for dim in dims for a in dim))
+        found.append((visit.region, seen))
     return found
 
 
@@ -32,20 +54,20 @@ def scan_over(axis: int, body: Any) -> Any:
 
 
 def plain(k):
-    mark(k, 7)
+    probe(k, 7)
     return k
 
 
 def looped(k):
     def body(n, x):
-        mark(k[n], 7)
+        probe(k[n], 7)
         return x + k[n].sum()
 
     return jax.lax.fori_loop(0, 4, body, 0.0)
 
 
 def while_looped(k):
-    return jax.lax.while_loop(lambda x: (mark(k, 7), x < 4)[1], lambda x: x + 1, 0)
+    return jax.lax.while_loop(lambda x: (probe(k, 7), x < 4)[1], lambda x: x + 1, 0)
 
 
 def branched(k):
@@ -102,30 +124,49 @@ def test_axes_of_a_cube_are_followed(function, axes):
 
 def test_several_inputs_are_told_apart():
     def both(a, b):
-        mark(b.T, 1)
-        mark(a, 2)
+        probe(b.T, 1)
+        probe(a, 2)
 
     assert marks(both, (4, 4), (4, 4)) == [(1, (1, (1, 0))), (2, (0, (0, 1)))]
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "how"),
     [
-        lambda k: k.reshape(2, 2, 4, 4),
-        lambda k: k + 1,
-        lambda k: k[jnp.array([0, 1])],
-        lambda k: jax.lax.cond(k[0, 0, 0] > 0, lambda k: k, lambda k: k.T, k),
-        lambda k: scan_over(0, lambda row: row * 2)(k),
+        (lambda k: k.reshape(2, 2, 4, 4), "has its axes changed by a reshape"),
+        (lambda k: k + 1, "is added"),
+        (lambda k: k[jnp.array([0, 1])], "is read by index"),
+        (lambda k: k[:2], "is cut"),
+        (
+            lambda k: jax.lax.cond(k[0, 0, 0] > 0, lambda k: k, lambda k: k.T, k),
+            "goes through gt",
+        ),
+        (lambda k: scan_over(0, lambda row: row * 2)(k), "is multiplied"),
+        (
+            lambda k: jax.lax.fori_loop(0, 3, lambda _, k: k.T, k),
+            "is carried and changed by a loop",
+        ),
     ],
-    ids=["reshaped", "computed", "gathered", "either", "computed in a scan"],
 )
-def test_what_cannot_be_followed_is_lost(change):
-    assert marks(lambda k: plain(change(k)), CUBE) == [(7, None)]
+def test_what_cannot_be_followed_is_lost_and_noted(change, how):
+    def function(k):
+        return plain(change(k))
+
+    assert marks(function, CUBE) == [(7, None)]
+    assert walk(function, CUBE).uses[0][0].startswith(how)
 
 
-def test_a_slice_keeps_axes_and_tells_its_size():
-    arrays = jax.ShapeDtypeStruct(CUBE, jnp.float32)
-    program: Any = jax.make_jaxpr(lambda k: plain(k[:2, :, 1]))(arrays).jaxpr
-    found = []
-    follow(program, [Origin(0, (0, 1, 2), CUBE)], lambda n, o: found.append(o))
-    assert found == [Origin(0, (0, 1), (2, 4))]
+def test_what_nothing_comes_of_is_no_use():
+    assert walk(lambda k: (k * 2, 1)[1], CUBE).uses == {}
+
+
+def test_an_array_that_is_carried_unchanged_is_followed():
+    def function(k):
+        def body(n, carried):
+            x, k = carried
+            probe(k, 7)
+            return x + n, jax.checkpoint(lambda k: k)(k)
+
+        return jax.lax.fori_loop(0, 3, body, (0, k))[0]
+
+    assert marks(function, CUBE) == [(7, (0, (0, 1, 2)))]
