@@ -93,7 +93,7 @@ def our_model(base, *, scan_layers=True):
 def without_gains(trainable):
     """Put the gains back to 0, as they are until launch."""
     adapters = {
-        path: each.replace(gain=jnp.zeros_like(each.gain))
+        path: each.replace(gain=jax.tree.map(jnp.zeros_like, each.gain))
         for path, each in trainable.adapters.items()
     }
     return trainable.replace(adapters=adapters)

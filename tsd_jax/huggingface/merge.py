@@ -216,7 +216,7 @@ class _Report:
 
 def _canonical(stored: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
     """Return {tensor in the files: its name with the family's prefix}."""
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     if family not in FAMILIES:
         return {name: name for name in stored}
     return {old: name for name, old in canonical_names(stored, family).items()}

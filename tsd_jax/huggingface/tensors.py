@@ -18,11 +18,9 @@ import numpy as np
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface.model_folder import INDEX_FILE, WEIGHTS_FILE
+from tsd_jax.huggingface.names import HEAD
 from tsd_jax.storage.atomic import read_json
 from tsd_jax.storage.tensors import TensorHeader, damaged, read_header
-
-HEAD = "lm_head.weight"
-"""The head of a decoder, which is not stored where it is its embedding."""
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
