@@ -316,7 +316,10 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path):
 
     pair: tuple[Any, Any] = trees()
     name: Any = module_name
-    refused("is quantized", quantization_config={"bits": 4})
+    packed = base(tmp_path / "is", quantization_config={"bits": 4})
+    packed["model.packed.qweight"] = np.ones((2, 2), np.int32)
+    save_file(packed, tmp_path / "is" / "model.safetensors", {"format": "pt"})
+    refused("is quantized")
     name = lambda path, layer: f"model.{path}.{layer}"  # noqa: E731
     refused("has no tensor 'model.k.None.weight'")
     name = module_name

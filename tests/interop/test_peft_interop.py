@@ -90,12 +90,22 @@ def our_model(base, *, scan_layers=True):
     return Decoder(config, scan_layers=scan_layers), params
 
 
+def without_gains(trainable):
+    """Put the gains back to 0, as they are until launch."""
+    adapters = {
+        path: each.replace(gain=jax.tree.map(jnp.zeros_like, each.gain))
+        for path, each in trainable.adapters.items()
+    }
+    return trainable.replace(adapters=adapters)
+
+
 def trained(model, params, rules, method):
     """Adapters as after a run: random A and B, launch, random A, B and gains."""
     spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method=method)
     trainable, directions = init(jax.random.key(0), spec)
     trainable = randomised(trainable, 1)
     if spec.method.launches:
+        trainable = without_gains(trainable)
         trainable, directions, _ = launch(params, trainable, spec)
         moved = randomised(trainable, 2)
         trainable = jax.tree.map(lambda x, y: x + y, trainable, moved)

@@ -11,6 +11,7 @@ from tsd_jax.huggingface.families.family import Family, ModelConfig
 from tsd_jax.huggingface.families.fields import Fields
 from tsd_jax.huggingface.families.registry import FAMILIES, family_of
 from tsd_jax.huggingface.model_folder import CONFIG_FILE
+from tsd_jax.huggingface.tensors import holds_floats
 from tsd_jax.storage.atomic import read_json
 
 
@@ -68,7 +69,9 @@ def _find_family(file: Path, found: Mapping[str, Any]) -> Family:
             f"supported: {_way_out(found)}"
         )
     family = FAMILIES[name]
-    only = [[each] for each in family.accepted]
+    # Of a class without a head, only a tied model is complete; its weights are checked.
+    headless = family.architecture.replace("ForCausalLM", "Model")
+    only = [[each] for each in dict.fromkeys([*family.accepted, headless])]
     given = found.get("architectures") or only[0]
     if given not in only:
         raise InputError(
@@ -76,7 +79,7 @@ def _find_family(file: Path, found: Mapping[str, Any]) -> Family:
             f"{' or '.join(map(repr, only))} is supported: choose another checkpoint"
         )
     settings = found.get("quantization_config")
-    if settings is not None:
+    if settings and not holds_floats(file.parent):
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise InputError(
             f"{file}: quantization_config: weights quantized by {method or settings!r} "

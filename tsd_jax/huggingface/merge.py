@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from tsd_jax.huggingface.factors import (
     require_finite,
     total,
 )
+from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.huggingface.full_tensors import FullTensor, full_tensors
 from tsd_jax.huggingface.merge_full import grown_vocabulary
 from tsd_jax.huggingface.merge_tied import (
@@ -47,8 +48,13 @@ from tsd_jax.huggingface.model_folder import (
     copy_tokenizer,
     staged_folder,
 )
-from tsd_jax.huggingface.names import EMBEDDING, HEAD, ModuleName
-from tsd_jax.huggingface.tensors import weight_files
+from tsd_jax.huggingface.names import (
+    EMBEDDING,
+    HEAD,
+    ModuleName,
+    canonical_names,
+)
+from tsd_jax.huggingface.tensors import holds_floats, weight_files
 from tsd_jax.storage.atomic import read_json, write_json
 from tsd_jax.storage.tensors import open_tensors, read_header, read_tensor
 
@@ -149,9 +155,11 @@ def merge_factors(
     check_new_folder(folder, base)
     config = read_json(base / CONFIG_FILE)
     files = weight_files(base)
-    shapes = {
+    stored = {
         name: each.shape for file in files for name, each in read_header(file).items()
     }
+    canonical = _canonical(stored, config)
+    shapes = {canonical[name]: shape for name, shape in stored.items()}
     changes, untied = TiedChanges(changes_of(factors, full), untied=False)
     if is_tied(config):
         changes, untied = tied_changes(changes, shapes, head_follows=head_follows)
@@ -166,10 +174,13 @@ def merge_factors(
             write_json(part / CONFIG_FILE, new)
         if size is not None and tokenizer_folder is not None:
             copy_tokenizer(Path(tokenizer_folder), part)
-        writer = _ShardWriter(part, changes, copied, target, report)
+        writer = _ShardWriter(base, part, canonical, changes, copied, target, report)
         total_size = sum([writer.write(file) for file in files])
-        if [file.name for file in files] != [WEIGHTS_FILE]:
-            _write_index(base / INDEX_FILE, part, total_size, copied)
+        if files != [base / WEIGHTS_FILE]:
+            new_tensors = {
+                copied[name]: old for old, name in canonical.items() if name in copied
+            }
+            _write_index(base / INDEX_FILE, part, total_size, new_tensors)
     return report.export()
 
 
@@ -203,6 +214,14 @@ class _Report:
         return export
 
 
+def _canonical(stored: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return {tensor in the files: its name with the family's prefix}."""
+    family = str(config.get("model_type"))
+    if family not in FAMILIES:
+        return {name: name for name in stored}
+    return {old: name for name, old in canonical_names(stored, family).items()}
+
+
 def _check_base(
     base: Path,
     config: Mapping[str, Any],
@@ -210,7 +229,7 @@ def _check_base(
     changes: Mapping[str, Change],
 ) -> int | None:
     """Check that the base has what is changed; return the size it grows to, if any."""
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not holds_floats(base):
         raise InputError(f"{base} is quantized: merge into its unquantized original")
     full = {name: each.full for name, each in changes.items() if each.full is not None}
     size = grown_vocabulary(full, shapes, base)
@@ -242,7 +261,7 @@ def _updated(
     untied: bool,
 ) -> dict[str, Any]:
     """Return the content of config.json that describes the merged model."""
-    new = dict(config)
+    new = {name: v for name, v in config.items() if name != "quantization_config"}
     if untied:
         new["tie_word_embeddings"] = False
     if vocab_size is not None:
@@ -258,14 +277,18 @@ class _ShardWriter:
     """Writes the files of a base with the changes merged into them.
 
     Attributes:
+      base: folder of the base.
       folder: to write into.
+      canonical: {tensor in the files: its name with the family's prefix}.
       changes: {tensor: what is merged into it}.
       copied: {tensor of the base: name of a tensor that starts as its copy}.
       target: dtype of all float weights; None for their own.
       report: of the rounding.
     """
 
+    base: Path
     folder: Path
+    canonical: Mapping[str, str]
     changes: Mapping[str, Change]
     copied: Mapping[str, str]
     target: np.dtype | None
@@ -279,15 +302,17 @@ class _ShardWriter:
             for name in opened.keys():  # noqa: SIM118  it is not a mapping
                 stored = read_tensor(opened, name, file)
                 floating = jnp.issubdtype(stored.dtype, jnp.floating)
-                if name in self.changes and not floating:
+                known = self.canonical[name]
+                if known in self.changes and not floating:
                     raise InputError(
                         f"{file}: {name!r} is of dtype {stored.dtype}, not a float"
                     )
-                tensors[name] = self._merged(name, stored) if floating else stored
-                if name in self.copied:
-                    new = self.copied[name]
+                tensors[name] = self._merged(known, stored) if floating else stored
+                if known in self.copied:
+                    new = self.copied[known]
                     tensors[new] = self._merged(new, stored)
-        written = self.folder / file.name
+        written = self.folder / file.relative_to(self.base)
+        written.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, written, metadata)
         # safetensors lets only the owner read.
         shutil.copymode(self.folder / CONFIG_FILE, written)
@@ -307,10 +332,12 @@ class _ShardWriter:
         return merged
 
 
-def _write_index(index: Path, part: Path, size: int, copied: Mapping[str, str]) -> None:
-    """Write the base's index with the new size of the weights, and new tensors."""
+def _write_index(
+    index: Path, part: Path, size: int, new_tensors: Mapping[str, str]
+) -> None:
+    """Write the base's index with the new size, and {new tensor: one in its file}."""
     content = read_json(index)
     content["metadata"] = {**(content.get("metadata") or {}), "total_size": size}
     listed = content["weight_map"]
-    listed |= {new: listed[old] for old, new in copied.items()}
+    listed |= {new: listed[old] for new, old in new_tensors.items()}
     write_json(part / index.name, content)

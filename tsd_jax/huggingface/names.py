@@ -202,7 +202,7 @@ def canonical_names(names: Iterable[str], model_type: str) -> dict[str, str]:
     """
     family = FAMILIES[model_type]
     names = list(names)
-    bare = family.headless and not any(n.startswith(f"{family.prefix}.") for n in names)
+    bare = not any(n.startswith(f"{family.prefix}.") for n in names)
     found = {}
     for name in names:
         first, _, _ = name.partition(".")

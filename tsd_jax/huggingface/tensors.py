@@ -9,14 +9,16 @@ several threads can read at a time.
 from __future__ import annotations
 
 import dataclasses
+import posixpath
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import jax.numpy as jnp
 import numpy as np
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface.model_folder import INDEX_FILE, WEIGHTS_FILE
+from tsd_jax.huggingface.names import HEAD
 from tsd_jax.storage.atomic import read_json
 from tsd_jax.storage.tensors import TensorHeader, damaged, read_header
 
@@ -79,6 +81,8 @@ def open_checkpoint(folder: str | Path, buffers: str = "") -> dict[str, StoredTe
     for name, file in _weight_map(folder / INDEX_FILE).items():
         if re.fullmatch(buffers, name):
             continue
+        if name == HEAD and name not in files[folder / file]:
+            continue  # some indices list a tied head, of which no file has a copy
         if name not in files[folder / file]:
             raise InputError(
                 f"{folder / file} lacks tensor {name!r}, which {INDEX_FILE} says "
@@ -109,13 +113,30 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Read {tensor: file name} from an index."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(
-        isinstance(file, str) and file and Path(file).name == file
-        for file in listed.values()
+        isinstance(file, str) and _is_inside(file) for file in listed.values()
     ):
         raise InputError(
             f'{index} has no "weight_map" from tensors to file names: fetch it again'
         )
-    return listed
+    return {name: posixpath.normpath(file) for name, file in listed.items()}
+
+
+def _is_inside(file: str) -> bool:
+    """Return whether a path is of a file in the checkpoint's folder, or below it."""
+    path = PurePosixPath(posixpath.normpath(file)) if file else PurePosixPath()
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
+
+
+def holds_floats(folder: Path) -> bool:
+    """Return whether every tensor of a checkpoint is a plain float, by the headers.
+
+    Raises:
+      InputError: if a file is missing, corrupt or truncated.
+    """
+    if not any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+        return False
+    headers = [read_header(file) for file in weight_files(folder)]
+    return all(each.dtype in _DTYPES for some in headers for each in some.values())
 
 
 def _open_file(file: Path, buffers: str) -> dict[str, StoredTensor]:

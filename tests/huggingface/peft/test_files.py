@@ -49,3 +49,30 @@ def test_a_pickle_is_not_opened(tmp_path):
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(InputError, match="a pickle, which is not opened"):
         read_files(tmp_path)
+
+
+def test_keys_of_a_wrapped_model_are_those_of_save_pretrained(tmp_path):
+    folder = write(tmp_path)
+    names = {
+        "q.lora_A.default.weight": "q.lora_A.weight",
+        "q.lora_magnitude_vector.weight": "q.lora_magnitude_vector",
+        "e.lora_embedding_B.default": "e.lora_embedding_B",
+        "h.modules_to_save.default.weight": "h.weight",
+        "n.modules_to_save.weight": "n.weight",
+        "t.token_adapter.trainable_tokens_delta.default": (
+            "t.token_adapter.trainable_tokens_delta"
+        ),
+    }
+    save_file(dict.fromkeys(names, A), folder / "adapter_model.safetensors")
+    assert read_files(folder).tensors.keys() == {*names.values()}
+    twice = {"h.modules_to_save.weight": A, "h.weight": A + 1}
+    save_file(twice, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"'h\.weight' twice, with different"):
+        read_files(folder)
+
+
+def test_tensors_without_values_are_refused(tmp_path):
+    folder = write(tmp_path)
+    save_file({"a": A[:0]}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"'a' without values: .* under ZeRO-3"):
+        read_files(folder)

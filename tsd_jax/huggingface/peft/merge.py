@@ -11,7 +11,7 @@ from tsd_jax.huggingface.full_tensors import FullTensor
 from tsd_jax.huggingface.merge import MergedExport, merge_factors
 from tsd_jax.huggingface.merge_tied import is_tied
 from tsd_jax.huggingface.model_folder import CONFIG_FILE
-from tsd_jax.huggingface.names import EMBEDDING
+from tsd_jax.huggingface.names import EMBEDDING, canonical_names
 from tsd_jax.huggingface.peft.base_copies import base_copies, full_on_base
 from tsd_jax.huggingface.peft.files import AdapterFiles
 from tsd_jax.huggingface.peft.full_params import full_of, head_follows
@@ -64,8 +64,9 @@ def full_in_folder(files: AdapterFiles, base: Path) -> dict[str, FullTensor]:
     """
     if not base_copies(files):
         return full_of(files)
-    tied = is_tied(read_json(base / CONFIG_FILE))
-    stored = open_checkpoint(base)
+    config, found = read_json(base / CONFIG_FILE), open_checkpoint(base)
+    tied, family = is_tied(config), str(config.get("model_type"))
+    stored = {new: found[old] for new, old in canonical_names(found, family).items()}
 
     def read(name: str) -> np.ndarray | None:
         tensor = stored.get(EMBEDDING if tied and name not in stored else name)
