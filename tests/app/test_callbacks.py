@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.core import meta
 
 from tests.helpers.trees import small_spec
 from tsd_jax.app import callbacks
+from tsd_jax.binding.linen import adapted
 from tsd_jax.extraction.launch import Extraction
 from tsd_jax.training.auto_launch import AutoLaunchConfig
 from tsd_jax.training.optimizer import make_optimizer
@@ -53,7 +55,8 @@ def test_the_monitor_is_made_at_the_first_check_and_can_be_released(monkeypatch)
 
 def quadratic(variables, batch):
     """A loss whose gradient of K is the batch's own x."""
-    return jnp.sum(variables["params"]["k"] * batch["x"]), jnp.ones(())
+    kernel = adapted(lambda variables: meta.unbox(variables["params"]["k"]))(variables)
+    return jnp.sum(kernel * batch["x"]), jnp.ones(())
 
 
 def launch_of(asked, gradient_batches, released=None):

@@ -15,7 +15,6 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float
 
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import (
@@ -233,7 +232,7 @@ def launch(
     *,
     epsilon: float = EPSILON,
     seed: int = 0,
-    deltas: Mapping[str, Float[Array, "..."]] | None = None,
+    deltas: Mapping[str, Any] | None = None,
     extraction: Extraction | None = None,
     progress: Progress | None = None,
 ) -> tuple[Trainable, AllDirections, dict[str, Ranking]]:
