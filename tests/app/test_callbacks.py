@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.core import meta
 
-from tests.helpers.trees import small_spec
 from tsd_jax.app import callbacks
-from tsd_jax.binding.linen import adapted
+from tsd_jax.binding.linen import adapted, make_spec
+from tsd_jax.core.spec import Rule
 from tsd_jax.extraction.launch import Extraction
 from tsd_jax.training.auto_launch import AutoLaunchConfig
 from tsd_jax.training.optimizer import make_optimizer
 from tsd_jax.training.state import create_state
 
 SETTLES = AutoLaunchConfig(launch_min=1, launch_max=9, every=1, patience=2)
-SPEC = small_spec("dash", shape=(6, 7), directions=3)
+MODEL = nn.Dense(7, use_bias=False)
 
 
 def params():
     kernel = np.random.default_rng(0).normal(size=(6, 7))
-    return {"k": jnp.asarray(kernel, jnp.float32)}
+    return {"kernel": jnp.asarray(kernel, jnp.float32)}
+
+
+RULE = Rule(pattern="kernel", rank=2, directions=3)
+SPEC = make_spec(MODEL.apply, {"params": params()}, [RULE], jnp.eye(6), method="dash")
 
 
 def state(auto_launch=None, step=0):
@@ -30,7 +34,10 @@ def state(auto_launch=None, step=0):
     made = create_state(
         jax.random.key(0), SPEC, optimizer, auto_launch, params=params()
     )
-    return made.replace(step=jnp.int32(step))
+    (adapter,) = made.trainable.adapters.values()
+    learned = {"kernel": adapter.replace(b=jnp.ones_like(adapter.b))}
+    trainable = made.trainable.replace(adapters=learned)
+    return made.replace(step=jnp.int32(step), trainable=trainable)
 
 
 def test_the_monitor_is_made_at_the_first_check_and_can_be_released(monkeypatch):
@@ -55,8 +62,9 @@ def test_the_monitor_is_made_at_the_first_check_and_can_be_released(monkeypatch)
 
 def quadratic(variables, batch):
     """A loss whose gradient of K is the batch's own x."""
-    kernel = adapted(lambda variables: meta.unbox(variables["params"]["k"]))(variables)
-    return jnp.sum(kernel * batch["x"]), jnp.ones(())
+    return jnp.sum(adapted(MODEL.apply)(variables, jnp.eye(6)) * batch["x"]), jnp.ones(
+        ()
+    )
 
 
 def launch_of(asked, gradient_batches, released=None):
@@ -86,11 +94,11 @@ def test_a_launch_by_gradient_ranks_the_batches_that_come_next():
     assert asked == [5, 6]
     draws = [np.random.default_rng(step).normal(size=(6, 7)) for step in asked]
     total = np.sum(draws, axis=0).astype(np.float32).astype(np.float64)
-    left, sigma, right = np.linalg.svd(np.asarray(params()["k"], np.float64))
+    left, sigma, right = np.linalg.svd(np.asarray(params()["kernel"], np.float64))
     change = np.abs(np.einsum("ij,ik,kj->j", left, total, right.T[:, :6]))
     rates = change / (sigma + 1e-6)
     np.testing.assert_array_equal(
-        np.asarray(report["k"].indices).reshape(-1), np.argsort(-rates)[:3]
+        np.asarray(report["kernel"].indices).reshape(-1), np.argsort(-rates)[:3]
     )
 
 
@@ -107,7 +115,7 @@ def test_what_was_ranked_is_written(tmp_path):
     _, report = launch_of([], 0)(state())
     callbacks.rankings_writer(tmp_path)(report)
     with np.load(tmp_path / "directions.npz") as arrays:
-        assert arrays["k/indices"].shape == (1, 3)
+        assert arrays["kernel/indices"].shape == (1, 3)
 
 
 def test_a_state_is_scored_as_the_base_with_its_adapters():
@@ -116,4 +124,4 @@ def test_a_state_is_scored_as_the_base_with_its_adapters():
     assert evaluate(state()) == {}
     (variables,) = seen
     assert set(variables) == {"params"}
-    assert "k" in variables["params"]
+    assert "kernel" in variables["params"]
