@@ -180,5 +180,7 @@ def test_a_quantized_leaf_cannot_train_whole():
     model, params, _ = decoder(jnp.float32)
     rules = [RULE, Full(pattern=r"layers/.*/o_proj/kernel")]
     tokens = jnp.zeros((1, 3), jnp.int32)
-    with pytest.raises(InputError, match=r"o_proj/kernel is quantized .* train whole"):
+    with pytest.raises(
+        InputError, match=r"o_proj/kernel is quantized .* train in full"
+    ):
         make_spec(model.apply, {"params": params}, rules, tokens)

@@ -15,7 +15,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 
 WAY_OUT = (
-    "leave it out of the rules or train it whole; where a module of yours contracts "
+    "leave it out of the rules or train it in full; where a module of yours contracts "
     "it, use this library's einsum there"
 )
 

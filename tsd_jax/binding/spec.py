@@ -23,7 +23,7 @@ from tsd_jax.core.spec import Rule, Spec, build_spec, match_rules
 def split_rules(
     params: Mapping[str, Any], rules: Sequence[Rule | Full]
 ) -> tuple[dict[str, Rule], tuple[FullSpec, ...]]:
-    """Choose parameters by rules: ({kernel path: rule}, what trains whole).
+    """Choose parameters by rules: ({kernel path: rule}, what trains in full).
 
     Args:
       params: {path: array or ShapeDtypeStruct}.
@@ -58,7 +58,7 @@ def traced_spec(
       matched: {path: rule}.
       traced: {path: what the trace told}, None where no method uses the kernel.
       method: name, or of `get_method`.
-      full: what trains whole.
+      full: what trains in full.
 
     Raises:
       InputError: a matched kernel is not used; a rule's layout contradicts the traced

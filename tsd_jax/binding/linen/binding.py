@@ -46,7 +46,7 @@ def make_spec(
     handlers: Mapping[type[nn.Module], Handler] = HANDLERS,
     **kwargs: Any,
 ) -> Spec:
-    """Choose what to adapt or train whole, from one abstract trace of the model.
+    """choose what to adapt or train in full, from one abstract trace of the model.
 
     Nothing is computed: arrays may be ShapeDtypeStructs.
 
@@ -64,7 +64,7 @@ def make_spec(
     Raises:
       InputError: a rule matches nothing; a matched kernel is used by no known module
         in that trace, or in two ways; rank or directions exceed the kernel; what shall
-        train whole is quantized, or has no such rows.
+        train in full is quantized, or has no such rows.
     """
     _check_call(apply_fn, variables)
     params = _parameters(variables)
@@ -96,7 +96,7 @@ def bind(
 
     Returns:
       A new tree with one more leaf, `<kernel>_tsd`, beside every adapted kernel, and
-      the trained value, in the base's type, where a parameter trains whole.
+      the trained value, in the base's type, where a parameter trains in full.
     """
     check_pair(trainable, directions)
     base = paths.select(params, trainable.paths)

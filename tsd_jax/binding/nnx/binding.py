@@ -71,7 +71,7 @@ def make_spec(
     function: Callable = _forward,
     **kwargs: Any,
 ) -> Spec:
-    """Choose what to adapt or train whole, from one abstract trace of the model.
+    """choose what to adapt or train in full, from one abstract trace of the model.
 
     Nothing is computed, and the model is not changed: arrays may be
     ShapeDtypeStructs.
@@ -91,7 +91,7 @@ def make_spec(
     Raises:
       InputError: a rule matches nothing; a matched kernel is used by no known module
         in that trace, or in two ways; rank or directions exceed the kernel; what shall
-        train whole has no such rows.
+        train in full has no such rows.
     """
     known = {path: leaf.get_value() for path, leaf in variables(model).items()}
     odd = [path for path, leaf in known.items() if not hasattr(leaf, "shape")]
