@@ -111,8 +111,8 @@ def full_spec(path: str, leaf: Any, rule: Full) -> FullSpec:
     """
     if isinstance(leaf, meta.AxisMetadata):
         raise InputError(
-            f"{path} is quantized or boxed and cannot train in full: load it in a float "
-            "type, or leave it out of the rules"
+            f"{path} is quantized or boxed and cannot train in full: load it in a "
+            "float type, or leave it out of the rules"
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise InputError(

@@ -46,7 +46,7 @@ def make_spec(
     handlers: Mapping[type[nn.Module], Handler] = HANDLERS,
     **kwargs: Any,
 ) -> Spec:
-    """choose what to adapt or train in full, from one abstract trace of the model.
+    """Choose what to adapt or train in full, from one abstract trace of the model.
 
     Nothing is computed: arrays may be ShapeDtypeStructs.
 

@@ -71,7 +71,7 @@ def make_spec(
     function: Callable = _forward,
     **kwargs: Any,
 ) -> Spec:
-    """choose what to adapt or train in full, from one abstract trace of the model.
+    """Choose what to adapt or train in full, from one abstract trace of the model.
 
     Nothing is computed, and the model is not changed: arrays may be
     ShapeDtypeStructs.
