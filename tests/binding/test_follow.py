@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tsd_jax.binding.follow import follow
+from tsd_jax.binding.follow import follow, primitives
 from tsd_jax.binding.ledger import Ledger
 from tsd_jax.binding.marks import ENTER, Recorder, Region
 from tsd_jax.binding.values import Param, identity
@@ -170,3 +170,12 @@ def test_an_array_that_is_carried_unchanged_is_followed():
         return jax.lax.fori_loop(0, 3, body, (0, k))[0]
 
     assert marks(function, CUBE) == [(7, (0, (0, 1, 2)))]
+
+
+def test_primitives_are_counted_inside_programs_too():
+    @jax.jit
+    def inner(x):
+        return jnp.sin(x)
+
+    program: Any = jax.make_jaxpr(lambda x: jnp.sin(inner(x)))(1.0).jaxpr
+    assert primitives(program)["sin"] == 2

@@ -17,6 +17,7 @@ from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule
 
 KERNEL = Rule(pattern=".*kernel", rank=2, directions=2)
+KERNEL_OF_LINEAR = Rule(pattern="weight", rank=2, directions=2)
 
 
 class Quadratic(nn.Module):
@@ -165,3 +166,28 @@ def test_a_layout_that_contradicts_the_module_is_refused(layout, message):
     rules = [Rule(pattern="body/heads/kernel", rank=1, directions=1, layout=layout)]
     with pytest.raises(InputError, match=f"body/heads/kernel.*{message}"):
         spec_of(net("scan", "tsd")[0], inputs("scan"), rules)
+
+
+def test_a_handler_that_fails_is_one_line():
+    def wrong(module: nn.Module) -> Call:
+        raise AssertionError(module)
+
+    with pytest.raises(
+        InputError, match=r"are watched \(TypeError: .*einsum$"
+    ) as caught:
+        spec_of(
+            Linear(), jnp.ones((2, 4)), [KERNEL_OF_LINEAR], handlers={Linear: wrong}
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_models_own_is_not_ours():
+    class Failing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            nn.Dense(3)(x)
+            if not self.is_initializing():
+                raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        spec_of(Failing(), jnp.ones((2, 4)), [KERNEL])

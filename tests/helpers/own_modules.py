@@ -232,7 +232,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "looks up": (TableAndHead(), "read by index"),
     "maps variables": (Mapped(), "is multiplied"),
     "own dot_general": (OwnDot(), "product is multiplied"),
-    "no input": (Normalised(), "no plain input"),
+    "no input": (Normalised(), "with what its method computes"),
     "convolves": (nn.Conv(WIDTH, (3,)), "is convolved in"),
     "spectral norm": (Spectral(), ""),
     "weight norm": (nn.WeightNorm(nn.Dense(WIDTH)), ""),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tsd_jax.binding.follow import inner_programs
 from tsd_jax.core import paths
 from tsd_jax.core.adapter import (
     Adapter,
@@ -104,10 +105,8 @@ def _epsilon(base: Callable[[], list[jax.Array]]) -> float:
             ]
             floating = [t for t in types if t and jnp.issubdtype(t, jnp.floating)]
             found.extend(jnp.finfo(t).eps for t in floating)
-            for inner in equation.params.values():
-                program = getattr(inner, "jaxpr", inner)
-                if hasattr(program, "eqns"):
-                    walk(program)
+            for inner in inner_programs(equation):
+                walk(inner)
 
     walk(jax.make_jaxpr(base)().jaxpr)
     return float(max(found))

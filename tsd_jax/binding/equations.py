@@ -166,7 +166,7 @@ def _dot(equation: Any, inputs: list[Value], ledger: Ledger) -> list[Value]:
     at = places[0]
     kernel, other = inputs[at], inputs[1 - at]
     if not isinstance(other, Input) or not isinstance(kernel, Param):
-        words = "is contracted with what is no plain input of its method"
+        words = "is contracted with what its method computes, not with an input,"
         return lose(equation, inputs, ledger, words)
     contracted, batch = equation.params["dimension_numbers"]
     sums, stays = (

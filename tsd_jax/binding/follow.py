@@ -8,6 +8,7 @@ cannot be followed is noted as a use of the parameter.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,7 @@ from jax.extend import core as jex
 from tsd_jax.binding.equations import EQUATIONS, Rule, lose
 from tsd_jax.binding.ledger import Ledger
 from tsd_jax.binding.marks import CLAIM, ENTER, LEAVE
-from tsd_jax.binding.values import (
-    Param,
-    Value,
-)
+from tsd_jax.binding.values import Param, Value
 
 
 def follow(jaxpr: jex.Jaxpr, values: Sequence[Value], ledger: Ledger) -> list[Value]:
@@ -68,17 +66,34 @@ def _alive(jaxpr: jex.Jaxpr) -> set[int]:
 
 def _kept(equation: Any) -> bool:
     """Return whether an equation is a mark, or may hold some."""
-    return equation.primitive in _MARKS or bool(_programs(equation))
+    return equation.primitive in _MARKS or bool(inner_programs(equation))
 
 
-def _programs(equation: Any) -> list[jex.Jaxpr]:
-    """Return the programs inside an equation."""
+def inner_programs(equation: Any) -> list[jex.Jaxpr]:
+    """Return the programs inside an equation.
+
+    Args:
+      equation: of a program.
+    """
     found = []
     for value in equation.params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
             inner = each.jaxpr if isinstance(each, jex.ClosedJaxpr) else each
             if isinstance(inner, jex.Jaxpr):
                 found.append(inner)
+    return found
+
+
+def primitives(jaxpr: jex.Jaxpr) -> Counter[str]:
+    """Count the equations of a program and of those inside it, by primitive.
+
+    Args:
+      jaxpr: the program.
+    """
+    found = Counter(equation.primitive.name for equation in jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for inner in inner_programs(equation):
+            found += primitives(inner)
     return found
 
 
@@ -179,7 +194,7 @@ def _cond(equation: Any, inputs: list[Value], ledger: Ledger) -> list[Value]:
 
 def _other(equation: Any, inputs: list[Value], ledger: Ledger) -> list[Value]:
     """Enter what calls a program with its own inputs: jit, remat, custom rules."""
-    for inner in _programs(equation):
+    for inner in inner_programs(equation):
         shapes = [
             [getattr(atom.aval, "shape", ()) for atom in atoms]
             for atoms in (

@@ -141,7 +141,7 @@ def with_arrays_apart(
 def trace(
     params: Mapping[str, Any],
     candidates: Sequence[str],
-    run: Callable[[Recorder, dict[str, Any], Any], Any],
+    run: Callable[[Recorder | None, dict[str, Any], Any], Any],
     rest: Any,
 ) -> dict[str, Traced | None]:
     """Trace a model once, abstractly, and follow its parameters.
@@ -149,7 +149,7 @@ def trace(
     Args:
       params: {path: array or ShapeDtypeStruct} of all that can be told apart.
       candidates: paths of those to be adapted.
-      run: (recorder, {path: value}, rest) -> outputs of the model.
+      run: (recorder or None, {path: value}, rest) -> outputs of the model.
       rest: tree of all other arrays.
 
     Returns:
@@ -165,15 +165,15 @@ def trace(
         jax.ShapeDtypeStruct(shape, params[path].dtype)
         for path, shape in zip(names, shapes, strict=True)
     ]
-    with recording() as recorder:
-        call, arrays = with_arrays_apart(
-            lambda values, rest: _outputs(
-                run(recorder, dict(zip(names, values, strict=True)), rest)
-            ),
-            values,
-            rest,
-        )
-        program = jax.make_jaxpr(call)(arrays).jaxpr
+
+    def program_of(recorder: Recorder | None) -> Any:
+        def outputs(values: list, rest: Any) -> list:
+            return _outputs(run(recorder, dict(zip(names, values, strict=True)), rest))
+
+        call, arrays = with_arrays_apart(outputs, values, rest)
+        return jax.make_jaxpr(call)(arrays).jaxpr
+
+    recorder, program = _recorded(program_of)
     ledger = Ledger(recorder, range(len(candidates)))
     known = [Param(n, identity("k", shape)) for n, shape in enumerate(shapes)]
     others = [None] * (len(program.invars) - len(known))
@@ -181,6 +181,23 @@ def trace(
         ledger.consume(value, "is returned by the model")
     reader = Reader(ledger, names, shapes)
     return {path: reader.read(n) for n, path in enumerate(candidates)}
+
+
+def _recorded(program_of: Callable[[Recorder | None], Any]) -> tuple[Recorder, Any]:
+    """Trace with marks; where that alone fails, say so in one line."""
+    try:
+        with recording() as recorder:
+            return recorder, program_of(recorder)
+    except InputError:
+        raise
+    except Exception as error:
+        program_of(None)  # raises, where the model itself is at fault
+        kind, first = type(error).__name__, str(error).partition("\n")[0]
+        raise InputError(
+            "the model can be traced, but not while its methods and handlers are "
+            f"watched ({kind}: {first}); contract what is to be adapted by this "
+            "library's einsum"
+        ) from error
 
 
 def _outputs(tree: Any) -> list:

@@ -199,3 +199,22 @@ def test_axes_changed_on_the_way_are_refused():
     for function in (in_groups, narrowed):
         with pytest.raises(InputError, match=r"kernel (is cut|has its axes changed)"):
             layouts_of(layers, function)
+
+
+class Exact(nnx.Module):
+    """Do something else where a layer is of a subclass."""
+
+    def __init__(self):
+        self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        y = self.layer(x)
+        return y if type(self.layer) is nnx.Linear else -y
+
+
+def test_a_model_that_asks_for_an_exact_class_is_refused():
+    rules = [Rule(pattern=".*kernel", rank=2, directions=2)]
+    with pytest.raises(
+        InputError, match=r"where a Linear is of a subclass.*isinstance"
+    ):
+        make_spec(nnx.eval_shape(Exact), rules, jnp.ones((2, 4)))

@@ -43,8 +43,10 @@ def trace_calls(
         if path in candidates or not hasattr(leaf, "unbox")
     }
 
-    def run(recorder: Recorder, values: dict[str, Any], rest: Any) -> Any:
+    def run(recorder: Recorder | None, values: dict[str, Any], rest: Any) -> Any:
         variables, args, kwargs = rest
+        if recorder is None:
+            return apply_fn(variables, *args, **kwargs)
         tags = {
             path + TAG: Tag(number, recorder.number)
             for number, path in enumerate(candidates)

@@ -273,18 +273,8 @@ def einsum(
 ) -> jax.Array:
     """Contract x with a parameter of a module of your own, adapters included.
 
-        y = einsum(subscripts, x, kernel) + einsum(subscripts, x, dK)
-
-    To be called inside the module, in the place of `jnp.einsum`; the same function
-    where no adapter is bound. `make_spec` and `bind` need no handler for it.
-
-    Args:
-      module: the module, mostly `self`.
-      subscripts: "x,kernel->y" as for `jnp.einsum`, the kernel as it is stored.
-      x: the first operand.
-      kernel: name of the `nnx.Param`.
-      dtype: both operands are cast to it first; None leaves them as they are.
-      **settings: of `jnp.einsum`.
+    As `tsd_jax.einsum` for Linen: called inside the module, in the place of
+    `jnp.einsum`, with `kernel` the attribute that holds the `nnx.Param`.
     """
     return run_einsum(
         EinsumCall(subscripts, x, dtype, settings),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 from tsd_jax.binding.calls import Handler
+from tsd_jax.binding.follow import primitives
 from tsd_jax.binding.marks import Recorder
 from tsd_jax.binding.nnx.methods import SOURCES, owners, see_calls, variables
 from tsd_jax.binding.sites import Traced
-from tsd_jax.binding.spec import trace
+from tsd_jax.binding.spec import trace, with_arrays_apart
+from tsd_jax.core.errors import InputError
 
 
 def trace_calls(
@@ -37,9 +41,11 @@ def trace_calls(
     """
     graphdef, state = nnx.split(model, graph=True)
 
-    def run(recorder: Recorder, values: dict[str, Any], rest: Any) -> Any:
+    def run(recorder: Recorder | None, values: dict[str, Any], rest: Any) -> Any:
         state, args, kwargs = rest
         copy = nnx.merge(graphdef, state)
+        if recorder is None:
+            return function(copy, *args, **kwargs)
         known = variables(copy)
         for path, value in values.items():
             known[path].set_value(value)
@@ -49,5 +55,42 @@ def trace_calls(
             see_calls(module, handlers)
         return function(copy, *args, **kwargs)
 
+    _check_classes(model, candidates, handlers, function, args, kwargs)
     arrays = {path: leaf.get_value() for path, leaf in variables(model).items()}
     return trace(arrays, candidates, run, (state, args, kwargs))
+
+
+def _check_classes(
+    model: nnx.Module,
+    candidates: tuple[str, ...],
+    handlers: Mapping[type[nnx.Module], Handler],
+    function: Callable,
+    args: tuple,
+    kwargs: dict,
+) -> None:
+    """Refuse a model that does something else where a module is of a subclass."""
+    graphdef, state = nnx.split(model, graph=True)
+    kinds: set[str] = set()
+
+    def run(seen: bool, state: Any, args: tuple, kwargs: dict) -> list[Any]:
+        copy = nnx.merge(graphdef, state)
+        known = variables(copy)
+        wanted = {id(known[path]): path for path in candidates}
+        for module, _ in list(owners(copy, wanted)) if seen else ():
+            kinds.add(type(module).__name__)
+            see_calls(module, handlers)
+        outputs = jax.tree.leaves(function(copy, *args, **kwargs))
+        return [leaf for leaf in outputs if isinstance(leaf, jax.Array)]
+
+    programs = []
+    for seen in (False, True):
+        call, arrays = with_arrays_apart(
+            functools.partial(run, seen), state, args, kwargs
+        )
+        programs.append(primitives(jax.make_jaxpr(call)(arrays).jaxpr))
+    if programs[0] != programs[1]:
+        raise InputError(
+            f"the model does something else where a {' or '.join(sorted(kinds))} is of "
+            "a subclass of its class, as bound modules are: let it ask isinstance(...) "
+            "and not type(...)"
+        )
