@@ -48,7 +48,7 @@ def labelled(tmp_path):
             '[{"instruction": "a", "output": "b"}, {"output": "c"}]',
             r"row 2 .*instruction",
         ),
-        ("[]", r"holds no rows"),
+        ("[]", r"has no rows; give a file with at least one"),
         ("", r"is empty"),
         ("{", r"is not JSON"),
     ],

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.trees import random_all, small_spec
+from tests.helpers.trees import random_all, small_spec, trained
 from tsd_jax.core.adapter import merge
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import (
@@ -178,7 +178,7 @@ def test_only_the_rows_receive_a_gradient():
 
 def test_launch_passes_parts_on_untouched():
     spec, params = spec_with_parts("dash"), base()
-    trainable, _ = random_all(1, small_spec("dash"), 0.1)
+    trainable, _ = trained(1, small_spec("dash"))
     parts = random_parts(2)
     launched, directions, report = launch(params, trainable.replace(full=parts), spec)
     assert set(launched.adapters) == {"k", "stack"}

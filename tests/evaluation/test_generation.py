@@ -269,7 +269,11 @@ def test_an_adapted_model_generates_as_the_merged_one(params, expected):
     tokens, mask = left_padded(PROMPTS)
     spec = tsd.make_spec(APPLY, {"params": params}, rules, tokens, method="dash")
     trainable, directions = tsd.init(jax.random.key(0), spec)
-    trainable = jax.tree.map(lambda leaf: leaf + 0.1, trainable)
+    learned = {
+        path: each.replace(a=each.a + 0.1, b=each.b + 0.1)
+        for path, each in trainable.adapters.items()
+    }
+    trainable = trainable.replace(adapters=learned)
     trainable, directions, _ = tsd.launch(params, trainable, spec)
     trainable = jax.tree.map(lambda leaf: leaf + 0.1, trainable)
     run = functools.partial(generate, tokens=tokens, mask=mask, eos_ids=NEVER)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.oracle import core_directions, geometric, spectrum_kernel
 from tests.helpers.trees import small_spec, trained
-from tsd_jax.core.adapter import Trainable, delta, merge
+from tsd_jax.core.adapter import delta, merge
 from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.extraction.knee import knee
@@ -176,10 +176,6 @@ def delta_of(trainable):
 @methods
 def test_gains_start_at_zero(method):
     spec, params, trainable = problem(method, (6, 9))
-    if spec.method.gains:  # even if somebody trained them
-        gain = jnp.ones_like(trainable.adapters["k"].gain)
-        adapter = trainable.adapters["k"].replace(gain=gain)
-        trainable = Trainable(adapters={"k": adapter})
     new, _, _ = launch(params, trainable, spec)
     gain = new.adapters["k"].gain
     assert (gain is None) if not spec.method.gains else (np.asarray(gain) == 0).all()
