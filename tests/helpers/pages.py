@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +94,15 @@ def run_python(page: str, *, foreign: bool = False) -> dict[str, Any]:
     Returns:
       The names that the page has defined.
     """
-    names: dict[str, Any] = {"__name__": f"page {page}"}
+    # A module of its own, where dataclasses look their annotations up.
+    module = types.ModuleType(f"page {page}")
+    sys.modules[module.__name__] = module
+    names: dict[str, Any] = vars(module)
     for block, expected in _steps(page, foreign):
         # Padded, so that errors name the page's own line.
-        code = compile("\n" * block.line + block.body, str(ROOT / page), "exec")
+        code = compile(
+            "\n" * block.line + block.body, str(ROOT / page), "exec", dont_inherit=True
+        )
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, names)
