@@ -100,9 +100,8 @@ def run_python(page: str, *, foreign: bool = False) -> dict[str, Any]:
     names: dict[str, Any] = vars(module)
     for block, expected in _steps(page, foreign):
         # Padded, so that errors name the page's own line.
-        code = compile(
-            "\n" * block.line + block.body, str(ROOT / page), "exec", dont_inherit=True
-        )
+        source = "\n" * block.line + block.body
+        code = compile(source, str(ROOT / page), "exec", dont_inherit=True)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, names)
