@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_refused(saved, state, tmp_path, files, harm):
 
 
 def test_a_step_that_is_there_is_left_alone(saved, state, tmp_path):
-    """A run that goes on from it and stops at once saves it again."""
+    """A run that resumes from it and stops at once saves it again."""
     folder = shutil.copytree(saved, tmp_path / "checkpoints")
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(7, number(5, abstract()))

@@ -73,19 +73,24 @@ class Problem(NamedTuple):
     state: TrainState
 
 
-@functools.cache
-def problem(method: str) -> Problem:
-    params = mlp_params()
-    spec = mlp_spec(params, method)
-    optimizer = make_optimizer(
-        make_schedule(PEAK, steps=STEPS, warmup=WARMUP),
-        make_schedule(GAIN_PEAK, steps=STEPS, warmup=WARMUP),
+def reference_optimizer(steps: int) -> optax.GradientTransformation:
+    """Return the optimizer that the equations follow."""
+    return make_optimizer(
+        make_schedule(PEAK, steps=steps, warmup=WARMUP),
+        make_schedule(GAIN_PEAK, steps=steps, warmup=WARMUP),
         b1=B1,
         b2=B2,
         eps=ADAM_EPSILON,
         weight_decay=DECAY,
         clip_norm=CLIP,
     )
+
+
+@functools.cache
+def problem(method: str) -> Problem:
+    params = mlp_params()
+    spec = mlp_spec(params, method)
+    optimizer = reference_optimizer(STEPS)
     create = functools.partial(create_state, spec=spec, optimizer=optimizer)
     state = jax.jit(create)(jax.random.key(0))
     return Problem(params, spec, optimizer, jax.tree.map(np.asarray, state))

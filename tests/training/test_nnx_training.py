@@ -30,13 +30,15 @@ from tests.helpers.mlp import (
     mlp_batch,
     mlp_params,
 )
-from tests.helpers.reference import (
-    ADAM_EPSILON,
-    B1,
-    B2,
-    Layer,
-    Network,
-    linear_schedule,
+from tests.helpers.reference import Layer, Network, linear_schedule
+from tests.training.test_equations import (
+    CLIP,
+    DECAY,
+    GAIN_PEAK,
+    GAMMAS,
+    PEAK,
+    WARMUP,
+    reference_optimizer,
 )
 from tsd_jax.binding.linen import adapted, bind_variables
 from tsd_jax.core import paths
@@ -45,15 +47,13 @@ from tsd_jax.evaluation.loss import next_token_loss
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.gradient_discovery import KernelGradients
 from tsd_jax.training.loop import LoopCallbacks, LoopConfig, run
-from tsd_jax.training.optimizer import make_optimizer, make_schedule
 from tsd_jax.training.recorder import Recorder
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import launch_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, WARMUP, LAUNCH = 10, 2, 4
-PEAK, GAIN_PEAK, CLIP, DECAY = 0.02, 0.05, 0.3, 0.1
-GAMMAS = {"up/kernel": 6.0 / 3, "down/kernel": 3.0 / np.sqrt(4)}
+STEPS, LAUNCH = 10, 4
+TOKEN = jnp.zeros((1, 1), jnp.int32)
 CONFIG = LoopConfig(
     steps=STEPS, launch_step=LAUNCH, log_every=1, checkpoint_every=2, eval_every=0
 )
@@ -82,20 +82,12 @@ def problem() -> tuple[Any, ...]:
         known[module][name].set_value(value)
     nnx.update(model, known)
     spec = tsd.nnx.make_spec(model, RULES, jnp.zeros((1, 1), jnp.int32), method="tsd")
-    optimizer = make_optimizer(
-        make_schedule(PEAK, steps=STEPS, warmup=WARMUP),
-        make_schedule(GAIN_PEAK, steps=STEPS, warmup=WARMUP),
-        b1=B1,
-        b2=B2,
-        eps=ADAM_EPSILON,
-        weight_decay=DECAY,
-        clip_norm=CLIP,
-    )
+    optimizer = reference_optimizer(STEPS)
     return model, tsd.nnx.params(model), spec, optimizer
 
 
 @functools.cache
-def loop_parts() -> LoopCallbacks:
+def loop_callbacks() -> LoopCallbacks:
     """Build what the loop calls, once: the step is compiled by every run anew."""
     model, params, spec, optimizer = problem()
     return LoopCallbacks(
@@ -120,9 +112,9 @@ def go(workdir: Path, batch: Callable[[int], Any] = mlp_batch) -> TrainState:
         state = start() if saved.latest is None else saved.restore(start())
         begun, launched = int(state.step), bool(state.launched)
         with Recorder(workdir, steps=STEPS, start=begun, launched=launched) as log:
-            parts = dataclasses.replace(loop_parts(), batch=batch)
+            callbacks = dataclasses.replace(loop_callbacks(), batch=batch)
             key = jax.random.key(0)
-            return run(state, params, key, parts, CONFIG, log, saved)[0]
+            return run(state, params, key, callbacks, CONFIG, log, saved)[0]
 
 
 @functools.cache
@@ -159,7 +151,7 @@ class Crash(Exception):  # noqa: N818
 
 @pytest.mark.parametrize("crash", [None, 3, 7], ids=["whole", "before", "after"])
 def test_an_nnx_model_trains_by_the_equations(tmp_path, crash):
-    """Also where it goes on from a checkpoint, before launch and after it."""
+    """Also where it resumes from a checkpoint, before launch and after it."""
 
     def crashing(step: int) -> Any:
         if step == crash:

@@ -243,7 +243,7 @@ def is_adam(node: Any) -> bool:
 
 @pytest.mark.parametrize("method", ["dash", "tsd"])
 def test_launch_state(method):
-    """What goes on, what starts again; the moments by group."""
+    """What continues and what restarts; the moments by group."""
     optimizer = make_optimizer(1e-2, 1e-2)
     state, spec = new_state(method, optimizer)
     step = make_train_step(LOSS, bind_variables, optimizer)

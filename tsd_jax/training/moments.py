@@ -1,11 +1,11 @@
 """What launch resets in an optimizer's state: moments restart, schedules continue.
 
 Before launch the gains' gradients are exactly zero (L = R = 0), so they move nothing
-and add nothing to the clipping norm. What must not run on over the launch is a count
-such as Adam's: bias correction would take the gains' first gradients for the end of a
-long run of zeros and more than double the update. And what was gathered for the old A
-and B says nothing about the new ones. So the state of every group that launch restarts
-becomes what it was at the start, but for the counts that schedules read.
+and add nothing to the clipping norm. But a count such as Adam's must not continue past
+launch: bias correction would take the gains' first gradients for the end of a long run
+of zeros and more than double the update. Moments of the old A and B do not apply to the
+new ones either. So the state of every group that launch restarts becomes its initial
+state, except for the counts that schedules read.
 """
 
 from __future__ import annotations
