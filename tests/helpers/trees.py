@@ -93,8 +93,13 @@ def random_all(
 def trained(seed: int, spec: Spec, scale: float = 0.1):
     """Fill A and B alone: what stands before launch, gains and directions zero."""
     trainable, directions = random_all(seed, spec, scale)
+    return without_gains(trainable), zeros(directions)
+
+
+def without_gains(trainable: Trainable) -> Trainable:
+    """Return what trains with gains of zero, as they are before launch."""
     adapters = {
         path: adapter.replace(gain=zeros(adapter.gain))
         for path, adapter in trainable.adapters.items()
     }
-    return Trainable(adapters=adapters), zeros(directions)
+    return trainable.replace(adapters=adapters)

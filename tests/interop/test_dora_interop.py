@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import transformers
 
+from tests.helpers.trees import without_gains
 from tests.interop.test_peft_interop import (
     ALL,
     TOKENS,
@@ -107,6 +108,7 @@ def trained(model, params, method, *, launched=True, rules=DORA[:1]):
     trainable, directions = init(jax.random.key(0), spec, params=params)
     trainable = moved(trainable, 1)
     if spec.method.launches and launched:
+        trainable = without_gains(trainable)
         trainable, directions, _ = launch(params, trainable, spec)
         trainable = moved(trainable, 20)
     return spec, trainable, directions

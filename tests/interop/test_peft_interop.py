@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
+from tests.helpers.trees import without_gains
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
@@ -88,15 +89,6 @@ def our_model(base, *, scan_layers=True):
     config = read_config(base)
     params = load_params(base, config, scan_layers=scan_layers)
     return Decoder(config, scan_layers=scan_layers), params
-
-
-def without_gains(trainable):
-    """Put the gains back to 0, as they are until launch."""
-    adapters = {
-        path: each.replace(gain=jax.tree.map(jnp.zeros_like, each.gain))
-        for path, each in trainable.adapters.items()
-    }
-    return trainable.replace(adapters=adapters)
 
 
 def trained(model, params, rules, method):

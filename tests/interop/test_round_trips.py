@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.decoders import PUBLISHED, inputs, write_decoder
-from tests.helpers.trees import filled
+from tests.helpers.trees import filled, without_gains
 from tsd_jax import huggingface
 from tsd_jax.binding.linen import adapted, bind, make_spec
 from tsd_jax.core.initialization import init
@@ -93,7 +93,9 @@ def launched(model, params, rules, method):
     """Adapters as after a run: random A and B, launch, and random steps after it."""
     spec = make_spec(model.apply, {"params": params}, rules, TOKENS, method=method)
     trainable, _ = init(jax.random.key(0), spec)
-    trainable, directions, _ = launch(params, filled(1, trainable, 0.2), spec)
+    trainable, directions, _ = launch(
+        params, without_gains(filled(1, trainable, 0.2)), spec
+    )
     moved = filled(2, trainable, 0.1)
     return jax.tree.map(jnp.add, trainable, moved), directions
 

@@ -81,7 +81,7 @@ def problem() -> tuple[Any, ...]:
         module, name = path.split("/")
         known[module][name].set_value(value)
     nnx.update(model, known)
-    spec = tsd.nnx.make_spec(model, RULES, jnp.zeros((1, 1), jnp.int32), method="tsd")
+    spec = tsd.nnx.make_spec(model, RULES, TOKEN, method="tsd")
     optimizer = reference_optimizer(STEPS)
     return model, tsd.nnx.params(model), spec, optimizer
 
@@ -185,9 +185,10 @@ def test_an_nnx_models_gradients_are_those_of_its_linen_twin():
         LOSS, tsd.nnx.make_bind(model), start(), params, spec, batches
     )
     linen = next_token_loss(adapted(Mlp().apply))
-    theirs = KernelGradients(
-        linen, bind_variables, start(), mlp_params(), spec, batches
-    )
+    variables = {"params": mlp_params()}
+    twin = tsd.make_spec(Mlp().apply, variables, RULES, TOKEN, method="tsd")
+    state = create_state(jax.random.key(0), twin, reference_optimizer(STEPS))
+    theirs = KernelGradients(linen, bind_variables, state, mlp_params(), twin, batches)
     assert set(ours) == set(theirs) == set(PATHS)
     for path in PATHS:
         np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-5, atol=1e-6)

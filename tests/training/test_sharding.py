@@ -6,10 +6,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.helpers.trees import method_of, small_spec
+from tests.helpers.trees import method_of, small_spec, trained
 from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
-from tsd_jax.core.initialization import init
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule, kernel_spec
 from tsd_jax.extraction.launch import launch
@@ -240,7 +239,7 @@ def test_launch_gives_its_results_the_shardings_of_the_adapter(mesh, sizes, axes
     spec = small_spec("tsd", shape=sizes, layout=layout)
     kernel = np.random.default_rng(0).normal(size=sizes).astype(np.float32)
     want = adapter_shardings(spec.kernels[0], NamedSharding(mesh, axes))
-    trainable, directions = init(jax.random.key(0), spec)
+    trainable, directions = trained(0, spec)
     put = jax.device_put((trainable.adapters["k"], directions["k"]), want)
     whole = jax.device_put(kernel, NamedSharding(mesh, P()))
     got = launch({"k": whole}, Trainable(adapters={"k": put[0]}), spec)
