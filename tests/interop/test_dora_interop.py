@@ -255,7 +255,7 @@ def test_merged_checkpoints_and_saved_adapters_are_the_same_model(base, tmp_path
     close(np.asarray(model.apply({"params": whole}, TOKENS)), ours)
     file = tmp_path / "adapter.safetensors"
     save_adapter(file, trainable, directions, spec, launched=True)
-    saved = load_adapter(file)
+    saved = load_adapter(file, spec)
     assert saved.spec == spec
     again = our_logits(model, params, saved.trainable, saved.directions)
     np.testing.assert_array_equal(again, ours)
