@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -255,7 +256,8 @@ def test_merged_checkpoints_and_saved_adapters_are_the_same_model(base, tmp_path
     close(np.asarray(model.apply({"params": whole}, TOKENS)), ours)
     file = tmp_path / "adapter.safetensors"
     save_adapter(file, trainable, directions, spec, launched=True)
+    untraced = tuple(dataclasses.replace(each, calls=()) for each in spec.kernels)
+    assert load_adapter(file).spec == dataclasses.replace(spec, kernels=untraced)
     saved = load_adapter(file, spec)
-    assert saved.spec == spec
     again = our_logits(model, params, saved.trainable, saved.directions)
     np.testing.assert_array_equal(again, ours)

@@ -17,27 +17,26 @@ import optax
 import pytest
 
 from tests.helpers.mlp import PATHS, RULES, Mlp, mlp_batch, mlp_params, mlp_spec
-from tests.helpers.reference import (
-    ADAM_EPSILON,
-    B1,
-    B2,
-    Layer,
-    Network,
-    linear_schedule,
+from tests.helpers.reference import Layer, Network, linear_schedule
+from tests.helpers.reference_run import (
+    CLIP,
+    DECAY,
+    GAIN_PEAK,
+    GAMMAS,
+    PEAK,
+    WARMUP,
+    reference_optimizer,
 )
 from tests.helpers.trees import method_of
 from tsd_jax.binding.linen import adapted, bind_variables
 from tsd_jax.core.adapter import Adapter, Directions
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.loss import next_token_loss
-from tsd_jax.training.optimizer import make_optimizer, make_schedule
 from tsd_jax.training.state import TrainState, create_state
 from tsd_jax.training.step import LossFn, launch_state, make_train_step
 
 METHODS = ["lora", "dash", "init", "tsd", "init+keep", "tsd+keep"]
-GAMMAS = {"up/kernel": 6.0 / 3, "down/kernel": 3.0 / np.sqrt(4)}
-STEPS, WARMUP, LAUNCH = 13, 2, 6
-PEAK, GAIN_PEAK, CLIP, DECAY = 0.02, 0.05, 0.3, 0.1
+STEPS, LAUNCH = 13, 6
 
 
 class Trace(NamedTuple):
@@ -71,19 +70,6 @@ class Problem(NamedTuple):
     spec: Spec
     optimizer: optax.GradientTransformation
     state: TrainState
-
-
-def reference_optimizer(steps: int) -> optax.GradientTransformation:
-    """Return the optimizer that the equations follow."""
-    return make_optimizer(
-        make_schedule(PEAK, steps=steps, warmup=WARMUP),
-        make_schedule(GAIN_PEAK, steps=steps, warmup=WARMUP),
-        b1=B1,
-        b2=B2,
-        eps=ADAM_EPSILON,
-        weight_decay=DECAY,
-        clip_norm=CLIP,
-    )
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from tests.helpers.mlp import (
     mlp_params,
 )
 from tests.helpers.reference import Layer, Network, linear_schedule
-from tests.training.test_equations import (
+from tests.helpers.reference_run import (
     CLIP,
     DECAY,
     GAIN_PEAK,

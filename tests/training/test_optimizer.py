@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers.trees import filled, pair_shapes, small_spec, zeros
+from tests.helpers.trees import filled, pair_shapes, small_spec, without_gains, zeros
 from tsd_jax.core.adapter import Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import FullParam, FullSpec
@@ -88,12 +88,6 @@ def tree(seed: int | None) -> Any:
     """Return an adapter of random numbers, or of zeros."""
     shapes = of(pair_shapes(SPEC.kernels[0])[0])
     return zeros(shapes) if seed is None else filled(seed, shapes)
-
-
-def without_gains(grads: Any) -> Any:
-    """Return the gradients before launch, where L = R = 0."""
-    adapter = grads.adapters["k"]
-    return of(adapter.replace(gain=jnp.zeros_like(adapter.gain)))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ pairs of channels.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from tsd_jax.core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(abc.ABC):
     """A change of the angles position · theta^(-2i/H).
 
     Raises:
@@ -46,12 +47,14 @@ class RopeScaling:
         Raises:
           InputError: it is not.
         """
+        del width, theta  # defined for all heads, unless a subclass says otherwise
 
     @property
     def magnitude(self) -> float:
         """The factor of cos and sin."""
         return 1.0
 
+    @abc.abstractmethod
     def frequencies(self, width: int, theta: float, length: Array) -> Array:
         """Return the angle per position of each pair, (H/2,) float32.
 
@@ -60,7 +63,6 @@ class RopeScaling:
           theta: base of the frequencies.
           length: largest position of the call plus one, () int32.
         """
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
