@@ -42,7 +42,7 @@ def base(dtype: str = "float32") -> dict:
     return leaves | kernels
 
 
-def spec_with_parts(method: str = "tsd") -> Spec:
+def spec_with_full_params(method: str = "tsd") -> Spec:
     spec = small_spec(method)
     return Spec(spec.kernels, spec.method, PARTS)
 
@@ -50,9 +50,9 @@ def spec_with_parts(method: str = "tsd") -> Spec:
 def test_what_trains_is_counted():
     assert [part.value_shape for part in PARTS] == [(5,), (2, 3), (3, 2)]
     assert [part.trainable for part in PARTS] == [5, 6, 6]
-    assert spec_with_parts().trainable == small_spec("tsd").trainable + 17
-    assert spec_with_parts().paths == ("k", "stack")
-    assert hash(spec_with_parts()) == hash(spec_with_parts())
+    assert spec_with_full_params().trainable == small_spec("tsd").trainable + 17
+    assert spec_with_full_params().paths == ("k", "stack")
+    assert hash(spec_with_full_params()) == hash(spec_with_full_params())
 
 
 def test_rules_of_both_kinds_stand_in_one_list_and_the_first_wins():
@@ -98,9 +98,11 @@ def test_a_parameter_must_be_a_float_array_with_such_rows():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parts_start_at_the_bases_values_in_float32(dtype):
+def test_full_parameters_start_at_the_bases_values_in_float32(dtype):
     params = base(dtype)
-    trainable, directions = init(jax.random.key(0), spec_with_parts(), params=params)
+    trainable, directions = init(
+        jax.random.key(0), spec_with_full_params(), params=params
+    )
     assert list(directions) == ["k", "stack"]
     assert list(trainable.full) == [part.path for part in PARTS]
     assert list(trainable.adapters) == ["k", "stack"]
@@ -125,16 +127,16 @@ def test_a_start_shares_no_memory_with_the_base():
 
 def test_a_start_without_a_fitting_base_is_refused():
     with pytest.raises(InputError, match=r"norm/scale trains in full .* give params"):
-        init(jax.random.key(0), spec_with_parts())
+        init(jax.random.key(0), spec_with_full_params())
     params = base()
     params["norm"] = {"scale": jnp.ones(4)}
     with pytest.raises(InputError, match=r"norm/scale has shape \(4,\).*\(5,\)"):
-        init(jax.random.key(0), spec_with_parts(), params=params)
+        init(jax.random.key(0), spec_with_full_params(), params=params)
     with pytest.raises(InputError, match="no 'norm/scale'"):
-        init(jax.random.key(0), spec_with_parts(), params={**params, "norm": {}})
+        init(jax.random.key(0), spec_with_full_params(), params={**params, "norm": {}})
 
 
-def random_parts(seed: int) -> dict[str, FullParam]:
+def random_full_params(seed: int) -> dict[str, FullParam]:
     rng = np.random.default_rng(seed)
     return {
         part.path: FullParam(
@@ -148,7 +150,7 @@ def random_parts(seed: int) -> dict[str, FullParam]:
 def test_merge_puts_trained_values_in_place(dtype):
     params = base("bfloat16")
     trainable, directions = random_all(1, small_spec("tsd"))
-    parts = random_parts(2)
+    parts = random_full_params(2)
     merged = merge(params, trainable.replace(full=parts), directions, dtype)
     alone = merge(params, trainable, directions, dtype)
     np.testing.assert_array_equal(merged["k"], alone["k"])
@@ -170,16 +172,16 @@ def test_merge_puts_trained_values_in_place(dtype):
 
 
 def test_only_the_rows_receive_a_gradient():
-    leaf, part = jnp.ones((7, 3)), random_parts(0)["embed/embedding"]
+    leaf, part = jnp.ones((7, 3)), random_full_params(0)["embed/embedding"]
     weight = jnp.arange(21.0).reshape(7, 3)
     grad = jax.grad(lambda part: jnp.sum(place_full(leaf, part) * weight))(part)
     np.testing.assert_array_equal(grad.value, np.arange(21.0).reshape(7, 3)[4:6])
 
 
-def test_launch_passes_parts_on_untouched():
-    spec, params = spec_with_parts("dash"), base()
+def test_launch_passes_full_parameters_on_untouched():
+    spec, params = spec_with_full_params("dash"), base()
     trainable, _ = trained(1, small_spec("dash"))
-    parts = random_parts(2)
+    parts = random_full_params(2)
     launched, directions, report = launch(params, trainable.replace(full=parts), spec)
     assert set(launched.adapters) == {"k", "stack"}
     assert launched.full is parts

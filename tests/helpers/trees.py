@@ -103,3 +103,12 @@ def without_gains(trainable: Trainable) -> Trainable:
         for path, adapter in trainable.adapters.items()
     }
     return trainable.replace(adapters=adapters)
+
+
+def assert_leaves_close(found: Any, expected: Any, *, atol: float) -> None:
+    """Compare two trees leaf by leaf; `atol` is a share of a leaf's largest number."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for ours, theirs in pairs:
+        scale = np.abs(theirs).max()
+        assert scale > 1e-3  # every leaf counts
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=atol * scale)

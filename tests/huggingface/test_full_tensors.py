@@ -79,7 +79,7 @@ def test_what_torch_has_no_place_for_is_refused(part, told):
         torch_rows(part)
 
 
-def test_tensors_fill_parts_again():
+def test_tensors_fill_full_parameters_again():
     values = parts()
     for path, part in PARTS.items():
         indices = (0, 1) if path.startswith("layers") else (None,)
@@ -168,7 +168,7 @@ TENSORS = {TABLE: ("embed_tokens/embedding", None), HEAD: ("lm_head/kernel", Non
 }
 
 
-def test_parts_are_read_back(tmp_path):
+def test_full_parameters_are_read_back(tmp_path):
     to_peft(tmp_path, *trees(), module_name, base_model="org/base")
     found = from_peft(tmp_path, PLACES, TENSORS)
     assert found.full.keys() == PARTS.keys()

@@ -245,7 +245,7 @@ PARTS = (
 )
 
 
-def with_parts(seed: int = 0) -> tuple[Spec, Any, Any]:
+def with_full_params(seed: int = 0) -> tuple[Spec, Any, Any]:
     """Return a spec with parts, and trees of random numbers for it."""
     spec = small_spec("tsd")
     trainable, directions = random_all(seed, spec)
@@ -256,8 +256,8 @@ def with_parts(seed: int = 0) -> tuple[Spec, Any, Any]:
     return Spec(spec.kernels, spec.method, PARTS), trainable, directions
 
 
-def test_parts_come_back_bit_for_bit(tmp_path):
-    spec, trainable, directions = with_parts()
+def test_full_parameters_come_back_bit_for_bit(tmp_path):
+    spec, trainable, directions = with_full_params()
     file = tmp_path / "one.safetensors"
     save_adapter(file, trainable, directions, spec, launched=True)
     stored = load_file(file)
@@ -268,8 +268,8 @@ def test_parts_come_back_bit_for_bit(tmp_path):
         same((found.trainable, found.directions), (trainable, directions))
 
 
-def test_a_spec_of_other_parts_is_refused(tmp_path):
-    spec, trainable, directions = with_parts()
+def test_a_spec_of_other_full_parameters_is_refused(tmp_path):
+    spec, trainable, directions = with_full_params()
     file = tmp_path / "one.safetensors"
     save_adapter(file, trainable, directions, spec, launched=True)
     fewer = Spec(spec.kernels, spec.method, PARTS[:1])

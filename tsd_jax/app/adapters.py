@@ -231,7 +231,7 @@ def _resolve(base: str) -> Path:
 
 def _may_have_neighbours(full: Collection[FullSpec]) -> bool:
     """Return whether PEFT may save more than what trains, by the modules' names."""
-    return any(part.rows is None and part.path not in TOKEN_AXES for part in full)
+    return any(each.rows is None and each.path not in TOKEN_AXES for each in full)
 
 
 def _module_name(facts: BaseFacts) -> ModuleName:

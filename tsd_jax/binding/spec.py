@@ -36,12 +36,12 @@ def split_rules(
             "rules are a list of tsd_jax.Rule and Full: [Rule(pattern=...)]"
         )
     chosen = match_rules(tuple(params), rules)
-    whole = tuple(
+    full = tuple(
         full_spec(path, params[path], rule)
         for path, rule in chosen.items()
         if isinstance(rule, Full)
     )
-    return {p: rule for p, rule in chosen.items() if isinstance(rule, Rule)}, whole
+    return {p: rule for p, rule in chosen.items() if isinstance(rule, Rule)}, full
 
 
 def traced_spec(

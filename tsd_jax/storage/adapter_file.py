@@ -121,7 +121,7 @@ def save_adapter(
     facts = {
         "method": dataclasses.asdict(spec.method),
         "kernels": [_kernel_facts(kernel) for kernel in spec.kernels],
-        "whole": [dataclasses.asdict(part) for part in spec.full],
+        "whole": [dataclasses.asdict(each) for each in spec.full],
         "launched": bool(launched),
         "base_model": base_model,
     }

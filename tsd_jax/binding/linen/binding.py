@@ -86,7 +86,7 @@ def bind(
     directions: Mapping[str, Directions],
     dropout_key: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Put adapters beside kernels and parts in place, for a model run by `adapted`.
+    """Put adapters beside kernels, and full parameters in place, for `adapted`.
 
     Args:
       params: the parameter tree; its other leaves are passed on untouched.
@@ -105,7 +105,7 @@ def bind(
     stored = paths.flatten(params)
     leaves |= {path: Guarded(stored[path]) for path in trainable.adapters}
     full = trainable.full
-    values = {path: place_full(base[path], part) for path, part in full.items()}
+    values = {path: place_full(base[path], each) for path, each in full.items()}
     return paths.update(params, {**leaves, **values})
 
 

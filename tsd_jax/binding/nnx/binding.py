@@ -136,7 +136,7 @@ def bind(
     base = paths.select(params(model), trainable.paths)
     full = trainable.full
     if full:
-        values = {path: place_full(base[path], part) for path, part in full.items()}
+        values = {path: place_full(base[path], each) for path, each in full.items()}
         model = _with_values(model, values)
     leaves = bound_leaves(base, trainable.adapters, directions, dropout_key)
     copy = nnx.clone(model, graph=True)
@@ -202,7 +202,7 @@ def merge(
     directions: Mapping[str, core.Directions],
     dtype: jnp.dtype | None = None,
 ) -> Model:
-    """Copy a model, with every dK added to its kernel and every part in place.
+    """Copy a model, with every dK added and every full parameter in place.
 
     Args:
       model: not changed.
