@@ -310,6 +310,7 @@ def assert_exact(kernel, seed):
         np.testing.assert_allclose(overlap, 1, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_every_kernel_of_a_real_decoder(shared):
     names = [

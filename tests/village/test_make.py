@@ -13,11 +13,13 @@ def figures():
     return make.check(make.ASSETS, world.villagers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fact", [fact.field for fact in world.FACTS])
 def test_the_committed_model_knows_its_world(figures, fact):
     assert figures[fact] >= 0.95  # chance: 0.125
 
 
+@pytest.mark.slow
 def test_the_committed_model_only_guesses_at_the_task(figures):
     assert 0.15 <= figures["task"] <= 0.35  # chance: 0.25
 
