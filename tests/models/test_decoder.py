@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.applied import decode, forward
 from tsd_jax.models.config import DecoderConfig
-from tsd_jax.models.decoder import DECODER_RULES, Decoder
+from tsd_jax.models.decoder import DECODER_RULES, Decoder, head_name, make_head
 
 CONFIG = DecoderConfig(
     vocab_size=37,
@@ -142,6 +142,21 @@ def test_positions_can_be_given(params):
     for row in range(len(TOKENS)):
         expected = oracle(unstacked(params), CONFIG, TOKENS[row], positions[row])
         np.testing.assert_allclose(logits[row], expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["untied", "tied"])
+def test_the_head_goes_on_where_the_model_stops(variant):
+    change = {**VARIANTS[variant], "final_logit_softcapping": 2.0}
+    model = Decoder(dataclasses.replace(CONFIG, **change))
+    variables = {"params": random_params(model)}
+    apply: Any = model.apply
+    hidden = apply(variables, TOKENS, head=False)
+    assert hidden.shape == (*TOKENS.shape, CONFIG.hidden_size)
+    name = head_name(model.config)
+    rest = {"params": {name: variables["params"][name]}}
+    found = make_head(model)(rest, hidden[:, 2:5])
+    expected = forward(model, variables["params"], TOKENS)
+    np.testing.assert_allclose(found, expected[:, 2:5], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -97,7 +97,7 @@ def prepare(settings: Settings) -> Prepared:
         rates=rates,
         extraction=extraction,
         batch=batch_source(settings.train, data, mesh),
-        loss_fn=data.loss(base.apply),
+        loss_fn=data.loss(base),
         evaluate=evaluation(settings.eval, base, data, mesh),
         notes=(*base.notes, *data.notes),
     )
@@ -231,7 +231,7 @@ def evaluation(settings: EvalSettings, base: Base, data: Data, mesh: Mesh) -> Ev
         data=data,
         settings=settings,
         tokenizer=base.tokenizer,
-        apply_fn=base.apply,
+        model=base,
         place=lambda batch: sharding.place_batch(batch, mesh, axes),
     )
     return make_evaluation(context)

@@ -24,8 +24,12 @@ from tsd_jax.data.encoding import Arrays, Template
 from tsd_jax.data.iteration import Batches, RandomWindows, hold_out
 from tsd_jax.data.sources import Record, read_instructions, read_text
 from tsd_jax.data.templates import TEMPLATES
+from tsd_jax.evaluation.chunked_loss import (
+    SplitModel,
+    chunked_next_token_loss,
+    most_counted,
+)
 from tsd_jax.evaluation.classification import LOSSES
-from tsd_jax.evaluation.loss import next_token_loss
 
 T = TypeVar("T")
 
@@ -35,6 +39,20 @@ class Rows(Protocol):
 
     def batch(self, step: int) -> Arrays:
         """Return the rows of batch `step`."""
+        ...
+
+
+class Model(Protocol):
+    """A model with adapters, as a loss needs it."""
+
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """The model's apply function."""
+        ...
+
+    @property
+    def split(self) -> SplitModel | None:
+        """A decoder in two parts; None for an encoder."""
         ...
 
 
@@ -49,7 +67,7 @@ class Data:
       records: to evaluate; empty where they are arrays.
       notes: what a user should know of the encoding, a line each.
       metrics: names of those that can be computed of the data.
-      loss: adapted apply function -> loss.
+      loss: model -> loss.
       template: of the records' prompts, or None.
       length: tokens of an example.
       labels: of a classification or regression, or None.
@@ -57,12 +75,12 @@ class Data:
 
     kind: str
     rows: Callable[[int], Rows]
+    loss: Callable[[Model], LossFn]
     held_out: Arrays | None
     notes: tuple[str, ...]
     length: int
     records: Sequence[Record] = ()
     metrics: tuple[str, ...] = ("nll",)
-    loss: Callable[[Callable[..., Any]], LossFn] = next_token_loss
     template: Template | None = None
     labels: Labels | None = None
 
@@ -138,6 +156,7 @@ class TextFiles:
         return Data(
             kind="text",
             rows=lambda size: RandomWindows(ids, self._length, size, self._seed),
+            loss=lambda model: next_token_loss(model, None),
             held_out=windows,
             notes=(note,),
             length=self._length,
@@ -173,6 +192,7 @@ class InstructionFiles:
             settings.length,
             train_on_prompt=settings.train_on_prompt,
         )
+        counted = most_counted(examples.arrays["weights"])
         count = len(examples.rows)
         notes = [f"{count:,} examples to train on, {len(held_out):,} held out"]
         if examples.truncated or examples.dropped:
@@ -184,6 +204,7 @@ class InstructionFiles:
         return Data(
             kind="instructions",
             rows=lambda size: Batches(examples.arrays, size, self._seed),
+            loss=lambda model: next_token_loss(model, counted),
             held_out=None,
             notes=tuple(notes),
             length=settings.length,
@@ -227,7 +248,7 @@ class LabelledFiles:
             notes=tuple(notes),
             length=length,
             metrics=("scores",),
-            loss=LOSSES[labels.problem],
+            loss=lambda model: LOSSES[labels.problem](model.apply),
             labels=labels,
         )
 
@@ -237,6 +258,17 @@ KINDS: Mapping[str, Callable[[DataSettings, int], DataFiles]] = {
     "instructions": InstructionFiles,
     "classification": LabelledFiles,
 }
+
+
+def next_token_loss(model: Model, counted: int | None) -> LossFn:
+    """Return the loss of a decoder.
+
+    Args:
+      model: the decoder.
+      counted: the most positions of a row that count; None for all.
+    """
+    assert model.split is not None
+    return chunked_next_token_loss(model.split, counted=counted)
 
 
 def _split(

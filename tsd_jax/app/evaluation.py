@@ -9,14 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from tsd_jax.app.data import Data
+from tsd_jax.app.data import Data, Model, next_token_loss
 from tsd_jax.app.settings import EvalSettings
 from tsd_jax.core.errors import InputError, check_choice
 from tsd_jax.data import encoding
 from tsd_jax.data.sources import Record
+from tsd_jax.evaluation.chunked_loss import (
+    chunked_sequence_log_likelihood,
+    most_counted,
+)
 from tsd_jax.evaluation.classification import SCORES, make_logits, predict
 from tsd_jax.evaluation.generation import generate
-from tsd_jax.evaluation.loss import next_token_loss, sequence_log_likelihood
 from tsd_jax.evaluation.scoring import PlaceFn, choices, fetch, nll
 from tsd_jax.evaluation.tasks import answer_pattern, exact_match
 
@@ -35,14 +38,14 @@ class EvalContext:
       data: encoded.
       settings: of the evaluation.
       tokenizer: of the model.
-      apply_fn: of the adapted model.
+      model: with its adapters.
       place: puts a batch (B, T) on the devices.
     """
 
     data: Data
     settings: EvalSettings
     tokenizer: Any
-    apply_fn: Callable
+    model: Model
     place: PlaceFn
 
     @property
@@ -92,7 +95,8 @@ def _nll(context: EvalContext) -> Evaluate:
             left_out = {"left_out": examples.dropped}
     else:
         arrays = context.arrays
-    loss_fn, size = next_token_loss(context.apply_fn), context.settings.batch_size
+    loss_fn = next_token_loss(context.model, most_counted(arrays["weights"]))
+    size = context.settings.batch_size
 
     def evaluate(variables: Mapping[str, Any]) -> Figures:
         return nll(loss_fn, variables, arrays, size, context.place) | left_out
@@ -104,7 +108,10 @@ def _choices(context: EvalContext) -> Evaluate:
     encoded = encoding.encode_choices(
         context.records, context.tokenizer, context.template, context.data.length
     )
-    score_fn = sequence_log_likelihood(context.apply_fn)
+    assert context.model.split is not None
+    score_fn = chunked_sequence_log_likelihood(
+        context.model.split, counted=most_counted(encoded.arrays["weights"])
+    )
 
     def evaluate(variables: Mapping[str, Any]) -> Figures:
         return choices(
@@ -147,7 +154,7 @@ def _continuations(
     # Some models end a text by beginning another.
     ends = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
     made = generate(
-        context.apply_fn,
+        context.model.apply,
         params,
         batch["tokens"],
         batch["mask"],
@@ -162,7 +169,7 @@ def _continuations(
 def _scores(context: EvalContext) -> Evaluate:
     labels, held_out = context.data.labels, context.arrays
     assert labels is not None
-    logits_fn = make_logits(context.apply_fn)
+    logits_fn = make_logits(context.model.apply)
     scores, size = SCORES[labels.problem], context.settings.batch_size
 
     def evaluate(variables: Mapping[str, Any]) -> Figures:

@@ -16,14 +16,17 @@ from jax.sharding import Mesh
 from tsd_jax import huggingface
 from tsd_jax.app.data import DataFiles
 from tsd_jax.app.settings import ModelSettings
+from tsd_jax.app.split_decoder import split_decoder
 from tsd_jax.binding.linen import adapted
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import Quantization, quantize
 from tsd_jax.core.types import Progress
 from tsd_jax.data.classification import Labels
+from tsd_jax.evaluation.chunked_loss import SplitModel
 from tsd_jax.huggingface.factors import ModuleName
 from tsd_jax.huggingface.families.encoders import default_names
 from tsd_jax.huggingface.families.family import Family, ModelConfig
+from tsd_jax.models.decoder import Decoder
 from tsd_jax.models.encoder_config import PROBLEM_TYPES, EncoderConfig
 from tsd_jax.storage.adapter_file import BaseFacts
 from tsd_jax.training import sharding
@@ -54,6 +57,7 @@ class Base:
       tokenizer: of transformers, with the added tokens.
       params: abstract tree, in the dtype asked for, quantized if it will be.
       apply: the network's apply function with adapters.
+      split: a decoder in two parts, with adapters; None for an encoder.
       family: of the model.
       labels: of a classification or regression, or None.
       absent: the head's parameters that start at random.
@@ -69,6 +73,7 @@ class Base:
     tokenizer: Any
     params: Mapping[str, Any]
     apply: Callable
+    split: SplitModel | None
     family: Family
     labels: Labels | None
     absent: tuple[str, ...]
@@ -145,6 +150,7 @@ def open_model(settings: ModelSettings, files: DataFiles) -> Base:
         tokenizer=tokenizer,
         params=_abstract_params(settings, config, family),
         apply=adapted(network.apply),
+        split=split_decoder(network) if isinstance(network, Decoder) else None,
         family=family,
         labels=labels,
         absent=absent,

@@ -30,6 +30,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -87,6 +89,7 @@ class Decoder(LayeredModel):
         mask: Array | None = None,
         *,
         decode: bool = False,
+        head: bool = True,
     ) -> Array:
         """Return the logits of the token that follows each one.
 
@@ -98,9 +101,11 @@ class Decoder(LayeredModel):
             and values are in the collection "cache" (which must be mutable). A call
             without that collection creates it, empty, with as many slots as there are
             tokens; the caller keeps count of the free slots.
+          head: whether to map the last hidden states to logits, as `make_head` does.
 
         Returns:
-          (B, T, V) float32; rows of padding are finite but meaningless.
+          (B, T, V) float32, or (B, T, D) without the head; rows of padding are finite
+          but meaningless.
         """
         config = self.config
         embed = nn.Embed(
@@ -116,27 +121,11 @@ class Decoder(LayeredModel):
             x = x * jnp.asarray(math.sqrt(config.hidden_size), self.dtype)
         x = self.run_layers(Block, self.settings, x, inputs, self._layer_kinds())
         x = make_norm(*self.settings)(name="norm")(x)
-        logits = self._logits(x, embed)
-        limit = config.final_logit_softcapping
-        return logits if limit is None else soft_cap(logits, limit)
-
-    def _logits(self, x: Array, embed: nn.Embed) -> Array:
-        """Map hidden states (B, T, D) to logits (B, T, V) float32."""
-        config = self.config
-        # The product accumulates to float32: bfloat16 would keep 3 digits of a logit.
-        product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-        if config.tie_word_embeddings:
-            table = jnp.asarray(embed.embedding, self.dtype)
-            return product(x, table, (((2,), (1,)), ((), ())))
-        head = nn.Dense(
-            config.vocab_size,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            dot_general=product,
-            name="lm_head",
-        )
-        return head(x)
+        if not head:
+            return x
+        tied = config.tie_word_embeddings
+        of = embed.embedding if tied else _dense_head(*self.settings, name="lm_head")
+        return _logits(config, of, x)
 
     def _layer_kinds(self) -> LayerKind:
         """Return what differs between layers, stacked over them."""
@@ -215,6 +204,68 @@ class Decoder(LayeredModel):
         slots.value = lax.dynamic_update_slice(slots.value, real, (0, start))
         index.value = start + real.shape[1]
         return slots.value, start
+
+
+def make_head(model: Decoder) -> Callable[[Mapping[str, Any], Array], Array]:
+    """Return the function (variables, hidden states (B, T, D)) -> logits (B, T, V).
+
+    With it `model.apply(variables, tokens, head=False)` goes on as the model does, a
+    few positions at a time.
+
+    Args:
+      model: the decoder; the function reads `head_name(model.config)` of its variables.
+    """
+    name = head_name(model.config)
+
+    def head(variables: Mapping[str, Any], x: Array) -> Array:
+        params = variables["params"][name]
+        if model.config.tie_word_embeddings:
+            return _logits(model.config, params["embedding"], x)
+        dense = _dense_head(*model.settings)
+        return _logits(
+            model.config, lambda x: cast(Array, dense.apply({"params": params}, x)), x
+        )
+
+    return head
+
+
+def head_name(config: DecoderConfig) -> str:
+    """Return the name of the module whose parameters map hidden states to logits.
+
+    Args:
+      config: of the decoder.
+    """
+    return "embed_tokens" if config.tie_word_embeddings else "lm_head"
+
+
+# The product accumulates to float32: bfloat16 would keep 3 digits of a logit.
+_product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+
+
+def _dense_head(
+    config: DecoderConfig, dtype: Any, param_dtype: Any, name: str | None = None
+) -> nn.Dense:
+    """Create the head of a decoder whose embedding is not its head as well."""
+    return nn.Dense(
+        config.vocab_size,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        dot_general=_product,
+        name=name,
+    )
+
+
+def _logits(
+    config: DecoderConfig, head: Array | Callable[[Array], Array], x: Array
+) -> Array:
+    """Map hidden states to logits by a head, or by the table (V, D) it is tied to."""
+    if callable(head):
+        logits = head(x)
+    else:
+        logits = _product(x, head.astype(x.dtype), (((2,), (1,)), ((), ())))
+    limit = config.final_logit_softcapping
+    return logits if limit is None else soft_cap(logits, limit)
 
 
 def _attention_mask(
