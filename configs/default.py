@@ -99,6 +99,10 @@ def get_config() -> Any:
     config.eval = ConfigDict()
     # nll, choices or generate; for classification, scores.
     config.eval.metric = "nll"
+    # generate: how answers are found in texts: number (the last), options (the first of
+    # the item's own), exact, normalized, or a regular expression whose first group is
+    # the answer; "": for each item as its own output suggests.
+    config.eval.answer = ""
     config.eval.batch_size = 16
     config.eval.limit = 0  # items; 0 for all
     config.eval.max_new_tokens = 32  # for generate

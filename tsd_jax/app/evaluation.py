@@ -14,6 +14,12 @@ from tsd_jax.app.settings import EvalSettings
 from tsd_jax.core.errors import InputError, check_choice
 from tsd_jax.data import encoding
 from tsd_jax.data.sources import Record
+from tsd_jax.evaluation.answers import (
+    Reference,
+    check_references,
+    exact_match,
+    grade,
+)
 from tsd_jax.evaluation.chunked_loss import (
     chunked_sequence_log_likelihood,
     most_counted,
@@ -21,7 +27,6 @@ from tsd_jax.evaluation.chunked_loss import (
 from tsd_jax.evaluation.classification import SCORES, make_logits, predict
 from tsd_jax.evaluation.generation import generate
 from tsd_jax.evaluation.scoring import PlaceFn, choices, fetch, nll
-from tsd_jax.evaluation.tasks import answer_pattern, exact_match
 
 Figures = dict[str, float]
 """{name: figure of an evaluation}."""
@@ -130,14 +135,18 @@ def _choices(context: EvalContext) -> Evaluate:
 def _generate(context: EvalContext) -> Evaluate:
     tokenizer = context.tokenizer
     prompts = encoding.encode_prompts(context.records, tokenizer, context.template)
-    answers = [record.answer or record.output for record in context.records]
-    pattern = answer_pattern(answers)
+    references = [
+        Reference(record.output, record.answer, record.options, record.task)
+        for record in context.records
+    ]
+    how = context.settings.answer
+    check_references(references, how)
 
     def evaluate(variables: Mapping[str, Any]) -> Figures:
         texts: list[str] = []
-        for start in range(0, len(answers), context.settings.batch_size):
+        for start in range(0, len(references), context.settings.batch_size):
             texts += _continuations(context, prompts, start, variables["params"])
-        return exact_match(texts, answers, pattern)
+        return exact_match(grade(texts, references, how))
 
     return evaluate
 

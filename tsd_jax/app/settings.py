@@ -210,6 +210,7 @@ class EvalSettings:
     """The section `eval`."""
 
     metric: str
+    answer: str
     batch_size: int
     limit: int
     max_new_tokens: int

@@ -24,6 +24,7 @@ class Record:
       output: the text the model learns to write.
       answer: the part of the output that is graded; empty if none is.
       options: all possible answers; empty for an open question.
+      task: what it belongs to, for a figure of its own; empty if not told.
     """
 
     instruction: str
@@ -31,13 +32,14 @@ class Record:
     output: str
     answer: str = ""
     options: tuple[str, ...] = ()
+    task: str = ""
 
 
 def read_instructions(path: str | Path) -> list[Record]:
     """Read a JSON list or JSON lines of instruction records.
 
-    Every row needs a non-empty `instruction` and `output`; `input`, `answer` and
-    `options` may be missing. Without `options`, they are taken from an
+    Every row needs a non-empty `instruction` and `output`; `input`, `answer`, `task`
+    and `options` may be missing. Without `options`, they are taken from an
     "Answer format: a/b/c" at the end of the instruction. Other fields are ignored.
 
     Raises:
@@ -126,6 +128,7 @@ def _record(row: Any, where: str) -> Record:
         output=_text(row, "output", where, required=True),
         answer=_text(row, "answer", where),
         options=_options(row, instruction, where),
+        task=_text(row, "task", where),
     )
 
 
