@@ -92,6 +92,9 @@ def get_config() -> Any:
     config.data.held_out = 0.1  # that share
     # classification or regression; "": as the labels suggest.
     config.data.problem = ""
+    # classification: of two classes the one whose F1 is reported; "": label 1, or of
+    # words the last by alphabet, which is said.
+    config.data.positive = ""
     config.data.template = "alpaca"  # instructions: alpaca or plain
     config.data.length = 256  # tokens per example
     config.data.train_on_prompt = False

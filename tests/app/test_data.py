@@ -117,7 +117,10 @@ def test_labels_are_of_the_whole_file_and_it_is_read_once(labelled, monkeypatch)
     bert = BertTokenizer(vocab={word: n for n, word in enumerate(words)})
     data = files.encode(bert, labels)
     assert reads.count("rows.json") == 1
-    assert data.notes == ("18 items to train on, 2 held out",)
+    assert data.notes == (
+        "18 items to train on, 2 held out",
+        "f1 is that of 'good'; data.positive names another class",
+    )
     assert data.held_out is not None
     seen = np.concatenate([data.rows(18).batch(0)["targets"], data.held_out["targets"]])
     assert sorted(seen[:, 0].tolist()) == [0] * 10 + [1] * 10

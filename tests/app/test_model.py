@@ -95,7 +95,12 @@ def test_a_fresh_head_trains_beside_the_adapters(base, data, tmp_path, capsys):
     assert rows[-1]["step"] == 24
     assert rows[-1]["loss"] < 0.4 < 0.5 < rows[0]["loss"]  # log 2 is 0.69
     noted = json.loads((workdir / "config.json").read_text())["labels"]
-    assert noted == {"problem": "classification", "count": 2, "names": ["bad", "good"]}
+    assert noted == {
+        "problem": "classification",
+        "count": 2,
+        "names": ["bad", "good"],
+        "positive": 1,
+    }
     saved = tsd.load_adapter(workdir / "adapter.safetensors")
     assert [param.path for param in saved.spec.full] == [
         *("classifier/bias", "classifier/kernel"),
@@ -124,6 +129,7 @@ def files(path, kind="classification"):
         path=str(path),
         eval_path="",
         problem="",
+        positive="",
         held_out=0.1,
         template="alpaca",
         length=8,

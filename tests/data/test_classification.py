@@ -69,6 +69,7 @@ def test_fields_of_glue_are_known(write, row, texts, lines):
         ([item(None)], "row 1: label None is neither a word"),
         ([item("")], 'row 1: field "label" is empty'),
         ([item(-1)], "row 1: label -1 means no label"),
+        ([item(float("nan"))], "row 1: label nan is not a number"),
         ([item(1, " ")], 'row 1: field "sentence" is not a text'),
         ([item(1), {"text1": "a", "text2": "b", "label": 1}], "row 2 has 2 texts"),
         ([], "has no rows"),
@@ -98,7 +99,15 @@ def labels_of(write, labels, *arguments):
         ([0, 2, 1], (), Labels("classification", 3)),
         ([0.5, 3, 1.0], (), Labels("regression", 1)),
         ([0, 5, 1], ("regression",), Labels("regression", 1)),
-        ([0.0, 1.0], ("classification",), Labels("classification", 2)),
+        ([0.0, 1.0], (), Labels("classification", 2)),  # as pandas writes them
+        ([1, 2, 2], (), Labels("classification", 2, ("1", "2"))),
+        ([7.0, 2.0, 5.0], (), Labels("classification", 3, ("2", "5", "7"))),
+        (
+            ["ok", "fraud"],
+            ("", (), "fraud"),
+            Labels("classification", 2, ("fraud", "ok"), 0),
+        ),
+        ([0, 1], ("", (), "0"), Labels("classification", 2, (), 0)),
     ],
 )
 def test_labels_tell_the_problem(write, labels, arguments, expected):
@@ -113,6 +122,11 @@ def test_labels_tell_the_problem(write, labels, arguments, expected):
         ([0, 1], ("ranking",), "unknown data.problem 'ranking'"),
         (["good", "good"], (), "two or more"),
         ([0, 0], (), "two or more"),
+        ([0.5, 1.0], ("classification",), "label 0.5 is no class: classes are whole"),
+        ([-1.0, 1.0], (), "label -1.0 is no class"),
+        ([0, 1], ("", (), "fraud"), "data.positive 'fraud' is not one of 0, 1"),
+        ([0, 1, 2], ("", (), "1"), "data.positive '1': F1 is the mean over 3 classes"),
+        ([0.5, 1.0], ("", (), "1"), "data.positive '1': a regression has no classes"),
     ],
 )
 def test_labels_of_no_problem_are_refused(write, labels, arguments, message):
@@ -158,7 +172,7 @@ def test_pairs_have_types_and_the_longer_text_is_cut(write, tokenizer):
         (
             Labels("regression", 1),
             float("nan"),
-            "row 2: label nan is not a finite number",
+            "row 2: label nan is not a number",
         ),
     ],
 )
@@ -175,3 +189,11 @@ def test_a_label_unknown_in_training_is_refused(
 def test_a_length_without_room_is_refused(write, tokenizer):
     with pytest.raises(InputError, match=r"data\.length 2 has no room"):
         encode_labelled(read_labelled(write(item("bad"))), tokenizer, NAMES, 2)
+
+
+def test_classes_are_those_there_are(write):
+    labels = find_labels(read_labelled(write(item(1), item(3))))
+    other = read_labelled(write(item(3.0), item(1), item(2)))
+    assert [labels.target(each) for each in other[:2]] == [1, 0]
+    with pytest.raises(InputError, match=r"row 3: label 2 is not one of 1, 3"):
+        labels.target(other[2])

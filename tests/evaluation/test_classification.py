@@ -82,6 +82,8 @@ def test_scores_of_two_classes_by_hand():
     scores = classification_scores(logits, targets)
     assert scores["accuracy"] == pytest.approx(0.7)
     assert scores["f1"] == pytest.approx(2 * 3 / (2 * 3 + 2 + 1))
+    other = classification_scores(logits, targets, positive=0)
+    assert other["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 2))
     matthews = (3 * 4 - 2 * 1) / np.sqrt((3 + 2) * (3 + 1) * (4 + 2) * (4 + 1))
     assert scores["matthews"] == pytest.approx(matthews)
     right, wrong = np.log(1 + np.exp(-1)), np.log(1 + np.exp(1))

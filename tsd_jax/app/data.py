@@ -226,7 +226,8 @@ class LabelledFiles:
 
     def labels(self, known: tuple[str, ...]) -> Labels:
         """Return what the labels of the file to train on mean."""
-        return find_labels(self._all, self._settings.problem, known)
+        settings = self._settings
+        return find_labels(self._all, settings.problem, known, settings.positive)
 
     def encode(self, tokenizer: Any, labels: Labels | None) -> Data:
         """Encode all items."""
@@ -240,6 +241,10 @@ class LabelledFiles:
             notes.append(
                 f"data.length {length} cuts the texts of {cut:,} and {held_cut:,} of "
                 "them"
+            )
+        if labels.count == 2 and labels.names and not self._settings.positive:
+            notes.append(
+                f"f1 is that of {labels.names[1]!r}; data.positive names another class"
             )
         return Data(
             kind="classification",

@@ -24,7 +24,12 @@ from tsd_jax.evaluation.chunked_loss import (
     chunked_sequence_log_likelihood,
     most_counted,
 )
-from tsd_jax.evaluation.classification import SCORES, make_logits, predict
+from tsd_jax.evaluation.classification import (
+    classification_scores,
+    make_logits,
+    predict,
+    regression_scores,
+)
 from tsd_jax.evaluation.generation import generate
 from tsd_jax.evaluation.scoring import PlaceFn, choices, fetch, nll
 
@@ -179,11 +184,13 @@ def _scores(context: EvalContext) -> Evaluate:
     labels, held_out = context.data.labels, context.arrays
     assert labels is not None
     logits_fn = make_logits(context.model.apply)
-    scores, size = SCORES[labels.problem], context.settings.batch_size
+    size, targets = context.settings.batch_size, held_out["targets"][:, 0]
 
     def evaluate(variables: Mapping[str, Any]) -> Figures:
         logits = predict(logits_fn, variables, held_out, size, context.place)
-        return scores(logits, held_out["targets"][:, 0])
+        if labels.problem == "regression":
+            return regression_scores(logits, targets)
+        return classification_scores(logits, targets, labels.positive)
 
     return evaluate
 

@@ -193,6 +193,7 @@ class DataSettings:
     eval_path: str
     held_out: float
     problem: str
+    positive: str
     template: str
     length: int
     train_on_prompt: bool

@@ -59,12 +59,14 @@ class Labels:
     Attributes:
       problem: one of `PROBLEMS`.
       count: number of classes; 1 for a regression.
-      names: names of the classes, in order; () where labels are numbers.
+      names: names of the classes, in order; () where labels are counted from 0.
+      positive: of two classes, the one whose F1 is meant.
     """
 
     problem: str
     count: int
     names: tuple[str, ...] = ()
+    positive: int = 1
 
     def target(self, item: Labelled) -> int | float:
         """Return the class or number that an item's label stands for.
@@ -74,21 +76,20 @@ class Labels:
         """
         label, where = item.label, item.where
         if self.names:
-            if label in self.names:
-                return self.names.index(str(label))
+            name = _name(label)
+            if name in self.names:
+                return self.names.index(name)
             known = ", ".join(self.names)
             raise InputError(f"{where}: label {label!r} is not one of {known}")
         if isinstance(label, str):
             raise InputError(f"{where}: label {label!r} is not a number")
         if self.problem == "regression":
-            if math.isfinite(label):
-                return float(label)
-        elif label == int(label) and 0 <= label < self.count:
+            return float(label)
+        if label == int(label) and 0 <= label < self.count:
             return int(label)
-        wanted = "finite number"
-        if self.problem == "classification":
-            wanted = f"class from 0 to {self.count - 1}"
-        raise InputError(f"{where}: label {label!r} is not a {wanted}")
+        raise InputError(
+            f"{where}: label {label!r} is not a class from 0 to {self.count - 1}"
+        )
 
 
 def read_labelled(path: str | Path) -> list[Labelled]:
@@ -113,20 +114,27 @@ def read_labelled(path: str | Path) -> list[Labelled]:
 
 
 def find_labels(
-    items: Sequence[Labelled], problem: str = "", known: tuple[str, ...] = ()
+    items: Sequence[Labelled],
+    problem: str = "",
+    known: tuple[str, ...] = (),
+    positive: str = "",
 ) -> Labels:
     """Return what the labels of some items mean.
 
     Words are classes: in the order of `known` if it has all of them, else sorted.
-    Integers are classes counted from 0; other numbers are a regression.
+    Whole numbers (0.0 and 1.0 too) are classes: counted from 0 if they have no gaps,
+    else those there are, by name. Fractions are a regression.
 
     Args:
       items: from `read_labelled`.
       problem: one of `PROBLEMS`; "" to decide by the labels.
       known: names of the classes of a checkpoint's head.
+      positive: of two classes, the name or number of the one whose F1 is meant; "" for
+        the second.
 
     Raises:
-      InputError: unknown problem, words mixed with numbers, or fewer than two classes.
+      InputError: unknown problem, words mixed with numbers, fewer than two classes,
+        labels that are no classes, or no such positive class.
     """
     if problem not in ("", *PROBLEMS):
         raise InputError(
@@ -144,12 +152,21 @@ def find_labels(
         raise InputError(f"label {min(words)!r} is not a number, as a regression needs")
     if words:
         names = known if words <= {*known} else tuple(sorted(words))
-        return _classes(len(names), names)
-    numbers = [label for label in labels if not isinstance(label, str)]
-    whole = all(isinstance(label, int) for label in numbers)
-    if problem == "regression" or (not problem and not whole):
+        return _classes(len(names), names, positive)
+    numbers = sorted(label for label in labels if not isinstance(label, str))
+    fractions = [number for number in numbers if number != int(number)]
+    if problem == "regression" or (not problem and fractions):
+        if positive:
+            raise InputError(f"data.positive {positive!r}: a regression has no classes")
         return Labels("regression", 1)
-    return _classes(int(max(numbers)) + 1, ())
+    if fractions or numbers[0] < 0:
+        bad = fractions[0] if fractions else numbers[0]
+        raise InputError(
+            f"label {bad!r} is no class: classes are whole numbers from 0, or words"
+        )
+    count = len(numbers)
+    gaps = numbers != list(range(count))
+    return _classes(count, tuple(map(_name, numbers)) if gaps else (), positive)
 
 
 def encode_labelled(
@@ -200,12 +217,31 @@ def encode_labelled(
     return arrays, sum(1 for ids in uncut if len(ids) > length)
 
 
-def _classes(count: int, names: tuple[str, ...]) -> Labels:
+def _name(label: Label) -> str:
+    """Return a label as the name of a class: "1" for 1 and for 1.0."""
+    whole = isinstance(label, float) and label == int(label)
+    return str(int(label) if whole else label)
+
+
+def _classes(count: int, names: tuple[str, ...], positive: str) -> Labels:
+    """Return the labels of a classification, with its positive class."""
     if count < 2:
         raise InputError(
             f"the labels have {count} class; a classification needs two or more"
         )
-    return Labels("classification", count, names)
+    if not positive:
+        return Labels("classification", count, names)
+    all_names = names or tuple(map(str, range(count)))
+    if count > 2:
+        raise InputError(
+            f"data.positive {positive!r}: F1 is the mean over {count} classes; leave "
+            "it empty"
+        )
+    if positive not in all_names:
+        raise InputError(
+            f"data.positive {positive!r} is not one of {', '.join(all_names)}"
+        )
+    return Labels("classification", count, names, all_names.index(positive))
 
 
 def _item(row: Any, where: str) -> Labelled:
@@ -229,6 +265,8 @@ def _item(row: Any, where: str) -> Labelled:
         raise InputError(f"{where}: label {label!r} is neither a word nor a number")
     if isinstance(label, str) and not label:
         raise InputError(f'{where}: field "label" is empty')
+    if isinstance(label, float) and not math.isfinite(label):
+        raise InputError(f"{where}: label {label!r} is not a number")
     if isinstance(label, int) and label < 0:
         raise InputError(
             f"{where}: label {label} means no label, as in GLUE's test files; give a "

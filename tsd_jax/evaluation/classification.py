@@ -90,14 +90,17 @@ def predict(
     return np.concatenate(parts)[: len(arrays["tokens"])]
 
 
-def classification_scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+def classification_scores(
+    logits: np.ndarray, targets: np.ndarray, positive: int = 1
+) -> dict[str, float]:
     """Return accuracy, F1, Matthews' correlation and the mean cross-entropy.
 
-    F1 is that of class 1 for two classes, else the mean over the classes.
+    F1 is that of the positive class for two classes, else the mean over the classes.
 
     Args:
       logits: (N, C).
       targets: classes, (N,) int.
+      positive: of two classes, the one whose F1 is meant.
 
     Raises:
       InputError: there are no rows.
@@ -114,7 +117,7 @@ def classification_scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, 
     finite = np.isfinite(logits).all(axis=-1)
     return {
         "accuracy": float(np.mean((predicted == targets) & finite)),
-        "f1": _f1(confusion),
+        "f1": _f1(confusion, positive),
         "matthews": _matthews(confusion),
         "loss": float(loss),
         "count": len(targets),
@@ -144,22 +147,16 @@ def regression_scores(logits: np.ndarray, targets: np.ndarray) -> dict[str, floa
     }
 
 
-SCORES: Mapping[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
-    "classification": classification_scores,
-    "regression": regression_scores,
-}
-
-
 def _check_rows(targets: np.ndarray) -> None:
     if not len(targets):
         raise InputError("there are no rows to score")
 
 
-def _f1(confusion: np.ndarray) -> float:
+def _f1(confusion: np.ndarray, positive: int) -> float:
     correct = np.diag(confusion)
     total = confusion.sum(axis=0) + confusion.sum(axis=1)
     each = np.divide(2 * correct, total, out=np.zeros_like(total), where=total > 0)
-    return float(each[1] if len(confusion) == 2 else np.mean(each[total > 0]))
+    return float(each[positive] if len(confusion) == 2 else np.mean(each[total > 0]))
 
 
 def _matthews(confusion: np.ndarray) -> float:
