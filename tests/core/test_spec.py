@@ -64,13 +64,20 @@ def test_no_rules_are_refused():
     ("values", "message"),
     [
         ({"pattern": "(kernel"}, "not a regular expression"),
-        ({"rank": 0}, "rank must be at least 1, not 0"),
-        ({"directions": 0}, "directions must be at least 1.*'lora' or 'init'"),
-        ({"alpha": 0.0}, "alpha must be positive"),
-        ({"alpha": -1.0}, "alpha must be positive"),
-        ({"alpha": math.nan}, "alpha must be positive"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
-        ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+        (
+            {"rank": 0},
+            "rule .kernel.: rank must be a whole number of at least 1, not 0",
+        ),
+        (
+            {"directions": 0},
+            "directions must be .* at least 1, not 0; .*'lora' or 'init'",
+        ),
+        ({"alpha": 0.0}, "alpha must be a finite number above 0, not 0.0"),
+        ({"alpha": -1.0}, "alpha must be a finite number above 0, not -1.0"),
+        ({"alpha": math.nan}, "alpha must be a finite number above 0, not nan"),
+        ({"alpha": math.inf}, "alpha must be a finite number above 0, not inf"),
+        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout must be a number in \[0, 1\)"),
         ({"scaling": "dora"}, "unknown scaling 'dora'; choose one of lora, rslora"),
     ],
 )
@@ -179,5 +186,7 @@ def test_directions_are_counted_only_where_they_train(method):
 def test_a_rank_is_an_int(rank):
     rule = Rule(pattern="k")
     object.__setattr__(rule, "rank", rank)  # past the tests' own type checks
-    with pytest.raises(InputError, match="rank must be an int, not"):
+    with pytest.raises(
+        InputError, match="rank must be a whole number of at least 1, not"
+    ):
         rule.__post_init__()

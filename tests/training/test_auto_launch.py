@@ -153,12 +153,12 @@ def test_a_check_finds_the_sets_of_the_full_svd(shape, spread):
     ("settings", "message"),
     [
         ({"launch_min": 41}, "launch_min 41 is larger than auto_launch.launch_max 40"),
-        ({"launch_min": 0}, "launch_min must be at least 1, not 0"),
-        ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], not 0.0"),
-        ({"threshold": 1.1}, r"threshold must lie in \(0, 1\], not 1.1"),
-        ({"every": 0}, "every must be at least 1"),
-        ({"patience": 0}, "patience must be at least 1"),
-        ({"matrices": 0}, "matrices must be at least 1"),
+        ({"launch_min": 0}, "launch_min must be a whole number of at least 1, not 0"),
+        ({"threshold": 0.0}, r"threshold must be a number in \(0, 1\], not 0.0"),
+        ({"threshold": 1.1}, r"threshold must be a number in \(0, 1\], not 1.1"),
+        ({"every": 0}, "every must be a whole number of at least 1"),
+        ({"patience": 0}, "patience must be a whole number of at least 1"),
+        ({"matrices": 0}, "matrices must be a whole number of at least 1"),
         ({"every": 14}, "patience 2 and every 14 need 42 steps"),
     ],
 )

@@ -395,7 +395,10 @@ def test_a_launch_is_bounded_on_both_sides(settling_setup, tmp_path, bounds, ste
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"steps": 0, "launch_step": None}, "steps must be at least 1, not 0"),
+        (
+            {"steps": 0, "launch_step": None},
+            "steps must be a whole number of at least 1",
+        ),
         ({"steps": 5, "launch_step": 5}, "steps are 5: launch earlier or train longer"),
         ({"steps": 5, "launch_step": -1}, r"launch_step -1 must lie in \[0, steps\)"),
         (

@@ -25,6 +25,14 @@ RENAMED: Mapping[str, str] = {
 }
 """{key of an earlier version: the key it is now}."""
 
+_TYPES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    tuple: "a tuple",
+}
+
 
 def settings_from(config: Mapping[str, Any]) -> Settings:
     """Return the settings of a config.
@@ -92,9 +100,8 @@ def _convert(value: Any, wanted: Any, key: str) -> Any:
     if wanted is float and isinstance(value, int) and not number:
         return float(value)
     if number or not isinstance(value, get_origin(wanted) or wanted):
-        name = getattr(get_origin(wanted) or wanted, "__name__", wanted)
         raise InputError(
-            f"the config key {key!r} must be a value of type {name}, not {value!r}"
+            f"{key} must be {_TYPES[get_origin(wanted) or wanted]}, not {value!r}"
         )
     return value
 

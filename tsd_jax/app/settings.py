@@ -1,21 +1,31 @@
 """The settings of a run: one frozen dataclass a section of configs/default.py.
 
-What each key is, and its default, stands in configs/default.py alone. Rules between
-keys are checked when the dataclasses are made, before any model or data is looked at.
+What each key is, and its default, stands in configs/default.py alone. The range of a
+number is declared with its type; it and the rules between keys are checked when the
+dataclasses are made, before any model or data is looked at.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full
 from tsd_jax.core.methods import Method, get_method
 from tsd_jax.core.quantization import Quantization
-from tsd_jax.core.spec import Rule
+from tsd_jax.core.ranges import (
+    Amount,
+    Count,
+    Limit,
+    Positive,
+    Range,
+    Share,
+    check_ranges,
+)
+from tsd_jax.core.spec import DirectionCount, Rule
 from tsd_jax.extraction.launch import check_deltas
-from tsd_jax.training.auto_launch import AutoLaunchConfig
+from tsd_jax.training.auto_launch import AutoLaunchConfig, Threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +35,7 @@ class ModelSettings:
     path: str
     dtype: str
     quantization: str
-    quantization_tile: int
+    quantization_tile: Limit
     scan_layers: bool
     remat: bool
     new_head: bool
@@ -33,6 +43,7 @@ class ModelSettings:
 
     def __post_init__(self):
         """Refuse settings that name no model, or a base that cannot be held."""
+        check_ranges(self, "model.")
         if not self.path:
             raise InputError("model.path is empty; name a folder or a hub id")
         if self.dtype not in ("float32", "bfloat16"):
@@ -61,14 +72,15 @@ class MethodSettings:
     keep: bool
     ranking: str
     start: str
-    launch_step: int
-    epsilon: float
+    launch_step: Limit
+    epsilon: Positive
     discovery: str
-    discovery_batches: int
+    discovery_batches: Count
     auto_launch: bool
 
     def __post_init__(self):
         """Refuse keys that do not compose a method, or a launch it cannot make."""
+        check_ranges(self, "method.")
         method = self.method()
         if self.discovery not in ("prelaunch", "gradient"):
             raise InputError(
@@ -120,7 +132,6 @@ class MethodSettings:
                 "but method.discovery='gradient' does not look at it; choose one of "
                 "them"
             )
-        _check_least(self, "method", 1, "discovery_batches")
 
 
 def _check_auto_launch(method: Method) -> None:
@@ -136,14 +147,18 @@ def _check_auto_launch(method: Method) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoLaunchSettings:
-    """The section `auto_launch`; its ranges are those of `AutoLaunchConfig`."""
+    """The section `auto_launch`; see `AutoLaunchConfig`."""
 
-    launch_min: int
-    launch_max: int
-    every: int
-    threshold: float
-    patience: int
-    matrices: int
+    launch_min: Count
+    launch_max: Limit
+    every: Count
+    threshold: Threshold
+    patience: Count
+    matrices: Count
+
+    def __post_init__(self):
+        """Refuse numbers out of range."""
+        check_ranges(self, "auto_launch.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,17 +167,18 @@ class AdapterSettings:
 
     pattern: str
     train_head: bool
-    rank: int
-    alpha: float
-    directions: int
+    rank: Count
+    alpha: Positive
+    directions: DirectionCount
     auto_directions: bool
-    dropout: float
+    dropout: Share
     scaling: str
     dora: bool
     full_params: str
 
     def __post_init__(self):
         """Refuse rules that no kernel or parameter could follow."""
+        check_ranges(self, "adapter.")
         self.rule()
         self.full_rules()
 
@@ -191,19 +207,18 @@ class DataSettings:
     kind: str
     path: str
     eval_path: str
-    held_out: float
+    held_out: Share
     problem: str
     positive: str
     template: str
-    length: int
+    length: Count
     train_on_prompt: bool
 
     def __post_init__(self):
         """Refuse settings that name no data, or leave nothing to train on."""
+        check_ranges(self, "data.")
         if not self.path:
             raise InputError("data.path is empty; name a data file")
-        if not self.eval_path and not 0 <= self.held_out < 1:
-            raise InputError(f"data.held_out must be in [0, 1), not {self.held_out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,70 +227,66 @@ class EvalSettings:
 
     metric: str
     answer: str
-    batch_size: int
-    limit: int
-    max_new_tokens: int
-    every: int
+    batch_size: Count
+    limit: Limit
+    max_new_tokens: Count
+    every: Limit
 
     def __post_init__(self):
         """Refuse sizes and counts that mean nothing."""
-        _check_least(self, "eval", 1, "batch_size", "max_new_tokens")
-        _check_least(self, "eval", 0, "limit", "every")
+        check_ranges(self, "eval.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
     """The section `optimizer`."""
 
-    learning_rate: float
-    gain_learning_rate: float
-    full_learning_rate: float
-    warmup: int
+    learning_rate: Amount
+    gain_learning_rate: Amount
+    full_learning_rate: Amount
+    warmup: Limit
     decay: str
     restart: bool
-    weight_decay: float
-    clip_norm: float
-    b1: float
-    b2: float
-    eps: float
+    weight_decay: Amount
+    clip_norm: Amount
+    b1: Share
+    b2: Share
+    eps: Positive
 
     def __post_init__(self):
-        """Refuse rates and bounds below 0."""
-        rates = ("learning_rate", "gain_learning_rate", "full_learning_rate")
-        _check_least(self, "optimizer", 0, *rates, "weight_decay", "clip_norm")
+        """Refuse numbers an optimizer cannot use."""
+        check_ranges(self, "optimizer.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """The section `train`."""
 
-    steps: int
-    batch_size: int
-    micro_batches: int
-    log_every: int
-    checkpoint_every: int
+    steps: Count
+    batch_size: Count
+    micro_batches: Count
+    log_every: Count
+    checkpoint_every: Limit
 
     def __post_init__(self):
         """Refuse batches that cannot be accumulated, and counts that mean nothing."""
-        size, micro = self.batch_size, self.micro_batches
-        if size < 1 or micro < 1 or size % micro:
+        check_ranges(self, "train.")
+        if self.batch_size % self.micro_batches:
             raise InputError(
-                f"train.batch_size {size} must be a multiple of train.micro_batches "
-                f"{micro}"
+                f"train.batch_size {self.batch_size} must be a multiple of "
+                f"train.micro_batches {self.micro_batches}"
             )
-        _check_least(self, "train", 1, "steps", "log_every")
-        _check_least(self, "train", 0, "checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings of a run; `settings_from` makes them."""
 
-    seed: int
-    mesh: tuple[int, ...]
+    seed: Annotated[int, Range(0, 2**32)]  # JAX's keys drop what is above
+    mesh: tuple[Annotated[int, Range(1, also=(-1,))], ...]
     cache_dir: str
     cache_spectra: bool
-    cache_spectra_gb: float
+    cache_spectra_gb: Positive
     model: ModelSettings
     method: MethodSettings
     auto_launch: AutoLaunchSettings
@@ -287,6 +298,7 @@ class Settings:
 
     def __post_init__(self):
         """Refuse sections that do not go together."""
+        check_ranges(self)
         self.auto_launch_config()
         if self.optimizer.restart and self.method.fixed_launch_step is None:
             raise InputError(
@@ -295,10 +307,6 @@ class Settings:
             )
         if self.cache_spectra and self.cache_dir == "off":
             raise InputError("cache_spectra needs a cache_dir, which is 'off'")
-        if self.cache_spectra and self.cache_spectra_gb <= 0:
-            raise InputError(
-                f"cache_spectra_gb must be positive, not {self.cache_spectra_gb}"
-            )
 
     def auto_launch_config(self) -> AutoLaunchConfig | None:
         """Return when directions count as settled; None if that decides nothing."""
@@ -313,11 +321,3 @@ class Settings:
             patience=section.patience,
             matrices=section.matrices,
         )
-
-
-def _check_least(section: Any, name: str, least: int, *keys: str) -> None:
-    """Raise InputError unless some numbers of a section are at least `least`."""
-    for key in keys:
-        value = getattr(section, key)
-        if not value >= least:  # nan is not either
-            raise InputError(f"{name}.{key} must be at least {least}, not {value}")

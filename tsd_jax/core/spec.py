@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import difflib
 import math
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from tsd_jax.core.errors import InputError, check_choice
 from tsd_jax.core.full_params import Full, FullSpec
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import Method
 from tsd_jax.core.paths import check_pattern
+from tsd_jax.core.ranges import Count, Positive, Range, Share, check_ranges
 
 SCALINGS = {
     "lora": lambda alpha, rank: alpha / rank,
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
 }
+
+DirectionCount = Annotated[
+    int, Range(1, hint="for no directions use method 'lora' or 'init'")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +46,10 @@ class Rule:
     """
 
     pattern: str
-    rank: int = 8
-    alpha: float = 16.0
-    directions: int = 8
-    dropout: float = 0.0
+    rank: Count = 8
+    alpha: Positive = 16.0
+    directions: DirectionCount = 8
+    dropout: Share = 0.0
     scaling: str = "lora"
     layout: Layout | None = None
     auto_directions: bool = False
@@ -55,21 +59,7 @@ class Rule:
         """Refuse values that fit no kernel."""
         where = f"rule {self.pattern!r}"
         check_pattern(self.pattern, where=where)
-        for name in ("rank", "directions"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise InputError(f"{where}: {name} must be an int, not {value!r}")
-        if self.rank < 1:
-            raise InputError(f"{where}: rank must be at least 1, not {self.rank}")
-        if self.directions < 1:
-            raise InputError(
-                f"{where}: directions must be at least 1, not {self.directions}; "
-                "for no directions use method 'lora' or 'init'"
-            )
-        if not self.alpha > 0:
-            raise InputError(f"{where}: alpha must be positive, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"{where}: dropout must be in [0, 1), not {self.dropout}")
+        check_ranges(self, f"{where}: ")
         check_choice("scaling", self.scaling, SCALINGS, where=where)
 
 

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from tsd_jax.core.errors import InputError, check_choice
+from tsd_jax.core.ranges import Positive, check_ranges
 from tsd_jax.extraction.blocked import BlockedMatrix
 from tsd_jax.extraction.deltas import Delta, LowRankDelta, Spectrum
 from tsd_jax.extraction.refinement import column_signs, complete_null, refine
@@ -61,16 +62,17 @@ class RankSettings:
         low-rank deltas have the choice; the others always use "dense".
 
     Raises:
-      InputError: the ranking or the solver is unknown.
+      InputError: the ranking or the solver is unknown, or epsilon is out of range.
     """
 
     count: int
-    epsilon: float = EPSILON
+    epsilon: Positive = EPSILON
     ranking: str = "rates"
     solver: str = "auto"
 
     def __post_init__(self):
-        """Refuse unknown names."""
+        """Refuse unknown names, and an epsilon that is none."""
+        check_ranges(self)
         check_choice("ranking", self.ranking, SCORES)
         check_choice("solver", self.solver, SOLVERS)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from tsd_jax.core.adapter import Adapter, Trainable
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.leaves import leaf_specs
 from tsd_jax.core.quantization import stored
+from tsd_jax.core.ranges import Count, Range, check_ranges
 from tsd_jax.core.spec import KernelSpec, Spec
 from tsd_jax.extraction.chunks import plan_chunks
 from tsd_jax.extraction.deltas import learned_delta
@@ -38,6 +39,9 @@ from tsd_jax.extraction.spectra import decompose
 
 Sample = tuple[tuple[KernelSpec, tuple[int, ...]], ...]
 """(kernel, indices of some of its matrices) for every watched kernel."""
+
+Threshold = Annotated[float, Range(0, 1, "(]")]
+"""A mean overlap that directions can reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,24 +58,16 @@ class AutoLaunchConfig:
         start, and a float64 matrix of its short side while it is watched.
     """
 
-    launch_min: int
-    launch_max: int
-    every: int = 5
-    threshold: float = 0.8
-    patience: int = 3
-    matrices: int = 16
+    launch_min: Count
+    launch_max: Count
+    every: Count = 5
+    threshold: Threshold = 0.8
+    patience: Count = 3
+    matrices: Count = 16
 
     def __post_init__(self):
         """Refuse settings under which directions could never settle."""
-        for name in ("launch_min", "every", "patience", "matrices"):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"auto_launch.{name} must be at least 1, not {getattr(self, name)}"
-                )
-        if not 0 < self.threshold <= 1:
-            raise InputError(
-                f"auto_launch.threshold must lie in (0, 1], not {self.threshold}"
-            )
+        check_ranges(self, "auto_launch.")
         if self.launch_min > self.launch_max:
             raise InputError(
                 f"auto_launch.launch_min {self.launch_min} is larger than "

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.ranges import Count, Limit, check_ranges
 from tsd_jax.training.auto_launch import AutoLaunchConfig, MonitorState
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.processes import stop_signals
@@ -54,19 +55,16 @@ class LoopConfig:
       checkpoint_every: steps between checkpoints; 0 for one at the end only.
     """
 
-    steps: int
+    steps: Count
     launch_step: int | None
     auto_launch: AutoLaunchConfig | None = None
-    log_every: int = 10
-    eval_every: int = 0
-    checkpoint_every: int = 0
+    log_every: Count = 10
+    eval_every: Limit = 0
+    checkpoint_every: Limit = 0
 
     def __post_init__(self):
         """Refuse a plan that cannot be carried out."""
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1, not {self.steps}")
-        if self.log_every < 1:
-            raise InputError(f"log_every must be at least 1, not {self.log_every}")
+        check_ranges(self)
         if self.launch_step is not None and not 0 <= self.launch_step < self.steps:
             raise InputError(
                 f"launch_step {self.launch_step} must lie in [0, steps), and steps are "
