@@ -89,7 +89,7 @@ def get_config() -> Any:
     config.data.kind = "instructions"  # instructions, text or classification
     config.data.path = ""
     config.data.eval_path = ""  # "": hold out a share of `path`
-    config.data.held_out = 0.1  # that share
+    config.data.held_out = 0.1  # that share, below 1; 0: nothing, and no evaluation
     # classification or regression; "": as the labels suggest.
     config.data.problem = ""
     # classification: of two classes the one whose F1 is reported; "": label 1, or of

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from tests.helpers.decoders import PUBLISHED, write_decoder
 from tests.helpers.trees import STACKED, random_all
 from tsd_jax import huggingface
-from tsd_jax.app.adapters import ADAPTER, PeftFolder, RunAdapter, read_adapter
+from tsd_jax.app.adapters import PeftFolder, RunAdapter, read_adapter
 from tsd_jax.app.model import facts_of
 from tsd_jax.binding.linen import make_spec
 from tsd_jax.core.errors import InputError
@@ -21,6 +21,7 @@ from tsd_jax.core.methods import get_method
 from tsd_jax.core.spec import Rule, build_spec
 from tsd_jax.huggingface import hub
 from tsd_jax.storage.adapter_file import BaseFacts, save_adapter
+from tsd_jax.storage.run_files import ADAPTER
 
 
 @pytest.fixture

@@ -53,6 +53,14 @@ def test_unfinished_run_is_named(tmp_path, capsys):
     assert "none holds no finished run" in capsys.readouterr().err
 
 
+def test_a_run_without_evaluation_is_named(tmp_path, capsys):
+    folder = finished(tmp_path / "run")
+    told = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**told, "after": None}))
+    assert main([str(folder)]) == 2
+    assert "run holds a run without evaluation: leave it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [[]])
 def test_without_runs_it_tells_its_use(argv, capsys):
     assert main(argv) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,43 @@ def test_labels_are_of_the_whole_file_and_it_is_read_once(labelled, monkeypatch)
     assert data.held_out is not None
     seen = np.concatenate([data.rows(18).batch(0)["targets"], data.held_out["targets"]])
     assert sorted(seen[:, 0].tolist()) == [0] * 10 + [1] * 10
+
+
+@pytest.mark.parametrize("kind", ["text", "instructions", "classification"])
+def test_nothing_is_held_out_where_the_share_is_0(kind, labelled, tokenizer):
+    paths = {
+        "text": ASSETS / "task/train.json",
+        "instructions": ASSETS / "task/train.json",
+        "classification": labelled["data__path"],
+    }
+    data = {"data__kind": kind, "data__path": str(paths[kind]), "data__eval_path": ""}
+    files = files_of(**data, data__held_out=0.0, data__length=16)
+    labels = files.labels(())
+    encoded = files.encode(tokenizer, labels)
+    assert not encoded.evaluated
+    assert (encoded.held_out, [*encoded.records]) == (None, [])
+    assert re.search(r"0 (windows )?held out$", encoded.notes[0])
+    held = files_of(**data, data__held_out=0.2, data__length=16)
+    assert held.encode(tokenizer, labels).evaluated
+
+
+def test_each_file_is_opened_once_and_has_its_digest(monkeypatch):
+    train, test = (ASSETS / "task" / f"{name}.json" for name in ("train", "test"))
+    opened = []
+    plain = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self: opened.append(self) or plain(self)
+    )
+    both = files_of().digests
+    assert opened == [train, test]
+    assert both == {
+        "data.path": hashlib.sha256(plain(train)).hexdigest(),
+        "data.eval_path": hashlib.sha256(plain(test)).hexdigest(),
+    }
+    opened.clear()
+    assert len({*files_of(data__path=str(test)).digests.values()}) == 1
+    assert opened == [test]
+    assert files_of(data__eval_path="").digests == {"data.path": both["data.path"]}
 
 
 def test_other_kinds_have_no_labels(tmp_path):

@@ -25,7 +25,9 @@ def evaluated(variables, **changes):
     settings = small_settings(
         mesh=(8, 1, 1), train__micro_batches=1, eval__max_new_tokens=2, **changes
     )
-    return prepare(settings).evaluate(variables)
+    evaluate = prepare(settings).evaluate
+    assert evaluate is not None
+    return evaluate(variables)
 
 
 @pytest.mark.parametrize("metric", FIGURES)

@@ -27,6 +27,7 @@ from tsd_jax.app.build import prepare
 from tsd_jax.app.run import execute, run
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface import load_tokenizer
+from tsd_jax.storage.locks import held
 from tsd_jax.training.loop import StopRequested
 
 QUERIES = "layers/self_attn/q_proj/kernel"
@@ -236,6 +237,50 @@ def test_workdir_of_another_config_is_refused_and_left_alone(finished):
     with pytest.raises(InputError, match=r"adapter.rank was 4, now 2"):
         carry_out(small_settings(adapter__rank=2), finished)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_run_is_refused_before_anything_is_read(finished, tmp_path, monkeypatch):
+    """By its workdir alone: of another config, without one, or held by another run."""
+    from tsd_jax.app import run as module
+
+    monkeypatch.setattr(module, "prepare", lambda settings: pytest.fail("read"))
+    with pytest.raises(InputError, match=r"adapter.rank was 4, now 2"):
+        run(small_settings(adapter__rank=2), finished)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"holds metrics.jsonl of a run"):
+        run(small_settings(), tmp_path)
+    with held(finished), pytest.raises(InputError, match="in use by another run"):
+        run(small_settings(), finished)
+
+
+def test_a_run_that_is_refused_leaves_no_workdir(tmp_path):
+    settings = small_settings(data__path=str(tmp_path / "none.json"))
+    with pytest.raises(InputError, match=r"none\.json does not exist"):
+        run(settings, tmp_path / "a" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_data_or_another_base_are_not_resumed(finished, monkeypatch):
+    recorded = json.loads((finished / "config.json").read_text())["digests"]
+    assert {"data.path", "model.path/model.safetensors"} <= recorded.keys()
+    prepared = prepare(small_settings())
+    assert dict(prepared.digests) == recorded
+    other = dataclasses.replace(prepared, digests={**recorded, "data.path": "0"})
+    told = r"task/train\.json \(data\.path\) is not what it was .* old file back"
+    with pytest.raises(InputError, match=told):
+        execute(small_settings(), other, finished)
+
+
+def test_a_run_without_evaluation(tmp_path):
+    settings = small_settings(
+        method__name="lora", data__eval_path="", data__held_out=0.0, train__steps=2
+    )
+    prepared = prepare(settings)
+    assert any(note.startswith("no evaluation") for note in prepared.notes)
+    execute(settings, prepared, tmp_path / "run")
+    told = summary(tmp_path / "run")
+    assert (told["before"], told["after"]) == (None, None)
+    assert not [row for row in metrics(tmp_path / "run") if row["kind"] == "eval"]
 
 
 def test_workdir_of_an_older_version_is_refused_by_its_key(tmp_path):

@@ -105,6 +105,10 @@ BAD_TOGETHER = {
         {"method__name": "dash", "method__start": "zero"},
         r"start='zero' has no meaning for method 'dash'",
     ),
+    "evaluations of nothing": (
+        {"data__eval_path": "", "data__held_out": 0.0, "eval__every": 5},
+        r"eval.every 5 needs data to evaluate: give a data.eval_path, or hold out",
+    ),
     "a kept spectrum and no place for it": (
         {"cache_spectra": True},
         r"cache_spectra needs a cache_dir, which is 'off'",
@@ -148,9 +152,7 @@ def outside(key, default):
     else:
         numbers |= st.sampled_from([0.5, math.inf, math.nan])
     if key in MOST:
-        more = 2**40 if isinstance(default, int) else 1e30
-        kind = st.integers if isinstance(default, int) else st.floats
-        numbers |= kind(min_value=MOST[key] + 1, max_value=more)
+        numbers |= st.integers(int(MOST[key]) + 1, 2**40)
     if isinstance(default, tuple):
         good = st.sampled_from(default)
         return st.tuples(good, numbers, good)

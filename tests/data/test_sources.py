@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.data.sources import Record, read_instructions, read_text
+from tsd_jax.data.sources import Record, read_file, read_instructions, read_text
 
 ROW = {"instruction": "Name a colour.", "output": "it is red", "answer": "red"}
 
@@ -79,6 +83,23 @@ def test_unreadable_files(tmp_path, read):
 
 def test_text_is_read_as_it_is(tmp_path):
     assert read_text(write(tmp_path, " a\nb ")) == " a\nb "
+
+
+def test_a_file_is_read_once_with_the_digest_of_its_bytes(tmp_path):
+    """A pipe can be read only once: what was read is used from then on."""
+    content = json.dumps([ROW]).encode() + b"\r\n"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(content))
+    writer.start()
+    file = read_file(pipe)
+    writer.join()
+    assert file.digest == hashlib.sha256(content).hexdigest()
+    assert read_text(file) == content.decode().replace("\r\n", "\n")
+    assert [record.answer for record in read_instructions(file)] == ["red"]
+    bad = dataclasses.replace(file, text="[1]")
+    with pytest.raises(InputError, match=r"^/.*pipe, row 1 is a int"):
+        read_instructions(bad)
 
 
 @pytest.mark.shared

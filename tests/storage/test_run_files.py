@@ -46,6 +46,53 @@ def test_a_fresh_workdir_is_not_touched(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("metrics.jsonl", "summary.json", "directions.npz", "adapter.safetensors"),
+        *("adapter", "checkpoints", "plots", "events.out.tfevents.1"),
+    ],
+)
+def test_files_of_a_run_without_its_config_are_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"holds {name} of a run, but no config.json"):
+        claim(tmp_path)
+    (tmp_path / "events.out.tfevents.2").write_text("")
+    with pytest.raises(InputError, match=r"holds .* and 1 more of a run"):
+        claim(tmp_path)
+    write_json(tmp_path / "config.json", {"config": CONFIG})
+    assert claim(tmp_path), "the way out that the line names"
+
+
+def test_files_of_others_do_not_matter(tmp_path):
+    for name in (".lock", "notes.txt", "slurm-1.out"):
+        (tmp_path / name).write_text("")
+    assert not claim(tmp_path)
+
+
+def test_files_that_changed_are_named(tmp_path):
+    config = {"data.path": "rows.json", "model.path": "folder"}
+    digests = {"data.path": "1", "model.path/sub/model.safetensors": "2"}
+    write_json(tmp_path / "config.json", {"config": config, "digests": digests})
+
+    def check(**changes):
+        run_files.check_digests(tmp_path, config, {**digests, **changes})
+
+    check()
+    check(**{"model.path/new.json": "3"})  # what a later version looks at as well
+    with pytest.raises(InputError, match=r"^rows.json \(data.path\) is not what"):
+        check(**{"data.path": "9"})
+    told = r"^folder/sub/model.safetensors \(model.path\) is not what .* old file back"
+    with pytest.raises(InputError, match=told):
+        check(**{"model.path/sub/model.safetensors": "9"})
+    with pytest.raises(InputError, match=r"^rows\.json"):
+        run_files.check_digests(tmp_path, config, {})
+
+
+def test_a_run_without_digests_goes_on(used):
+    run_files.check_digests(used, CONFIG, {"data.path": "1"})
+
+
 def test_a_workdir_of_the_same_config_goes_on(used):
     """Tuples come back from JSON as lists, and are the same."""
     before = (used / "config.json").read_bytes()

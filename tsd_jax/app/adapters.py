@@ -27,9 +27,7 @@ from tsd_jax.huggingface.peft.merge import full_in_folder, merge_peft
 from tsd_jax.huggingface.peft.modules import modules_of
 from tsd_jax.huggingface.peft.write import PeftExport, to_peft, write_adapter
 from tsd_jax.storage.adapter_file import BaseFacts, SavedAdapter, load_adapter
-
-ADAPTER = "adapter.safetensors"
-"""The library's own adapter file, in a run's workdir."""
+from tsd_jax.storage.run_files import ADAPTER
 
 
 class TrainedAdapter(Protocol):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tsd_jax import huggingface
 from tsd_jax.app.caches import spectra_folder
-from tsd_jax.app.data import Data, read_files
+from tsd_jax.app.data import Data, DataFiles, read_files
 from tsd_jax.app.evaluation import EvalContext, Evaluate, make_evaluation
 from tsd_jax.app.model import Base, open_model
 from tsd_jax.app.settings import (
@@ -36,6 +36,8 @@ from tsd_jax.training import sharding
 from tsd_jax.training.loop import LoopConfig
 from tsd_jax.training.optimizer import check_schedule, make_optimizer, make_schedule
 
+_UNEVALUATED = "no evaluation: data.held_out is 0, and there is no data.eval_path"
+
 BatchFn = Callable[[int], dict[str, jax.Array]]
 """step -> its batch on the mesh, leaves (micro-batches, examples, positions)."""
 
@@ -54,7 +56,8 @@ class Prepared:
       extraction: how directions are extracted.
       batch: step -> training batch.
       loss_fn: (variables, micro-batch) -> (summed loss, counted targets).
-      evaluate: variables -> figures.
+      evaluate: variables -> figures; None where nothing is held out.
+      digests: of the files that were read, as `check_digests` takes them.
       notes: what a user should know of model and data, a line each.
     """
 
@@ -67,7 +70,8 @@ class Prepared:
     extraction: Extraction
     batch: BatchFn
     loss_fn: LossFn
-    evaluate: Evaluate
+    evaluate: Evaluate | None
+    digests: Mapping[str, str]
     notes: tuple[str, ...]
 
 
@@ -88,6 +92,7 @@ def prepare(settings: Settings) -> Prepared:
     if spec.method.launches and extraction.on_hosts(None):
         host_device()  # refuses now, rather than at the launch
     data = files.encode(base.tokenizer, base.labels)
+    unevaluated = [] if data.evaluated else [_UNEVALUATED]
     return Prepared(
         mesh=mesh,
         base=base,
@@ -99,8 +104,18 @@ def prepare(settings: Settings) -> Prepared:
         batch=batch_source(settings.train, data, mesh),
         loss_fn=data.loss(base),
         evaluate=evaluation(settings.eval, base, data, mesh),
-        notes=(*base.notes, *data.notes),
+        digests=digests(files, base),
+        notes=(*base.notes, *data.notes, *unevaluated),
     )
+
+
+def digests(files: DataFiles, base: Base) -> dict[str, str]:
+    """Return the digests of the data, and of the base's files."""
+    of_base = huggingface.fingerprint(base.folder)
+    return {
+        **files.digests,
+        **{f"model.path/{name}": each for name, each in of_base.items()},
+    }
 
 
 def loop_config(settings: Settings) -> LoopConfig:
@@ -223,8 +238,12 @@ def batch_source(settings: TrainSettings, data: Data, mesh: Mesh) -> BatchFn:
     return batch
 
 
-def evaluation(settings: EvalSettings, base: Base, data: Data, mesh: Mesh) -> Evaluate:
-    """Return the function from model variables to figures."""
+def evaluation(
+    settings: EvalSettings, base: Base, data: Data, mesh: Mesh
+) -> Evaluate | None:
+    """Return the function from model variables to figures, if data are held out."""
+    if not data.evaluated:
+        return None
     sharding.check_batch(settings.batch_size, mesh)
     axes = PartitionSpec(*sharding.BATCH[1:])
     context = EvalContext(

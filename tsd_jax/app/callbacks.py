@@ -12,12 +12,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from tsd_jax.app.evaluation import Evaluate, Figures
-from tsd_jax.app.report import DIRECTIONS, on_host
+from tsd_jax.app.report import on_host
 from tsd_jax.binding.linen import bind_variables
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn, Progress
 from tsd_jax.extraction.launch import Extraction, Ranking
 from tsd_jax.storage.directions_file import write_rankings
+from tsd_jax.storage.run_files import DIRECTIONS
 from tsd_jax.training import sharding
 from tsd_jax.training.auto_launch import AutoLaunchConfig, DirectionMonitor
 from tsd_jax.training.gradient_discovery import KernelGradients
@@ -165,11 +166,18 @@ def rankings_writer(workdir: Path) -> Callable[[Report], None]:
 
 
 def state_evaluation(
-    evaluate: Evaluate, params: Mapping[str, Any]
+    evaluate: Evaluate | None, params: Mapping[str, Any]
 ) -> Callable[[TrainState], Figures]:
-    """Return the function that scores the base with a state's adapters."""
+    """Return the function that scores the base with a state's adapters.
+
+    Args:
+      evaluate: variables -> figures; None where there are none.
+      params: the base's tree.
+    """
 
     def evaluate_state(state: TrainState) -> Figures:
+        if evaluate is None:
+            return {}
         return evaluate(bind_variables(params, state.trainable, state.directions))
 
     return evaluate_state

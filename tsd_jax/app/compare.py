@@ -15,6 +15,7 @@ from typing import Any
 from tsd_jax.app.plan import table
 from tsd_jax.core.errors import InputError
 from tsd_jax.storage.atomic import read_json_or_empty
+from tsd_jax.storage.run_files import CONFIG, PEFT_FOLDER, PLOTS, SUMMARY
 
 _HEAD = ("method", "seeds", "before", "after", "launch", "trainable", "tokens/s")
 _FIGURES = ("accuracy", "exact_match", "spearman", "nll")
@@ -26,10 +27,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises:
       InputError: the folder holds no finished run.
     """
-    summary = read_json_or_empty(folder / "summary.json")
-    config = read_json_or_empty(folder / "config.json").get("config")
+    summary = read_json_or_empty(folder / SUMMARY)
+    config = read_json_or_empty(folder / CONFIG).get("config")
     if not summary or config is None:
-        raise InputError(f"{folder} holds no finished run (no summary.json)")
+        raise InputError(f"{folder} holds no finished run (no {SUMMARY})")
+    if not summary.get("after"):
+        raise InputError(f"{folder} holds a run without evaluation: leave it out")
     return {"folder": folder, "config": config, **summary}
 
 
@@ -78,8 +81,8 @@ def compare(folders: Sequence[Path]) -> str:
     figures = {figure_of(run) for run in runs}
     rows = [_row(group) for group in group_runs(runs)]
     files = [
-        f"{_name(run)}: adapter in {run['folder'] / 'adapter'}, "
-        f"plots in {run['folder'] / 'plots'}"
+        f"{_name(run)}: adapter in {run['folder'] / PEFT_FOLDER}, "
+        f"plots in {run['folder'] / PLOTS}"
         for run in runs
     ]
     steps = ", ".join(sorted({str(run["steps"]) for run in runs}))

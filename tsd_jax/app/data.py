@@ -22,7 +22,7 @@ from tsd_jax.data.classification import (
 )
 from tsd_jax.data.encoding import Arrays, Template
 from tsd_jax.data.iteration import Batches, RandomWindows, hold_out
-from tsd_jax.data.sources import Record, read_instructions, read_text
+from tsd_jax.data.sources import DataFile, Record, read_file, read_instructions
 from tsd_jax.data.templates import TEMPLATES
 from tsd_jax.evaluation.chunked_loss import (
     SplitModel,
@@ -84,9 +84,17 @@ class Data:
     template: Template | None = None
     labels: Labels | None = None
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether there are items to evaluate."""
+        return self.held_out is not None or bool(self.records)
+
 
 class DataFiles(Protocol):
     """Data files as they were read."""
+
+    digests: Mapping[str, str]
+    """{config key: SHA-256 of the file it names}."""
 
     @property
     def labelled(self) -> bool:
@@ -122,21 +130,68 @@ def read_files(settings: DataSettings, seed: int) -> DataFiles:
       InputError: the kind is unknown, or a file is missing or not of this kind.
     """
     check_choice("data.kind", settings.kind, KINDS)
-    return KINDS[settings.kind](settings, seed)
+    train = read_file(settings.path)
+    held_out = None
+    if settings.eval_path:
+        same = settings.eval_path == settings.path
+        held_out = train if same else read_file(settings.eval_path)
+    return KINDS[settings.kind](settings, seed, train, held_out)
 
 
-class TextFiles:
-    """Plain text, cut into windows."""
+class _Files:
+    """What files of all kinds have.
+
+    Args:
+      settings: of the data.
+      seed: of what is held out, and of the order of batches.
+      train: the file to train on.
+      held_out: the file to evaluate; None to hold out a share of the other.
+    """
 
     labelled = False
 
-    def __init__(self, settings: DataSettings, seed: int):
-        self._length, self._seed = settings.length, seed
-        text = read_text(settings.path)
-        if settings.eval_path:
-            self._text, self._held_out = text, read_text(settings.eval_path)
-        else:
-            self._text, self._held_out = encoding.split_text(text, settings.held_out)
+    def __init__(
+        self,
+        settings: DataSettings,
+        seed: int,
+        train: DataFile,
+        held_out: DataFile | None,
+    ):
+        self._settings, self._seed = settings, seed
+        self._read(train, held_out)
+        files = {"data.path": train, "data.eval_path": held_out}
+        self.digests: Mapping[str, str] = {
+            key: file.digest for key, file in files.items() if file is not None
+        }
+
+    def _read(self, train: DataFile, held_out: DataFile | None) -> None:
+        """Take what is in the files."""
+        raise NotImplementedError
+
+    def _split(
+        self,
+        items: list[T],
+        held_out: DataFile | None,
+        read: Callable[[DataFile], list[T]],
+    ) -> tuple[list[T], list[T]]:
+        """Return the items to train on, and those to evaluate."""
+        if held_out is not None:
+            return items, read(held_out)
+        if not self._settings.held_out:
+            return items, []
+        count = max(round(len(items) * self._settings.held_out), 1)
+        return hold_out(items, count, self._seed)
+
+
+class TextFiles(_Files):
+    """Plain text, cut into windows."""
+
+    def _read(self, train: DataFile, held_out: DataFile | None) -> None:
+        self._text, self._held_out = train.text, ""
+        if held_out is not None:
+            self._held_out = held_out.text
+        elif share := self._settings.held_out:
+            self._text, self._held_out = encoding.split_text(train.text, share)
 
     def labels(self, known: tuple[str, ...]) -> None:
         """Return None: text has no labels."""
@@ -145,35 +200,33 @@ class TextFiles:
     def encode(self, tokenizer: Any, labels: Labels | None) -> Data:
         """Encode the text to train on, and cut the rest into windows."""
         del labels
+        length = self._settings.length
         ids = encoding.encode_text(self._text, tokenizer)
-        held_out = encoding.encode_text(self._held_out, tokenizer)
-        windows = encoding.windows(held_out, self._length)
-        encoding.windows(ids[: self._length + 1], self._length)  # one fits, or refuse
-        note = (
-            f"{len(ids):,} tokens to train on, {len(windows['tokens']):,} windows held "
-            "out"
-        )
+        encoding.windows(ids[: length + 1], length)  # one fits, or refuse
+        windows, count = None, 0
+        if self._held_out:
+            held_out = encoding.encode_text(self._held_out, tokenizer)
+            windows = encoding.windows(held_out, length)
+            count = len(windows["tokens"])
+        note = f"{len(ids):,} tokens to train on, {count:,} windows held out"
         return Data(
             kind="text",
-            rows=lambda size: RandomWindows(ids, self._length, size, self._seed),
+            rows=lambda size: RandomWindows(ids, length, size, self._seed),
             loss=lambda model: next_token_loss(model, None),
             held_out=windows,
             notes=(note,),
-            length=self._length,
+            length=length,
         )
 
 
-class InstructionFiles:
+class InstructionFiles(_Files):
     """Records of instructions and outputs."""
 
-    labelled = False
-
-    def __init__(self, settings: DataSettings, seed: int):
-        check_choice("data.template", settings.template, TEMPLATES)
-        self._settings, self._seed = settings, seed
-        records = read_instructions(settings.path)
-        self._records, self._held_out = _split(
-            records, read_instructions, settings, seed
+    def _read(self, train: DataFile, held_out: DataFile | None) -> None:
+        check_choice("data.template", self._settings.template, TEMPLATES)
+        records = read_instructions(train)
+        self._records, self._held_out = self._split(
+            records, held_out, read_instructions
         )
 
     def labels(self, known: tuple[str, ...]) -> None:
@@ -214,15 +267,14 @@ class InstructionFiles:
         )
 
 
-class LabelledFiles:
+class LabelledFiles(_Files):
     """Labelled texts, or pairs of texts."""
 
     labelled = True
 
-    def __init__(self, settings: DataSettings, seed: int):
-        self._settings, self._seed = settings, seed
-        self._all = read_labelled(settings.path)
-        self._items, self._held_out = _split(self._all, read_labelled, settings, seed)
+    def _read(self, train: DataFile, held_out: DataFile | None) -> None:
+        self._all = read_labelled(train)
+        self._items, self._held_out = self._split(self._all, held_out, read_labelled)
 
     def labels(self, known: tuple[str, ...]) -> Labels:
         """Return what the labels of the file to train on mean."""
@@ -234,7 +286,9 @@ class LabelledFiles:
         assert labels is not None
         length, held_out = self._settings.length, self._held_out
         arrays, cut = encode_labelled(self._items, tokenizer, labels, length)
-        held, held_cut = encode_labelled(held_out, tokenizer, labels, length)
+        held, held_cut = None, 0
+        if held_out:
+            held, held_cut = encode_labelled(held_out, tokenizer, labels, length)
         count = len(self._items)
         notes = [f"{count:,} items to train on, {len(held_out):,} held out"]
         if cut or held_cut:
@@ -258,7 +312,7 @@ class LabelledFiles:
         )
 
 
-KINDS: Mapping[str, Callable[[DataSettings, int], DataFiles]] = {
+KINDS: Mapping[str, Callable[..., DataFiles]] = {
     "text": TextFiles,
     "instructions": InstructionFiles,
     "classification": LabelledFiles,
@@ -274,16 +328,3 @@ def next_token_loss(model: Model, counted: int | None) -> LossFn:
     """
     assert model.split is not None
     return chunked_next_token_loss(model.split, counted=counted)
-
-
-def _split(
-    items: list[T],
-    read: Callable[[str], list[T]],
-    settings: DataSettings,
-    seed: int,
-) -> tuple[list[T], list[T]]:
-    """Return the items to train on, and those to evaluate: another file's, or some."""
-    if settings.eval_path:
-        return items, read(settings.eval_path)
-    count = max(round(len(items) * settings.held_out), 1)
-    return hold_out(items, count, seed)

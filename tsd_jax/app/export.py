@@ -31,6 +31,7 @@ from tsd_jax.huggingface.model_folder import (
 from tsd_jax.huggingface.peft.write import PeftExport
 from tsd_jax.models.encoder_config import EncoderConfig
 from tsd_jax.storage.atomic import read_json_or_empty
+from tsd_jax.storage.run_files import CONFIG
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -84,7 +85,7 @@ def export_merged(
 
 def recorded_labels(source: Path) -> Labels | None:
     """Return what a run has recorded of its labels in its config.json, or None."""
-    found = read_json_or_empty(source / "config.json").get("labels")
+    found = read_json_or_empty(source / CONFIG).get("labels")
     return Labels(**{**found, "names": tuple(found["names"])}) if found else None
 
 

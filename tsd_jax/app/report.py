@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from tsd_jax.analysis import arrays, maps, plots
-from tsd_jax.app.adapters import ADAPTER
 from tsd_jax.app.evaluation import Figures
 from tsd_jax.app.model import Base
 from tsd_jax.core import paths
@@ -25,15 +24,16 @@ from tsd_jax.huggingface.peft.write import PeftExport, to_peft
 from tsd_jax.storage.adapter_file import save_adapter
 from tsd_jax.storage.atomic import read_json_or_empty, write_json
 from tsd_jax.storage.directions_file import read_directions
+from tsd_jax.storage.run_files import (
+    ADAPTER,
+    DIRECTIONS,
+    PEFT_FOLDER,
+    PLOTS,
+    SUMMARY,
+)
 from tsd_jax.training.loop import LoopConfig, Stopwatch
 from tsd_jax.training.recorder import Recorder
 from tsd_jax.training.state import TrainState
-
-SUMMARY = "summary.json"
-"""Figures of a finished run, in its workdir."""
-
-DIRECTIONS = "directions.npz"
-"""What a launch ranked, in the workdir."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 _VLLM_RANK = 16  # the highest that vLLM serves without --max-lora-rank
@@ -91,7 +91,7 @@ def write(
         base_model=base.name,
         base=base.facts,
     )
-    export = write_peft(workdir / "adapter", base, state, rest)
+    export = write_peft(workdir / PEFT_FOLDER, base, state, rest)
     launches = [row for row in recorder.rows if row["kind"] == "launch"]
     launch = launches[0] if launches else {"step": plan.launch_step}
     new = summary(spec, plan, outcome, launch) | {
@@ -103,7 +103,7 @@ def write(
     write_json(workdir / SUMMARY, new | old, sort_keys=True)
     write_plots(workdir, recorder.rows, state)
     recorder.say(f"{_told(export)} in {workdir / 'adapter'}")
-    recorder.say(f"{SUMMARY} and plots/ in {workdir}")
+    recorder.say(f"{SUMMARY} and {PLOTS}/ in {workdir}")
 
 
 def write_peft(
@@ -231,7 +231,7 @@ def write_plots(
       rows: of metrics.jsonl.
       state: at the end, on the host.
     """
-    folder = workdir / "plots"
+    folder = workdir / PLOTS
     folder.mkdir(exist_ok=True)
     launched = [row["step"] for row in rows if row["kind"] == "launch"]
     plots.plot_loss(rows, launched[0] if launched else None, folder / "loss.png")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,17 @@ from tsd_jax.app.caches import use_program_cache
 from tsd_jax.app.callbacks import Shardings
 from tsd_jax.app.config import RENAMED, flatten
 from tsd_jax.app.evaluation import Figures
-from tsd_jax.app.model import Base, load_weights
+from tsd_jax.app.model import load_weights
 from tsd_jax.app.plan import describe
 from tsd_jax.app.settings import Settings
 from tsd_jax.core.errors import InputError
-from tsd_jax.storage import run_files
+from tsd_jax.storage import locks, run_files
 from tsd_jax.storage.atomic import read_json_or_empty, write_json
+from tsd_jax.storage.run_files import CHECKPOINTS, CONFIG
 from tsd_jax.training import loop, processes, sharding
 from tsd_jax.training.checkpoint import Checkpoints
 from tsd_jax.training.recorder import LoadingBar, Recorder
 from tsd_jax.training.state import TrainState, create_state
-
-CONFIG = "config.json"
-"""The settings of a run and what it ran on, in its workdir."""
 
 # Keys that may change when a run resumes, without changing its result.
 _FREE = (
@@ -53,10 +52,45 @@ def run(settings: Settings, workdir: Path, *, dry_run: bool = False) -> int:
 
     Raises:
       InputError: the settings do not suit the devices, the model or the data, or the
-        workdir belongs to another run.
+        workdir belongs to another run or cannot be written to.
     """
     use_program_cache(settings.cache_dir)
-    prepared = prepare(settings)
+    if dry_run:
+        tell(prepare(settings))
+        return 0
+    claim(workdir, flatten(settings))  # refuses now, before anything is read
+    with held(workdir):
+        prepared = prepare(settings)
+        tell(prepared)
+        try:
+            execute(settings, prepared, workdir)
+        except loop.StopRequested as error:
+            program = os.path.basename(sys.argv[0])
+            print(
+                f"{program}: {error}; the same command resumes from there",
+                file=sys.stderr,
+            )
+            return 130
+    return 0
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Hold a workdir in the first process; say so where it cannot be locked."""
+    if jax.process_index() != 0:
+        yield
+        return
+    with locks.held(workdir) as locked:
+        if not locked:
+            print(
+                f"workdir {workdir} has no locks: a second run there goes unnoticed",
+                flush=True,
+            )
+        yield
+
+
+def tell(prepared: Prepared) -> None:
+    """Print what a run is about to train, in the first process."""
     if jax.process_index() == 0:
         plan, params = prepared.plan, prepared.base.params
         print(
@@ -65,17 +99,6 @@ def run(settings: Settings, workdir: Path, *, dry_run: bool = False) -> int:
             )
         )
         print("\n".join(prepared.notes), flush=True)
-    if dry_run:
-        return 0
-    try:
-        execute(settings, prepared, workdir)
-    except loop.StopRequested as error:
-        program = os.path.basename(sys.argv[0])
-        print(
-            f"{program}: {error}; the same command resumes from there", file=sys.stderr
-        )
-        return 130
-    return 0
 
 
 def execute(settings: Settings, prepared: Prepared, workdir: Path) -> None:
@@ -87,23 +110,26 @@ def execute(settings: Settings, prepared: Prepared, workdir: Path) -> None:
       workdir: its folder.
 
     Raises:
-      InputError: the workdir belongs to another run, or the weights are not those of
-        the model's config; nothing on disk has changed then.
+      InputError: the workdir belongs to another run, the data or the model are no
+        longer what it read, or the weights are not those of the model's config; nothing
+        on disk has changed then.
       StopRequested: SIGINT or SIGTERM came; the state is saved.
     """
     base, plan, mesh = prepared.base, prepared.plan, prepared.mesh
     init_key, dropout_key = jax.random.split(jax.random.key(settings.seed))
     recorded = flatten(settings)
     resumes = claim(workdir, recorded)
+    if resumes:
+        run_files.check_digests(workdir, recorded, prepared.digests)
     is_first = jax.process_index() == 0
     shardings = sharding.param_shardings(base.params, base.family.kind.rules, mesh)
     with LoadingBar(active=is_first) as bar:
         head_key = jax.random.fold_in(init_key, 1)
         params = load_weights(base, mesh, shardings, head_key, bar)
     if is_first:
-        write_config(workdir, recorded, base)
+        write_config(workdir, recorded, prepared)
     _check_shared(workdir)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         saved = checkpoints if resumes else None
         state, places = start(prepared, init_key, params, shardings, saved)
         with Recorder(
@@ -146,12 +172,18 @@ def claim(workdir: Path, recorded: Mapping[str, Any]) -> bool:
     return processes.broadcast_flag(resumes)
 
 
-def write_config(workdir: Path, recorded: Mapping[str, Any], base: Base) -> None:
-    """Make the workdir, and record settings, environment and labels in it."""
+def write_config(
+    workdir: Path, recorded: Mapping[str, Any], prepared: Prepared
+) -> None:
+    """Make the workdir, and record settings, files, environment and labels in it."""
     workdir.mkdir(parents=True, exist_ok=True)
-    content = {"config": dict(recorded), **report.environment()}
-    if base.labels is not None:
-        content["labels"] = dataclasses.asdict(base.labels)
+    content = {
+        "config": dict(recorded),
+        "digests": dict(prepared.digests),
+        **report.environment(),
+    }
+    if prepared.base.labels is not None:
+        content["labels"] = dataclasses.asdict(prepared.base.labels)
     write_json(workdir / CONFIG, content, sort_keys=True)
 
 
@@ -242,10 +274,15 @@ def loop_callbacks(
 def evaluated(
     recorder: Recorder, calls: loop.LoopCallbacks, state: TrainState, at: int
 ) -> Figures | None:
-    """Return the figures at a step: those on record, or fresh ones of this state."""
+    """Return the figures at a step: those on record, or fresh ones of this state.
+
+    Returns:
+      The figures; None where there are none, or the state is of another step.
+    """
     figures = recorder.find("eval", at)
     known = processes.broadcast_flag(figures is not None)  # the others keep no record
     if not known and int(state.step) == at:
         figures = calls.evaluate(state)
-        recorder.evaluation(at, figures)
-    return figures
+        if figures:
+            recorder.evaluation(at, figures)
+    return figures or None

@@ -300,6 +300,12 @@ class Settings:
         """Refuse sections that do not go together."""
         check_ranges(self)
         self.auto_launch_config()
+        data = self.data
+        if self.eval.every and not (data.eval_path or data.held_out):
+            raise InputError(
+                f"eval.every {self.eval.every} needs data to evaluate: give a "
+                "data.eval_path, or hold out a share of data.path with data.held_out"
+            )
         if self.optimizer.restart and self.method.fixed_launch_step is None:
             raise InputError(
                 "optimizer.restart=True needs a launch whose step is known beforehand, "

@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.encoding import Arrays, Tokenizer
-from tsd_jax.data.sources import read_rows
+from tsd_jax.data.sources import Source, read_rows
 
 # The fields of the texts in GLUE and BoolQ; the first match is taken.
 TEXT_FIELDS: tuple[tuple[str, ...], ...] = (
@@ -92,7 +91,7 @@ class Labels:
         )
 
 
-def read_labelled(path: str | Path) -> list[Labelled]:
+def read_labelled(path: Source) -> list[Labelled]:
     """Read a JSON list or JSON lines of labelled texts.
 
     Every row needs a `label` and the fields of one of `TEXT_FIELDS`; other fields are

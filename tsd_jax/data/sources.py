@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -12,6 +13,28 @@ from tsd_jax.core.errors import InputError
 
 # How the commonsense files of LLM-Adapters list the possible answers.
 _ANSWER_FORMAT = re.compile(r"Answer format: (\S+(?:/\S+)+)\s*$")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file as it was read.
+
+    Attributes:
+      path: as the user gave it.
+      text: what it holds.
+      digest: SHA-256 of its bytes.
+    """
+
+    path: str
+    text: str
+    digest: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+Source = str | Path | DataFile
+"""Where data come from: a path, or a file that was read before."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +58,7 @@ class Record:
     task: str = ""
 
 
-def read_instructions(path: str | Path) -> list[Record]:
+def read_instructions(path: Source) -> list[Record]:
     """Read a JSON list or JSON lines of instruction records.
 
     Every row needs a non-empty `instruction` and `output`; `input`, `answer`, `task`
@@ -49,33 +72,39 @@ def read_instructions(path: str | Path) -> list[Record]:
     return [_record(row, f"{path}, row {n}") for n, row in enumerate(rows, start=1)]
 
 
-def read_rows(path: str | Path) -> list[Any]:
+def read_rows(path: Source) -> list[Any]:
     """Read a JSON list, or one JSON value per line.
 
     Raises:
       InputError: the file is missing, empty or not JSON.
     """
-    rows = _parse(_read(path), path)
+    rows = _parse(read_text(path), path)
     if not rows:
         raise InputError(f"{path} has no rows; give a file with at least one")
     return rows
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: Source) -> str:
     """Read plain UTF-8 text.
 
     Raises:
       InputError: the file is missing, not UTF-8, or only white space.
     """
-    return _read(path)
+    return path.text if isinstance(path, DataFile) else read_file(path).text
 
 
-def _read(path: str | Path) -> str:
+def read_file(path: str | Path) -> DataFile:
+    """Read a file of UTF-8 text, opening it once: it may be a pipe.
+
+    Raises:
+      InputError: the file is missing, not UTF-8, or only white space.
+    """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the data file inside it")
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        text = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise InputError(f"data file {path} does not exist; check the path") from None
     except UnicodeDecodeError as error:
@@ -86,10 +115,10 @@ def _read(path: str | Path) -> str:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if not text.strip():
         raise InputError(f"data file {path} is empty")
-    return text
+    return DataFile(str(path), text, hashlib.sha256(content).hexdigest())
 
 
-def _parse(text: str, path: str | Path) -> list[Any]:
+def _parse(text: str, path: Source) -> list[Any]:
     """Return the rows of a JSON list, or of one JSON value per line."""
     if text.lstrip().startswith("["):
         try:
@@ -108,7 +137,7 @@ def _parse(text: str, path: str | Path) -> list[Any]:
     return rows
 
 
-def _not_json(path: str | Path, line: int, why: str) -> InputError:
+def _not_json(path: Source, line: int, why: str) -> InputError:
     return InputError(
         f"{path} is not JSON (line {line}: {why}); "
         "give a list of objects, or one object per line"

@@ -21,6 +21,7 @@ from tsd_jax.huggingface.check import absent_head, check_checkpoint
 from tsd_jax.huggingface.config import config_json, read_config
 from tsd_jax.huggingface.families.family import Family, ModelConfig
 from tsd_jax.huggingface.families.registry import FAMILIES, family_of
+from tsd_jax.huggingface.fingerprint import fingerprint
 from tsd_jax.huggingface.hub import load_tokenizer, resolve
 from tsd_jax.huggingface.load import load_params
 from tsd_jax.huggingface.names import (
@@ -50,6 +51,7 @@ __all__ = [
     "check_checkpoint",
     "config_json",
     "family_of",
+    "fingerprint",
     "grow",
     "grown_config",
     "load_params",

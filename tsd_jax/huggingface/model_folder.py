@@ -98,4 +98,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Return whether a folder holds files of a tokenizer."""
-    return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+    return bool(tokenizer_files(folder))
+
+
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """Return the files of a tokenizer that a folder holds."""
+    files = [Path(folder) / name for name in _TOKENIZER_FILES]
+    return [file for file in files if file.is_file()]

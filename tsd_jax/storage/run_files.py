@@ -1,14 +1,38 @@
-"""Files of a training run: its metrics, and the config that owns its folder."""
+"""Files of a training run: their names, and the config that owns its folder."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.storage.atomic import read_json_or_empty, write_text
+
+CONFIG = "config.json"
+"""The settings of a run, what it read and what it ran on, in its workdir."""
+
+METRICS = "metrics.jsonl"
+"""Figures of a run as it goes on."""
+
+SUMMARY = "summary.json"
+"""Figures of a finished run."""
+
+DIRECTIONS = "directions.npz"
+"""What a launch ranked."""
+
+ADAPTER = "adapter.safetensors"
+"""The trained adapter in the library's own format."""
+
+PEFT_FOLDER = "adapter"
+"""The trained adapter in PEFT's format."""
+
+CHECKPOINTS, PLOTS = "checkpoints", "plots"
+"""Folders of a run."""
+
+_WRITTEN = (METRICS, SUMMARY, DIRECTIONS, ADAPTER, PEFT_FOLDER, CHECKPOINTS, PLOTS)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -41,13 +65,15 @@ def claim_workdir(
 
     Raises:
       InputError: the workdir is a file or lies below one, holds a run of another
-        config, or has a config that cannot be read.
+        config or files of a run without its config, or has a config that cannot be
+        read.
     """
     for folder in (workdir, *workdir.parents):
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not folder.is_dir():
             raise InputError(f"workdir {workdir}: {folder} is a file; name a folder")
-    path = workdir / "config.json"
-    if not path.exists():
+    path = workdir / CONFIG
+    if not os.path.exists(path):
+        _refuse_leftovers(workdir)
         return False
     old = read_json_or_empty(path).get("config")
     if not isinstance(old, dict):
@@ -64,3 +90,39 @@ def claim_workdir(
             "use a new --workdir, or the old values to resume"
         )
     return True
+
+
+def _refuse_leftovers(workdir: Path) -> None:
+    """Raise InputError where a workdir without a config holds files of a run."""
+    found = [name for name in _WRITTEN if (workdir / name).exists()]
+    found += sorted(path.name for path in workdir.glob("events.out.*"))
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise InputError(
+            f"workdir {workdir} holds {found[0]}{more} of a run, but no {CONFIG} that "
+            f"says of which: use a new --workdir, or put its {CONFIG} back to resume it"
+        )
+
+
+def check_digests(
+    workdir: Path, config: Mapping[str, Any], digests: Mapping[str, str]
+) -> None:
+    """Raise InputError where a file has changed since a workdir's run began.
+
+    A run that recorded no digests is not checked.
+
+    Args:
+      workdir: of a run to resume.
+      config: resolved and flat.
+      digests: {"section.key" of a file, or "section.key/NAME" of a file in the folder
+        it names: digest of what it holds}.
+    """
+    old = read_json_or_empty(workdir / CONFIG).get("digests", {})
+    for key, digest in old.items():
+        if digests.get(key) != digest:
+            setting, _, name = key.partition("/")
+            file = Path(str(config[setting])) / name
+            raise InputError(
+                f"{file} ({setting}) is not what it was when the run in {workdir} "
+                "began: put the old file back to resume, or use a new --workdir"
+            )

@@ -11,7 +11,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from tsd_jax.storage.run_files import read_lines, write_lines
+from tsd_jax.storage.run_files import METRICS, read_lines, write_lines
 
 LAUNCH_EVERY = 10.0
 """Seconds between lines about a launch, where there is no progress bar."""
@@ -74,7 +74,7 @@ class Recorder:
         launched: bool,
         active: bool = True,
     ):
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS
         self._active = active
         self._bar = None
         self._launch = (start, monotonic())  # the step and time of its beginning
