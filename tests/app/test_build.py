@@ -53,11 +53,11 @@ BAD_TOGETHER = {
     ),
     "a launch on nothing": (
         {"method__launch_step": 1, "optimizer__warmup": 3},
-        r"the learning rate is 0 in all 1 steps before it: launch later",
+        r"until the launch after step 1 the learning rate is 0: launch later",
     ),
     "no learning before launch": (
         {"optimizer__learning_rate": 0.0},
-        r"the learning rate is 0 in all 2 steps before it",
+        r"until the launch after step 2 the learning rate is 0: launch later",
     ),
     "in full and adapted": (
         {"adapter__full_params": "layers/self_attn/q_proj/kernel"},

@@ -110,6 +110,45 @@ def test_help_and_bad_settings_load_nothing_heavy(arguments, code):
     assert done.stdout.splitlines()[-1] == f"{code} []", done.stderr
 
 
+STOPPED = """
+import os, signal, sys, time
+from tsd_jax.app import run
+def load_weights(*_):
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(5)
+run.load_weights = load_weights
+from tsd_jax.app.train import main
+sys.exit(main(sys.argv))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_weights_load_is_one_line(tmp_path, name):
+    program = ("-c", STOPPED.format(name=name))
+    done = command(DEMO, f"--workdir={tmp_path / 'run'}", program=program)
+    assert done.returncode == 130, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "stopped by a signal; the same command goes on from" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Whichever file it was; checkpoints have a test of their own."""
+    full = "raise OSError(28, 'No space left on device')"
+    program = (
+        "import sys\n"
+        "from tsd_jax.app import run\n"
+        f"def write_config(*_): {full}\n"
+        "run.write_config = write_config\n"
+        "from tsd_jax.app.train import main\n"
+        "sys.exit(main(sys.argv))\n"
+    )
+    done = command(DEMO, f"--workdir={tmp_path / 'run'}", program=("-c", program))
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "no space left on the disk: make room" in line
+
+
 def test_help_tells_the_flags():
     done = command("--help")
     assert done.returncode == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import functools
 import shutil
 import time
@@ -182,3 +183,21 @@ def test_only_the_newest_are_kept(state, tmp_path):
         assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
         assert checkpoints.latest == 3
         assert checkpoints.restore(placed(abstract(), None)).step == 3
+
+
+@pytest.mark.parametrize("when", ["save", "wait_until_finished"])
+def test_a_full_disk_is_one_line(state, saved, tmp_path, monkeypatch, when):
+    """Orbax writes in the background: it tells with the next call, or the last one."""
+    shutil.copytree(saved, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
+
+    def full(*_, **__):
+        raise ValueError("no write") from OSError(errno.ENOSPC, "No space left")
+
+    told = r"no space left on the disk of .*run: make room, and the same command"
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints._manager, when, full)
+        with pytest.raises(InputError, match=told):
+            checkpoints.save(9, state) if when == "save" else checkpoints.wait()
+    with checkpoints:
+        assert checkpoints.latest == 7, "the older ones are intact"

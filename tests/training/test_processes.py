@@ -75,6 +75,13 @@ def test_a_run_of_one_process_ends_as_it_likes(capsys, monkeypatch):
     assert not processes.broadcast_flag(False)
 
 
+def test_sigterm_interrupts_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), processes.interruptible():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_signals_are_given_back():
     """A second signal does not wait for the step in hand."""
     old = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)

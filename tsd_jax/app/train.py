@@ -4,7 +4,8 @@
     tsd-train --config configs/llama_tsd.py --config.model.path=FOLDER --dry-run
 
 In a checkout, `python train.py` is the same command. Started again with the same
-workdir, a run resumes from its last checkpoint. Exit code 2 means bad input.
+workdir, a run resumes from its last checkpoint. Exit code 2 means bad input, 130 that a
+signal stopped it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ml_collections import config_flags
 
 from tsd_jax.app import command_line, config
 from tsd_jax.core.errors import InputError
+from tsd_jax.storage.disk import is_full
 from tsd_jax.training import processes
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -39,6 +41,15 @@ _PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer(
     "process-id", None, "which of them this is, from 0, or JAX_PROCESS_ID"
+)
+
+_INTERRUPTED = (
+    "stopped by a signal; the same command goes on from the last checkpoint, or starts "
+    "again"
+)
+_FULL = (
+    "no space left on the disk: make room, and the same command resumes from the last "
+    "checkpoint"
 )
 
 
@@ -94,11 +105,16 @@ def main(argv: list[str]) -> int:
         print(__doc__, flags.FLAGS.module_help(module), sep="\n")
         return 0
     try:
-        parse(argv)
-        return run()
+        with processes.interruptible():
+            parse(argv)
+            return run()
     except InputError as error:
         return processes.exit_run(2, str(error))
+    except KeyboardInterrupt:
+        return processes.exit_run(130, _INTERRUPTED)
     except BaseException as error:
+        if is_full(error):
+            return processes.exit_run(2, _FULL)
         if processes.is_single_process():
             raise
         line = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.storage.disk import is_full, silence_full_disks
 from tsd_jax.training.state import TrainState
 
 _UNREADABLE = (ValueError, KeyError, TypeError, OSError)
@@ -38,6 +39,20 @@ def _quietly() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
+@contextlib.contextmanager
+def _refusing_full_disks(folder: Path) -> Iterator[None]:
+    """Raise InputError where an error within says that the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise InputError(
+            f"no space left on the disk of {folder}: make room, and the same command "
+            "resumes from the last checkpoint"
+        ) from None
+
+
 class Checkpoints:
     """The saved states of a run, under one folder; a context manager.
 
@@ -54,11 +69,15 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Checkpoints:
+        silence_full_disks()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with _refusing_full_disks(self._folder):
+                self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -71,13 +90,22 @@ class Checkpoints:
         Args:
           step: number of steps taken.
           state: the state after them.
+
+        Raises:
+          InputError: there is no room for it, or for the one before.
         """
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_named(state)))
+            with _refusing_full_disks(self._folder):
+                self._manager.save(step, args=ocp.args.StandardSave(_named(state)))
 
     def wait(self) -> None:
-        """Wait until all saved states are on disk."""
-        self._manager.wait_until_finished()
+        """Wait until all saved states are on disk.
+
+        Raises:
+          InputError: there is no room for them.
+        """
+        with _refusing_full_disks(self._folder):
+            self._manager.wait_until_finished()
 
     def restore(self, template: TrainState) -> TrainState:
         """Return the newest state, with the shapes and shardings of `template`.

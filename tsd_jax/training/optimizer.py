@@ -156,6 +156,6 @@ def check_schedule(
     if not np.sum(rates) > 0:
         raise InputError(
             f"method {method.name!r} finds its directions in what training changes "
-            f"before launch, but the learning rate is 0 in all {launch_step} steps "
-            "before it: launch later, shorten the warm-up or raise the learning rate"
+            f"before launch, but until the launch after step {launch_step} the "
+            "learning rate is 0: launch later, shorten the warm-up or raise the rate"
         )

@@ -208,6 +208,25 @@ def wait_for_all(name: str) -> None:
 
 
 @contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does.
+
+    JAX takes the signal over where there are several processes.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is interrupt:
+            signal.signal(signal.SIGTERM, old)
+
+
+@contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
     """Yield a function (steps done) -> whether SIGINT or SIGTERM asked to stop here.
 
