@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.huggingface.casts import cast
+from tsd_jax.huggingface.casts import cast, is_finite
 
 WEIGHTS = np.array([1.0, -6e4, 3e-8])
 
@@ -31,3 +31,11 @@ def test_values_that_would_be_lost_are_refused(value, stored, dtype, told):
     values = np.append(WEIGHTS, value).astype(jnp.dtype(stored))
     with pytest.raises(InputError, match=told):
         cast(values, dtype, "w")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, 6e4, -6e4, 0.0])
+def test_finite_is_what_numpy_calls_finite(dtype, value):
+    values = np.append(WEIGHTS, value).astype(jnp.dtype(dtype))
+    assert is_finite(values) == bool(np.isfinite(value))
+    assert is_finite(values[:0])

@@ -273,3 +273,26 @@ def test_a_kernel_that_tiles_do_not_divide_is_refused_before_reading(folder, rea
     with pytest.raises(InputError, match=r"axis of 20 .*of 16; use a tile of 4"):
         load_params(folder, CONFIG, quantization=how)
     assert not reads
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "dtype", "fault"),
+    [
+        (np.nan, "float32", None, "not finite"),
+        (-np.inf, "bfloat16", "float32", "not finite"),
+        (3.4e38, "float32", "bfloat16", "too large for bfloat16"),
+        (1e5, "bfloat16", "float16", "too large for float16"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_a_value_that_is_or_becomes_infinite_is_refused_with_its_tensor(
+    folder, name, value, stored, dtype, fault
+):
+    tensors = load_file(folder / WEIGHTS)
+    tensors = {n: each.astype(jnp.dtype(stored)) for n, each in tensors.items()}
+    tensors[name].flat[-1] = value
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(InputError, match=f"'{name}' holds values that are {fault}"):
+        load_params(folder, CONFIG, dtype=dtype)

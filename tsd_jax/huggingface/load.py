@@ -19,6 +19,7 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.quantization import Quantization, Quantized
 from tsd_jax.core.types import Progress
 from tsd_jax.huggingface import names
+from tsd_jax.huggingface.casts import cast
 from tsd_jax.huggingface.check import (
     check_tied,
     missing_head,
@@ -74,8 +75,8 @@ def load_params(
 
     Raises:
       InputError: a file is missing, corrupt or truncated; a tensor is missing, unknown
-        or has the wrong shape; `shardings` has another structure; or tiles do not
-        divide a kernel.
+        or has the wrong shape; a value is not finite, or is not in `dtype`;
+        `shardings` has another structure; or tiles do not divide a kernel.
     """
     stored = open_canonical(folder, config, new_head)
     wanted = paths.flatten(names.abstract_params(config, scan_layers=scan_layers))
@@ -227,19 +228,26 @@ def _reader(source: _Source, target: np.dtype) -> Callable[[Slices], np.ndarray]
         matrices, inner = block.reshape(-1, *extents[depth:]), index[depth:]
         chosen = numbers[index[:depth]].ravel()
         for matrix, number in zip(matrices, chosen, strict=True):
+            tensor = tensors[number]
             if names.is_transposed(source.path):
-                _copy(matrix.T, tensors[number].read(inner[::-1]))
+                _copy(matrix.T, tensor.read(inner[::-1]), tensor.name)
             else:
-                _copy(matrix, tensors[number].read(inner))
+                _copy(matrix, tensor.read(inner), tensor.name)
         return block
 
     return read
 
 
-def _copy(target: np.ndarray, stored: np.ndarray) -> None:
-    """Copy and cast a few rows at a time: many times faster where one is transposed."""
-    if target.dtype == stored.dtype:  # as bits: NumPy then lets other threads run
-        bits = np.dtype(f"u{target.itemsize}")
-        target, stored = target.view(bits), stored.view(bits)
+def _copy(target: np.ndarray, stored: np.ndarray, name: str) -> None:
+    """Copy and cast a few rows at a time: many times faster where one is transposed.
+
+    Values are checked while these rows are in the processor's cache.
+    """
+    widens = jnp.promote_types(stored.dtype, target.dtype) == target.dtype
+    checked = stored.dtype if widens else target.dtype
+    as_bits = checked == target.dtype  # NumPy then lets other threads run
+    if as_bits:
+        target = target.view(f"u{target.itemsize}")
     for row in range(0, len(stored), _ROWS):
-        target[row : row + _ROWS] = stored[row : row + _ROWS]
+        part = cast(stored[row : row + _ROWS], checked, name)
+        target[row : row + _ROWS] = part.view(target.dtype) if as_bits else part
