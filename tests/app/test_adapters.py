@@ -138,7 +138,7 @@ def test_an_export_away_from_the_base_is_the_one_beside_it(
 def test_what_is_not_recorded_is_asked_for(tmp_path, monkeypatch):
     base, adapter = run_of(tmp_path, PUBLISHED["mixtral"], KERNELS, recorded=False)
     cached = {}
-    monkeypatch.setattr(hub, "_fetch", lambda name: fetch(cached, name))
+    monkeypatch.setattr(hub, "_fetch", lambda name, _: fetch(cached, name))
     with pytest.raises(InputError, match="no some/base; --base names the folder"):
         adapter.write_peft(tmp_path / "peft", "some/base", None)
     assert not (tmp_path / "peft").exists()
@@ -149,7 +149,7 @@ def test_what_is_not_recorded_is_asked_for(tmp_path, monkeypatch):
 
 def test_another_base_is_not_taken_for_the_recorded_one(tmp_path, monkeypatch):
     _, adapter = run_of(tmp_path, PUBLISHED["mixtral"], KERNELS)
-    monkeypatch.setattr(hub, "_fetch", lambda name: fetch({}, name))
+    monkeypatch.setattr(hub, "_fetch", lambda name, _: fetch({}, name))
     with pytest.raises(InputError, match=r"wrong/path/of/it does not exist"):
         adapter.write_peft(tmp_path / "peft", "wrong/path/of/it", None)
     with pytest.raises(InputError, match="no other/base; --base names the folder"):

@@ -11,8 +11,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from tests.helpers.hub_cache import cached
 from tsd_jax.core.errors import InputError
-from tsd_jax.huggingface.hub import load_tokenizer, resolve
+from tsd_jax.huggingface.hub import load_tokenizer, resolve, resolve_adapter
 
 
 @pytest.fixture
@@ -74,14 +75,16 @@ def test_a_file_is_no_folder(tmp_path):
 def test_an_id_is_fetched_without_torch_weights(tmp_path, monkeypatch):
     asked = []
 
-    def fetch(name, allow_patterns, ignore_patterns):
-        asked.append((name, allow_patterns, ignore_patterns))
+    def fetch(name, revision, allow_patterns, ignore_patterns):
+        asked.append((name, revision, allow_patterns, ignore_patterns))
         return str(tmp_path)
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert resolve("some-owner/Some.Name-7b") == tmp_path
-    [(name, allowed, ignored)] = asked
+    [(name, revision, allowed, ignored)] = asked
+    assert revision is None
     assert name == "some-owner/Some.Name-7b"
     assert "*.safetensors" in allowed
     assert not {"*", "*.bin", "*.pth"} & {*allowed}
@@ -210,3 +213,65 @@ def test_a_token_opens_a_gated_model_and_its_copy_serves_offline(tmp_path):
     )
     assert "log in with `hf auth login`" in refused
     assert given == [SETTINGS.decode()] * 2
+
+
+SHARDS = {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}
+FILES = {
+    "config.json": "{}",
+    "model.safetensors.index.json": json.dumps({"weight_map": SHARDS}),
+    "model-1.safetensors": "",
+    "model-2.safetensors": "",
+}
+
+
+def test_a_revision_is_a_branch_or_a_commit(tmp_path, monkeypatch):
+    cached(monkeypatch, tmp_path, "owner/name", FILES)
+    other = cached(monkeypatch, tmp_path, "owner/name", FILES, "b" * 40, ref="v2")
+    assert resolve("owner/name").name == "a" * 40
+    assert resolve("owner/name", "v2") == other
+    assert resolve("owner/name", "b" * 40) == other
+    with pytest.raises(InputError, match="at revision 'v3' failed"):
+        resolve("owner/name", "v3")
+    with pytest.raises(InputError, match="'v2' is for a hub id, but .* leave the rev"):
+        resolve(tmp_path, "v2")
+
+
+@pytest.mark.parametrize("missing", [*SHARDS.values(), "config.json"])
+def test_a_copy_that_lacks_a_file_is_told(tmp_path, monkeypatch, missing):
+    files = {name: text for name, text in FILES.items() if name != missing}
+    folder = cached(monkeypatch, tmp_path, "owner/name", files)
+    line = rf"'owner/name' lacks {missing} in {folder}: .*`hf download owner/name`"
+    with pytest.raises(InputError, match=line) as caught:
+        resolve("owner/name")
+    assert "\n" not in str(caught.value)
+    assert huggingface_hub.try_to_load_from_cache("owner/name", missing) is None
+    held = huggingface_hub.snapshot_download("owner/name", local_files_only=True)
+    assert Path(held) == folder  # the client itself says nothing
+
+
+def test_a_blob_that_was_removed_is_missing(tmp_path, monkeypatch):
+    folder = cached(monkeypatch, tmp_path, "owner/name", FILES)
+    (folder / "model-2.safetensors").resolve().unlink()
+    with pytest.raises(InputError, match=r"lacks model-2\.safetensors"):
+        resolve("owner/name")
+
+
+ADAPTER = {"adapter_config.json": "{}", "adapter_model.safetensors": ""}
+
+
+def test_an_adapter_comes_from_the_hub_or_a_path(tmp_path, monkeypatch):
+    folder = cached(monkeypatch, tmp_path / "hub", "owner/adapter", ADAPTER)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_adapter("owner/adapter") == folder
+    assert resolve_adapter(tmp_path) == tmp_path
+    assert resolve_adapter("hub/none") == Path("hub/none")  # for others to refuse
+    with pytest.raises(InputError, match="adapter 'owner/none' is not a local folder"):
+        resolve_adapter("owner/none")
+
+
+@pytest.mark.parametrize("missing", ADAPTER)
+def test_an_adapter_that_lacks_a_file_is_told(tmp_path, monkeypatch, missing):
+    files = {name: text for name, text in ADAPTER.items() if name != missing}
+    cached(monkeypatch, tmp_path, "owner/adapter", files)
+    with pytest.raises(InputError, match=rf"adapter 'owner/adapter' lacks {missing}"):
+        resolve_adapter("owner/adapter")

@@ -22,7 +22,7 @@ from tsd_jax.huggingface.config import config_json, read_config
 from tsd_jax.huggingface.families.family import Family, ModelConfig
 from tsd_jax.huggingface.families.registry import FAMILIES, family_of
 from tsd_jax.huggingface.fingerprint import fingerprint
-from tsd_jax.huggingface.hub import load_tokenizer, resolve
+from tsd_jax.huggingface.hub import load_tokenizer, resolve, resolve_adapter
 from tsd_jax.huggingface.load import load_params
 from tsd_jax.huggingface.names import (
     TOKEN_AXES,
@@ -60,6 +60,7 @@ __all__ = [
     "module_paths",
     "read_config",
     "resolve",
+    "resolve_adapter",
     "tensor_paths",
     "to_huggingface",
     "write_checkpoint",
