@@ -23,6 +23,7 @@ def get_config() -> Any:
 
     config.model = ConfigDict()
     config.model.path = ""  # a local folder in Hugging Face format, or a hub id
+    config.model.revision = ""  # of a hub id: a branch, tag or commit; "": main
     config.model.dtype = "float32"  # of the frozen base: float32 or bfloat16
     # How the frozen base's linear layers are quantized: "" (not), int8 or nf4; needs
     # remat.
@@ -84,6 +85,13 @@ def get_config() -> Any:
     # Parameters that train in full, with the adapters: a regular expression over their
     # paths, such as r"norm/scale|lm_head/kernel"; "" for none.
     config.adapter.full_params = ""
+    # Known tokens whose rows of embedding and head train, too, such as ("</s>",); their
+    # ids must be one run.
+    config.adapter.train_tokens = ()
+    # Adapter to start from, instead of one without effect: a PEFT adapter's folder or
+    # hub id, or a finished run or its adapter.safetensors. What the keys above say must
+    # be what it adapts; the error line has the flags that make it so.
+    config.adapter.start = ""
 
     config.data = ConfigDict()
     config.data.kind = "instructions"  # instructions, text or classification

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.helpers.hub_cache import cached
 from tests.helpers.trees import random_all
 from tsd_jax import huggingface
 from tsd_jax.app.export import main, recorded_labels
@@ -74,6 +75,35 @@ def test_a_peft_folder_serves_as_well(trained, tmp_path, capsys):
     for name, tensor in load_file(tmp_path / "peft/adapter_model.safetensors").items():
         again = load_file(tmp_path / "again/adapter_model.safetensors")[name]
         np.testing.assert_array_equal(tensor, again)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("to", ["peft", "merged"])
+def test_an_adapter_on_the_hub_is_exported_on_its_base_there(
+    trained, tmp_path, monkeypatch, capsys, to
+):
+    source, cache = tmp_path / "adapter", tmp_path / "cache"
+    assert run(trained[0], "peft", source, "--base", str(BASE)) == 0
+    config = json.loads((source / "adapter_config.json").read_text())
+    assert config["revision"] is None
+    config |= {"base_model_name_or_path": "owner/base", "revision": "v2"}
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    cached(monkeypatch, cache, "owner/adapter", contents(source))
+    cached(monkeypatch, cache, "owner/base", contents(BASE), "b" * 40, ref="v2")
+    options = ("--dtype", "float32") if to == "merged" else ()
+    out = tmp_path / "out"
+    assert run("owner/adapter", to, out, *options) == 0, capsys.readouterr().err
+    if to == "merged":
+        np.testing.assert_allclose(logits(out), trained[1], atol=2e-4)
+    else:
+        exported = json.loads((out / "adapter_config.json").read_text())
+        assert exported["revision"] == "v2"
+        assert exported["base_model_name_or_path"] == "owner/base"
+    assert run("owner/none", to, tmp_path / "none") == 2
+    assert "adapter 'owner/none' is not a local folder" in capsys.readouterr().err
 
 
 def test_the_cost_of_a_smaller_rank_is_told(trained, tmp_path, capsys):

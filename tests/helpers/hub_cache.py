@@ -1,4 +1,4 @@
-"""Copies of models and adapters as huggingface_hub's cache holds them, without a hub."""
+"""Models and adapters as they lie in huggingface_hub's cache, without a hub."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_a_revision_is_a_branch_or_a_commit(tmp_path, monkeypatch):
     assert resolve("owner/name", "b" * 40) == other
     with pytest.raises(InputError, match="at revision 'v3' failed"):
         resolve("owner/name", "v3")
-    with pytest.raises(InputError, match="'v2' is for a hub id, but .* leave the rev"):
+    with pytest.raises(InputError, match=r"'v2' is for a hub id, but .* leave the rev"):
         resolve(tmp_path, "v2")
 
 

@@ -38,6 +38,11 @@ class TrainedAdapter(Protocol):
         """Name or path of its base model, if it is known."""
         ...
 
+    @property
+    def base_revision(self) -> str | None:
+        """Branch, tag or commit of that model on the hub, if one is recorded."""
+        ...
+
     def write_peft(self, out: Path, base: str, max_rank: int | None) -> PeftExport:
         """Write it in PEFT's format.
 
@@ -81,6 +86,11 @@ class RunAdapter:
         """Name or path of its base model, if it is known."""
         return self.saved.base_model
 
+    @property
+    def base_revision(self) -> str | None:
+        """Branch, tag or commit of that model on the hub, if one is recorded."""
+        return self.saved.base_revision
+
     def write_peft(self, out: Path, base: str, max_rank: int | None) -> PeftExport:
         """Write it in PEFT's format."""
         facts, params = self._base(base)
@@ -94,6 +104,7 @@ class RunAdapter:
             max_rank=max_rank,
             task_type=facts.peft_task,
             tied=facts.tied,
+            revision=revision_of(self, base),
         )
 
     def merge(
@@ -131,7 +142,7 @@ class RunAdapter:
             recorded = saved.base if base == saved.base_model else None
             if recorded is not None and not _may_have_neighbours(saved.spec.full):
                 return recorded, None
-            folder = _resolve(base)
+            folder = resolve_base(self, base)
         config = huggingface.read_config(folder)
         facts = self._facts(config, base)
         stacked = any(path.startswith("layers/") for path in saved.trainable.paths)
@@ -163,6 +174,11 @@ class PeftFolder:
         return self.files.config.get("base_model_name_or_path")
 
     @property
+    def base_revision(self) -> str | None:
+        """Branch, tag or commit of that model on the hub, if one is recorded."""
+        return self.files.config.get("revision")
+
+    @property
     def factors(self) -> dict[str, Factors]:
         """{torch module: its low-rank factors}."""
         return {name: each.factors for name, each in modules_of(self.files).items()}
@@ -171,7 +187,7 @@ class PeftFolder:
         """Write it in PEFT's format."""
         full = full_of(self.files)
         if base_copies(self.files):
-            full = full_in_folder(self.files, _resolve(base))
+            full = full_in_folder(self.files, resolve_base(self, base))
         factors, config = self.factors, self.files.config
         return write_adapter(
             out,
@@ -182,6 +198,7 @@ class PeftFolder:
             tensors=full,
             tied=bool(config.get("ensure_weight_tying")),
             task_type=config.get("task_type"),
+            revision=revision_of(self, base),
         )
 
     def merge(
@@ -201,28 +218,43 @@ class PeftFolder:
         return Trained(self.factors, full_in_folder(self.files, base))
 
 
-def read_adapter(source: Path) -> TrainedAdapter:
-    """Read a run's adapter, an adapter file, or a folder in PEFT's format.
+def read_adapter(source: str | Path) -> TrainedAdapter:
+    """Read a run's adapter, an adapter file, or a PEFT adapter's folder or hub id.
 
     Raises:
       InputError: it is none of them, or damaged.
     """
-    if (source / ADAPTER).is_file():
-        return RunAdapter(load_adapter(source / ADAPTER))
-    if (source / ADAPTER_CONFIG_FILE).is_file():
-        return PeftFolder(read_files(source))
-    if source.is_dir():
+    found = huggingface.resolve_adapter(source)
+    if (found / ADAPTER).is_file():
+        return RunAdapter(load_adapter(found / ADAPTER))
+    if (found / ADAPTER_CONFIG_FILE).is_file():
+        return PeftFolder(read_files(found))
+    if found.is_dir():
         raise InputError(
-            f"{source} holds neither {ADAPTER} of a finished run nor "
+            f"{found} holds neither {ADAPTER} of a finished run nor "
             f"{ADAPTER_CONFIG_FILE} of PEFT"
         )
-    return RunAdapter(load_adapter(source))
+    return RunAdapter(load_adapter(found))
 
 
-def _resolve(base: str) -> Path:
-    """Return the folder of a base that has to be read."""
+def revision_of(adapter: TrainedAdapter, base: str) -> str | None:
+    """Return the revision of a base on the hub; only the recorded base has one."""
+    here = Path(base).expanduser().is_dir()
+    return adapter.base_revision if base == adapter.base_model and not here else None
+
+
+def resolve_base(adapter: TrainedAdapter, base: str) -> Path:
+    """Return the folder of a base that has to be read.
+
+    Args:
+      adapter: whose base it is.
+      base: a folder, or a hub id.
+
+    Raises:
+      InputError: as `huggingface.resolve`.
+    """
     try:
-        return huggingface.resolve(base)
+        return huggingface.resolve(base, revision_of(adapter, base))
     except InputError as error:
         raise InputError(f"{error}; --base names the folder of the base") from error
 

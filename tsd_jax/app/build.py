@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from tsd_jax.app.settings import (
     Settings,
     TrainSettings,
 )
+from tsd_jax.app.start import Start, check_start, open_start
 from tsd_jax.binding.linen import make_spec
 from tsd_jax.core import paths
 from tsd_jax.core.errors import InputError
@@ -58,6 +60,8 @@ class Prepared:
       loss_fn: (variables, micro-batch) -> (summed loss, counted targets).
       evaluate: variables -> figures; None where nothing is held out.
       digests: of the files that were read, as `check_digests` takes them.
+      eos: id of the token that targets end with, or None where they do not.
+      start: the adapter to start from, or None.
       notes: what a user should know of model and data, a line each.
     """
 
@@ -72,22 +76,30 @@ class Prepared:
     loss_fn: LossFn
     evaluate: Evaluate | None
     digests: Mapping[str, str]
+    eos: int | None
+    start: Start | None
     notes: tuple[str, ...]
 
 
-def prepare(settings: Settings) -> Prepared:
+def prepare(settings: Settings, workdir: Path | None = None) -> Prepared:
     """Make the pieces of a run.
+
+    Args:
+      settings: of the run.
+      workdir: its folder, which may hold a checkpoint; None for a new run.
 
     Raises:
       InputError: the settings do not suit the devices, the model or the data.
     """
     mesh = sharding.make_mesh(settings.mesh)
-    plan = loop_config(settings)
+    start = open_start(settings, workdir)
+    plan = loop_config(settings, launched=start is not None and start.launched)
     rates = schedules(settings.optimizer, plan)
     check_prelaunch(settings, plan, rates)
     files = read_files(settings.data, settings.seed)
     base = open_model(settings.model, files)
     spec = adapted_spec(settings, base)
+    start_notes = check_start(start, settings.adapter, spec, base)
     extraction = Extraction(store=spectra_folder(settings))
     if spec.method.launches and extraction.on_hosts(None):
         host_device()  # refuses now, rather than at the launch
@@ -105,7 +117,9 @@ def prepare(settings: Settings) -> Prepared:
         loss_fn=data.loss(base),
         evaluate=evaluation(settings.eval, base, data, mesh),
         digests=digests(files, base),
-        notes=(*base.notes, *data.notes, *unevaluated),
+        eos=data.eos,
+        start=start,
+        notes=(*base.notes, *start_notes, *data.notes, *unevaluated),
     )
 
 
@@ -118,12 +132,12 @@ def digests(files: DataFiles, base: Base) -> dict[str, str]:
     }
 
 
-def loop_config(settings: Settings) -> LoopConfig:
-    """Return when things happen."""
+def loop_config(settings: Settings, *, launched: bool = False) -> LoopConfig:
+    """Return when things happen; after a launch, none follows."""
     return LoopConfig(
         steps=settings.train.steps,
-        launch_step=settings.method.fixed_launch_step,
-        auto_launch=settings.auto_launch_config(),
+        launch_step=None if launched else settings.method.fixed_launch_step,
+        auto_launch=None if launched else settings.auto_launch_config(),
         log_every=settings.train.log_every,
         eval_every=settings.eval.every,
         checkpoint_every=settings.train.checkpoint_every,
@@ -210,16 +224,35 @@ def head_rules(settings: AdapterSettings, base: Base) -> list[Full]:
 
 
 def token_rules(settings: AdapterSettings, base: Base) -> list[Full]:
-    """Return the rules that train the rows of added tokens."""
-    if base.added is None:
+    """Return the rules that train the rows of added tokens, and of those named."""
+    rows = base.added.rows if base.added is not None else None
+    if settings.train_tokens:
+        rows = named_rows(settings, base)
+    if rows is None:
         return []
     taken = settings.full_params
     flat = paths.flatten(base.params)
     return [
-        Full(pattern=re.escape(path), rows=base.added.rows, axis=axis)
+        Full(pattern=re.escape(path), rows=rows, axis=axis)
         for path, axis in huggingface.TOKEN_AXES.items()
         if path in flat and not (taken and re.fullmatch(taken, path))
     ]
+
+
+def named_rows(settings: AdapterSettings, base: Base) -> tuple[int, int]:
+    """Return the range of the ids of tokens that train, added ones included."""
+    if base.labels is not None:
+        raise InputError(
+            f"adapter.train_tokens: the tokens of a {base.config.model_type} train by "
+            "adapter.full_params alone; leave it empty"
+        )
+    tokens = list(settings.train_tokens)
+    if base.added is not None:
+        tokens += base.tokenizer.convert_ids_to_tokens(list(range(*base.added.rows)))
+    try:
+        return huggingface.known_rows(base.tokenizer, tokens)
+    except InputError as error:
+        raise InputError(f"adapter.train_tokens: {error}") from error
 
 
 def batch_source(settings: TrainSettings, data: Data, mesh: Mesh) -> BatchFn:

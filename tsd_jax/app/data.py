@@ -71,6 +71,7 @@ class Data:
       template: of the records' prompts, or None.
       length: tokens of an example.
       labels: of a classification or regression, or None.
+      eos: id of the token that targets end with, or None where they do not.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class Data:
     metrics: tuple[str, ...] = ("nll",)
     template: Template | None = None
     labels: Labels | None = None
+    eos: int | None = None
 
     @property
     def evaluated(self) -> bool:
@@ -264,6 +266,7 @@ class InstructionFiles(_Files):
             records=held_out,
             metrics=("nll", "choices", "generate"),
             template=template,
+            eos=_target_eos(examples.arrays, tokenizer.eos_token_id),
         )
 
 
@@ -328,3 +331,9 @@ def next_token_loss(model: Model, counted: int | None) -> LossFn:
     """
     assert model.split is not None
     return chunked_next_token_loss(model.split, counted=counted)
+
+
+def _target_eos(arrays: Arrays, eos: int) -> int | None:
+    """Return the id of EOS if a target is it; cut outputs have none."""
+    asked = (arrays["targets"] == eos) & (arrays["weights"] > 0)
+    return eos if asked.any() else None

@@ -3,9 +3,9 @@
     tsd-export RUN --to peft --out DIR [--max-rank 16]
     tsd-export RUN --to merged --out DIR [--dtype float32]
 
-RUN is the workdir of a finished run, its adapter.safetensors, or the folder of a LoRA
-adapter in PEFT's format. `python -m tsd_jax.app.export` is the same command. Exit code
-2 means bad input.
+RUN is the workdir of a finished run, its adapter.safetensors, or a LoRA adapter in
+PEFT's format: its folder, or its hub id OWNER/NAME. `python -m tsd_jax.app.export` is the same
+command. Exit code 2 means bad input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tsd_jax import huggingface
-from tsd_jax.app.adapters import TrainedAdapter, read_adapter
+from tsd_jax.app.adapters import TrainedAdapter, read_adapter, resolve_base
 from tsd_jax.app.command_line import Parser
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.classification import Labels
@@ -47,13 +47,14 @@ def export(options: argparse.Namespace) -> str:
         raise InputError("--dtype is for merged weights; a PEFT adapter is float32")
     if options.to == "merged" and options.max_rank is not None:
         raise InputError("--max-rank is for PEFT adapters; merged weights have no rank")
-    adapter = read_adapter(options.source)
+    source = huggingface.resolve_adapter(options.source)
+    adapter = read_adapter(source)
     base = options.base or adapter.base_model
     if not base:
         raise InputError(f"{options.source} does not name its base: give --base")
     if options.to == "merged":
-        return export_merged(adapter, options.source, options.out, base, options.dtype)
-    return export_peft(adapter, options.source, options.out, base, options.max_rank)
+        return export_merged(adapter, source, options.out, base, options.dtype)
+    return export_peft(adapter, source, options.out, base, options.max_rank)
 
 
 def export_peft(
@@ -73,7 +74,7 @@ def export_merged(
     adapter: TrainedAdapter, source: Path, out: Path, base: str, dtype: str | None
 ) -> str:
     """Write the base's checkpoint with the adapter merged into its weights."""
-    folder = huggingface.resolve(base)
+    folder = resolve_base(adapter, base)
     config = huggingface.read_config(folder)
     if isinstance(config, EncoderConfig):
         trained, labels = adapter.trained(folder), recorded_labels(source)
@@ -128,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("source", metavar="RUN", type=Path)
+    made.add_argument("source", metavar="RUN")
     made.add_argument("--to", choices=("peft", "merged"), required=True)
     made.add_argument("--out", type=Path, required=True, metavar="DIR")
     made.add_argument("--base", help="the base model, if it is not the recorded one")

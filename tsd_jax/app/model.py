@@ -51,6 +51,7 @@ class Base:
 
     Attributes:
       name: for the adapter's config: a hub id, or the folder in full.
+      revision: of the hub id, or None.
       folder: of its files.
       config: with the head that the data asks for, and rows for added tokens.
       network: the Linen module.
@@ -67,6 +68,7 @@ class Base:
     """
 
     name: str
+    revision: str | None
     folder: Path
     config: Any
     network: Any
@@ -129,7 +131,7 @@ def open_model(settings: ModelSettings, files: DataFiles) -> Base:
       InputError: there is no such model, its files lack something, or it does not fit
         the data.
     """
-    folder = huggingface.resolve(settings.path)
+    folder = huggingface.resolve(settings.path, settings.revision or None)
     stored = huggingface.read_config(folder)
     stored, labels = with_head(stored, files, new=settings.new_head)
     huggingface.check_checkpoint(folder, stored, new_head=settings.new_head)
@@ -144,6 +146,7 @@ def open_model(settings: ModelSettings, files: DataFiles) -> Base:
         absent = huggingface.absent_head(folder, config, new_head=settings.new_head)
     return Base(
         name=_name(settings.path, folder),
+        revision=settings.revision or None,
         folder=folder,
         config=config,
         network=network,

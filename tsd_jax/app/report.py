@@ -90,6 +90,7 @@ def write(
         indices=launched_indices(workdir, spec, state),
         base_model=base.name,
         base=base.facts,
+        base_revision=base.revision,
     )
     export = write_peft(workdir / PEFT_FOLDER, base, state, rest)
     launches = [row for row in recorder.rows if row["kind"] == "launch"]
@@ -123,6 +124,7 @@ def write_peft(
         state.directions,
         base.module_name,
         base_model=base.name,
+        revision=base.revision,
         params=paths.update(base.params, rest),
         task_type=base.family.kind.peft_task,
     )
@@ -211,8 +213,11 @@ def gains_used(state: TrainState) -> dict[str, list[int]]:
 def launched_indices(
     workdir: Path, spec: Spec, state: TrainState
 ) -> dict[str, np.ndarray] | None:
-    """Return {kernel path: launched directions, (*batch, c)}; None before launch."""
-    if not state.launched:
+    """Return {kernel path: launched directions, (*batch, c)}.
+
+    None before launch, and where the run started from directions launched elsewhere.
+    """
+    if not state.launched or not (workdir / DIRECTIONS).is_file():
         return None
     found = read_directions(workdir / DIRECTIONS)
     return {

@@ -17,10 +17,12 @@ from tsd_jax.app.build import Prepared, prepare
 from tsd_jax.app.caches import use_program_cache
 from tsd_jax.app.callbacks import Shardings
 from tsd_jax.app.config import RENAMED, flatten
+from tsd_jax.app.eos import untrained_eos
 from tsd_jax.app.evaluation import Figures
 from tsd_jax.app.model import load_weights
 from tsd_jax.app.plan import describe
 from tsd_jax.app.settings import Settings
+from tsd_jax.app.start import RECORD, started
 from tsd_jax.core.errors import InputError
 from tsd_jax.storage import locks, run_files
 from tsd_jax.storage.atomic import read_json_or_empty, write_json
@@ -56,11 +58,11 @@ def run(settings: Settings, workdir: Path, *, dry_run: bool = False) -> int:
     """
     use_program_cache(settings.cache_dir)
     if dry_run:
-        tell(prepare(settings))
+        tell(prepare(settings, workdir))
         return 0
     claim(workdir, flatten(settings))  # refuses now, before anything is read
     with held(workdir):
-        prepared = prepare(settings)
+        prepared = prepare(settings, workdir)
         tell(prepared)
         try:
             execute(settings, prepared, workdir)
@@ -126,7 +128,10 @@ def execute(settings: Settings, prepared: Prepared, workdir: Path) -> None:
     with LoadingBar(active=is_first) as bar:
         head_key = jax.random.fold_in(init_key, 1)
         params = load_weights(base, mesh, shardings, head_key, bar)
+    ends_badly = untrained_eos(params, prepared.spec, base.tokenizer, prepared.eos)
     if is_first:
+        if ends_badly:
+            print(f"warning: {ends_badly}", file=sys.stderr, flush=True)
         write_config(workdir, recorded, prepared)
     _check_shared(workdir)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
@@ -175,7 +180,7 @@ def claim(workdir: Path, recorded: Mapping[str, Any]) -> bool:
 def write_config(
     workdir: Path, recorded: Mapping[str, Any], prepared: Prepared
 ) -> None:
-    """Make the workdir, and record settings, files, environment and labels in it."""
+    """Make the workdir, and record what the run is of and where it starts."""
     workdir.mkdir(parents=True, exist_ok=True)
     content = {
         "config": dict(recorded),
@@ -184,6 +189,8 @@ def write_config(
     }
     if prepared.base.labels is not None:
         content["labels"] = dataclasses.asdict(prepared.base.labels)
+    if prepared.start is not None:
+        content[RECORD] = prepared.start.record
     write_json(workdir / CONFIG, content, sort_keys=True)
 
 
@@ -223,6 +230,10 @@ def start(
     places = sharding.state_shardings(abstract, spec, shardings, prepared.mesh)
     if checkpoints is None or checkpoints.latest is None:
         state = jax.jit(create, out_shardings=places)(key, params)
+        if prepared.start is not None:
+            whole = state.replace(trainable=report.on_host(state.trainable))
+            whole = started(prepared.start, whole, spec, prepared.base, params)
+            state = jax.device_put(whole, places)
         return state, Shardings(shardings, places)
     template = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),

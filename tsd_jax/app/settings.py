@@ -33,6 +33,7 @@ class ModelSettings:
     """The section `model`."""
 
     path: str
+    revision: str
     dtype: str
     quantization: str
     quantization_tile: Limit
@@ -175,6 +176,8 @@ class AdapterSettings:
     scaling: str
     dora: bool
     full_params: str
+    train_tokens: tuple[str, ...]
+    start: str
 
     def __post_init__(self):
         """Refuse rules that no kernel or parameter could follow."""

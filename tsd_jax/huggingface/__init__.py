@@ -16,7 +16,12 @@
 and the paths of the tree, as `tsd_jax.to_peft`, `to_merged` and `from_peft` need them.
 """
 
-from tsd_jax.huggingface.added_tokens import add_tokens, grow, grown_config
+from tsd_jax.huggingface.added_tokens import (
+    add_tokens,
+    grow,
+    grown_config,
+    known_rows,
+)
 from tsd_jax.huggingface.check import absent_head, check_checkpoint
 from tsd_jax.huggingface.config import config_json, read_config
 from tsd_jax.huggingface.families.family import Family, ModelConfig
@@ -54,6 +59,7 @@ __all__ = [
     "fingerprint",
     "grow",
     "grown_config",
+    "known_rows",
     "load_params",
     "load_tokenizer",
     "module_name",

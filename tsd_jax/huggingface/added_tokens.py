@@ -45,6 +45,29 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, int]:
     return ids[0], ids[0] + len(tokens)
 
 
+def known_rows(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, int]:
+    """Return the range (start, stop) of the ids of tokens that a tokenizer knows.
+
+    Args:
+      tokenizer: of transformers.
+      tokens: one or more, in any order.
+
+    Raises:
+      InputError: a token is unknown, or their ids have gaps.
+    """
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in known:
+            raise InputError(f"the tokenizer has no token {token!r} to train")
+    ids = sorted({known[token] for token in tokens})
+    if ids[-1] - ids[0] >= len(ids):
+        raise InputError(
+            f"the tokens {', '.join(tokens)} have the ids {ids}, and rows train only "
+            "as one run of ids: train fewer of them, or the whole table in full"
+        )
+    return ids[0], ids[-1] + 1
+
+
 def grown_config(config: DecoderConfig, rows: tuple[int, int]) -> DecoderConfig:
     """Return the config of a model with rows for new tokens; spare rows are used first.
 

@@ -4,11 +4,11 @@ One safetensors file. Its tensors are the leaves of the adapters and directions 
 "<path>/<leaf>", its metadata a format name, a version and a JSON object:
 
     {"method": {...}, "kernels": [{...}, ...], "whole": [{...}, ...],
-     "launched": true, "base_model": "...", "base": {...}}
+     "launched": true, "base_model": "...", "base_revision": "...", "base": {...}}
 
 with the fields of `Method`, `KernelSpec`, `FullSpec` and `BaseFacts` as they are;
 "whole" lists the full parameters. Version 1, which had none, is still read, and so are
-files without "base".
+files without "base" or "base_revision".
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class SavedAdapter:
       indices: {kernel path: launched directions, (*batch, c), int32}, or None.
       base_model: name or path of the base, or None.
       base: what is known of it, or None.
+      base_revision: of the base on the hub, or None.
     """
 
     trainable: Trainable
@@ -82,6 +83,7 @@ class SavedAdapter:
     indices: dict[str, np.ndarray] | None
     base_model: str | None
     base: BaseFacts | None = None
+    base_revision: str | None = None
 
 
 def save_adapter(
@@ -94,6 +96,7 @@ def save_adapter(
     indices: Mapping[str, Any] | None = None,
     base_model: str | None = None,
     base: BaseFacts | None = None,
+    base_revision: str | None = None,
 ) -> None:
     """Write adapters, directions and their spec into one file, bit for bit.
 
@@ -109,6 +112,7 @@ def save_adapter(
       indices: {kernel path: Ranking.indices}, kept for the record.
       base_model: name or path of the base model.
       base: what an export needs to know of it.
+      base_revision: branch, tag or commit of the base on the hub.
 
     Raises:
       InputError: adapters or directions are not those of the spec, or the file
@@ -124,6 +128,7 @@ def save_adapter(
         "whole": [dataclasses.asdict(each) for each in spec.full],
         "launched": bool(launched),
         "base_model": base_model,
+        "base_revision": base_revision,
     }
     if base is not None:
         facts["base"] = dataclasses.asdict(base)
@@ -173,6 +178,7 @@ def load_adapter(file: str | Path, spec: Spec | None = None) -> SavedAdapter:
         indices=_indices(tensors, saved),
         base_model=base_model,
         base=base,
+        base_revision=facts.get("base_revision"),
     )
 
 

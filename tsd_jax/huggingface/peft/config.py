@@ -20,6 +20,7 @@ def adapter_config(
     base_model: str,
     dora: bool,
     task_type: str | None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Return the config of an adapter whose scale is in its factors (alpha = rank).
 
@@ -31,6 +32,7 @@ def adapter_config(
       base_model: name or path of the base.
       dora: whether all modules have magnitudes.
       task_type: of PEFT, or None.
+      revision: of the base on the hub, or None.
     """
     others = {
         _pattern(name, ranks): rank
@@ -40,6 +42,7 @@ def adapter_config(
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": default_rank,
         "lora_alpha": default_rank,
         "rank_pattern": others,

@@ -129,6 +129,22 @@ class PeftAdapter:
             rank for it, another shape, or no DoRA where the adapter has it; or
             `params` is missing.
         """
+        trainable, directions = init(key, spec, dtype, params=params)
+        return self.put_into(trainable, spec, params=params), directions
+
+    def put_into(
+        self, trainable: Trainable, spec: Spec, *, params: Mapping[str, Any] | None
+    ) -> Trainable:
+        """Return trainables of a spec, as `init` made them, with this adapter in them.
+
+        Args:
+          trainable: of `init`.
+          spec: of `make_spec`.
+          params: the base's tree, needed for DoRA.
+
+        Raises:
+          InputError: as `start`.
+        """
         trained = {*spec.paths, *(part.path for part in spec.full)}
         for path in (*self.kernels, *self.full):
             if path not in trained:
@@ -136,7 +152,6 @@ class PeftAdapter:
                     f"the adapter changes {path}, which the spec does not train: make "
                     "the spec with the adapter's rules"
                 )
-        trainable, directions = init(key, spec, dtype, params=params)
         adapters, full = dict(trainable.adapters), dict(trainable.full)
         for part in spec.full:
             start = np.asarray(full[part.path].value)
@@ -155,7 +170,7 @@ class PeftAdapter:
             if kernel.dora:
                 adapter = _with_magnitudes(adapter, layers, bases[kernel.path])
             adapters[kernel.path] = adapter
-        return Trainable(adapters=adapters, full=full), directions
+        return Trainable(adapters=adapters, full=full)
 
 
 def from_peft(

@@ -84,6 +84,7 @@ def to_peft(
     max_rank: int | None = None,
     task_type: str | None = "CAUSAL_LM",
     tied: bool | None = None,
+    revision: str | None = None,
 ) -> PeftExport:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT loads them.
 
@@ -104,6 +105,7 @@ def to_peft(
         magnitudes stay, and the cost is that of dK before columns are scaled.
       task_type: of PEFT; "SEQ_CLS" for classification or regression.
       tied: whether the base's head is its embedding; by default as `params` has it.
+      revision: branch, tag or commit of the base on the hub, for the config.
 
     Raises:
       InputError: there is no adapter, only some kernels have DoRA, `max_rank` is below
@@ -121,6 +123,7 @@ def to_peft(
         tensors=tensors,
         tied=_is_tied(tensors, params) if tied is None else tied,
         task_type=task_type,
+        revision=revision,
     )
 
 
@@ -134,6 +137,7 @@ def write_adapter(
     tensors: Mapping[str, FullTensor] = MappingProxyType({}),
     tied: bool = False,
     task_type: str | None,
+    revision: str | None = None,
 ) -> PeftExport:
     """Write {torch module: factors} as a PEFT adapter; see `to_peft`.
 
@@ -146,6 +150,7 @@ def write_adapter(
       tensors: {torch tensor: its trained values}.
       tied: whether the base's head is its embedding.
       task_type: of PEFT.
+      revision: as in `to_peft`.
 
     Raises:
       InputError: as `to_peft`.
@@ -175,6 +180,7 @@ def write_adapter(
         tensors,
         default_rank=rank or largest,
         base_model=base_model,
+        revision=revision,
         dora=dora,
         task_type=task_type,
     )
