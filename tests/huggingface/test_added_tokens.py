@@ -13,6 +13,7 @@ from tsd_jax.huggingface import (
     add_tokens,
     grow,
     grown_config,
+    known_rows,
     load_tokenizer,
     read_config,
 )
@@ -80,3 +81,13 @@ def test_new_rows_are_the_mean_of_the_old(rows):
     assert got.sharding.is_equivalent_to(at["embed_tokens"]["embedding"], 2)
     np.testing.assert_allclose(grown["lm_head"]["kernel"], 2 * want.T, atol=1e-6)
     assert grown["norm"]["scale"] is params["norm"]["scale"]
+
+
+def test_rows_of_known_tokens_are_one_run_of_ids():
+    tokenizer = load_tokenizer(DEMO)
+    names = tokenizer.convert_ids_to_tokens([7, 5, 6])
+    assert known_rows(tokenizer, names) == (5, 8)
+    with pytest.raises(InputError, match=r"have the ids \[5, 7\], and rows train only"):
+        known_rows(tokenizer, names[:2])
+    with pytest.raises(InputError, match="no token '<none>' to train"):
+        known_rows(tokenizer, ["<none>"])

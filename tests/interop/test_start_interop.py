@@ -32,7 +32,9 @@ def peft_logits(folder, **config):
     lora = peft.LoraConfig(
         r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], **config
     )
-    model = peft.get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own
+        model = peft.get_peft_model(model, lora)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.requires_grad:

@@ -4,8 +4,8 @@
     tsd-export RUN --to merged --out DIR [--dtype float32]
 
 RUN is the workdir of a finished run, its adapter.safetensors, or a LoRA adapter in
-PEFT's format: its folder, or its hub id OWNER/NAME. `python -m tsd_jax.app.export` is the same
-command. Exit code 2 means bad input.
+PEFT's format: its folder, or its hub id OWNER/NAME. `python -m tsd_jax.app.export`
+is the same command. Exit code 2 means bad input.
 """
 
 from __future__ import annotations
