@@ -52,9 +52,8 @@ def test_the_flags_that_make_the_config_agree_are_told(tmp_path):
     assert spec.paths == tuple(f"layers/{each}/kernel" for each in modules)
     own |= {"adapter__alpha": 3.0 * 2**0.5, "adapter__dora": False}
     own |= {"adapter__start": path, "adapter__pattern": pattern}
-    assert told_flags(own.pop("adapter__start"), **own).keys() == {
-        *("alpha", "scaling", "dora")
-    }
+    path = str(own.pop("adapter__start"))
+    assert told_flags(path, **own).keys() == {"alpha", "dora"}
 
 
 def test_what_trains_in_full_must_train_here_too(tmp_path):

@@ -77,7 +77,7 @@ def first_logits(folder, **changes):
         ({"use_dora": True}, {"adapter__dora": True}),
         (
             {"modules_to_save": ["norm"]},
-            {"adapter__full_params": "norm/scale", "method__name": "lora"},
+            {"adapter__full_params": ".*norm/scale", "method__name": "lora"},
         ),
         (
             {"trainable_token_indices": {"embed_tokens": [3, 4, 5]}},
