@@ -222,7 +222,7 @@ def test_a_run_that_is_stopped_says_so_and_ends_with_code_130(
 ):
     from tsd_jax.app import run as module
 
-    monkeypatch.setattr(module, "prepare", lambda s: stopping_at(1, prepare(s)))
+    monkeypatch.setattr(module, "prepare", lambda *s: stopping_at(1, prepare(*s)))
     monkeypatch.setattr(sys, "argv", ["folder/train.py"])
     settings = small_settings(method__name="lora", train__steps=3)
     assert run(settings, tmp_path) == 130
