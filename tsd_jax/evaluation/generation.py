@@ -1,200 +1,284 @@
-"""Generation token by token, with a key-value cache, in one compiled program."""
+"""Generation: prompts of any lengths, continued in batches of compiled programs."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.core.types import Batch
+from tsd_jax.evaluation import decoding
+from tsd_jax.evaluation.beams import Beams, search
+from tsd_jax.evaluation.decoding import ApplyFn, PlaceCache, Rows
+from tsd_jax.evaluation.sampling import Sampling
+from tsd_jax.evaluation.scoring import PlaceFn, fetch
+
+STOP_EVERY = 8
+"""New tokens between two looks for stop strings."""
+
+Decode = Callable[[list[int]], Any]
+"""Token ids -> what they say."""
 
 
-class Generated(NamedTuple):
-    """Generated tokens.
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How prompts are continued, in the words of transformers.
+
+    By default greedily. A temperature above 0 samples; two beams or more search.
 
     Attributes:
-      tokens: (B, M) int32, without the prompts; a row that has ended repeats its last
-        token.
-      lengths: number of tokens of each row before the one that ended it, (B,) int32.
+      max_new_tokens: at least 1.
+      eos_ids: tokens that end a text and are no part of it; there may be several.
+      stop: strings that end a text and are no part of it.
+      temperature: 0 takes the likeliest token; above 0, see `Sampling`.
+      top_k: see `Sampling`.
+      top_p: see `Sampling`.
+      num_beams: 1 for no beam search.
+      length_penalty: see `Beams`.
+      early_stopping: see `Beams`.
     """
 
-    tokens: Array
-    lengths: Array
+    max_new_tokens: int = 32
+    eos_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self):
+        """Refuse numbers out of range, and settings that do not go together."""
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if "" in self.stop:
+            raise InputError("stop has an empty string, which every text has: leave it")
+        if self.sampling is not None and self.beams is not None:
+            raise InputError(
+                f"num_beams {self.num_beams} and temperature {self.temperature}: a "
+                "beam search samples nothing; use one of them"
+            )
+        if self.beams is not None and self.stop:
+            raise InputError(
+                f"num_beams {self.num_beams} and stop {self.stop}: stop strings do not "
+                "end a beam; use end tokens, or one beam"
+            )
+        self._check_unused(self.sampling, "temperature above 0", "top_k", "top_p")
+        self._check_unused(
+            self.beams, "num_beams above 1", "length_penalty", "early_stopping"
+        )
+
+    def _check_unused(self, used: Any, needed: str, *names: str) -> None:
+        """Raise InputError where settings of an unused strategy are not the default."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if used is None and field.name in names and value != field.default:
+                raise InputError(f"{field.name} {value} needs {needed}")
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How tokens are drawn; None if they are not."""
+        if self.temperature == 0:
+            return None
+        return Sampling(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+
+    @property
+    def beams(self) -> Beams | None:
+        """How beams are searched; None if there is one."""
+        if self.num_beams == 1:
+            return None
+        return Beams(
+            number=self.num_beams,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+        )
+
+
+def _same(tree: Any) -> Any:
+    return tree
 
 
 def generate(
-    apply_fn: Callable[..., Any],
-    params: Mapping[str, Any],
-    tokens: np.ndarray | Array,
-    mask: np.ndarray | Array,
+    apply_fn: ApplyFn,
+    variables: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    settings: Generation,
     *,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    temperature: float = 0.0,
+    decode: Decode = list,
     key: Array | None = None,
-) -> Generated:
-    """Continue every prompt until it ends or has `max_new_tokens` more tokens.
+    batch_size: int | None = None,
+    place: PlaceFn = _same,
+    place_cache: PlaceCache = _same,
+) -> list[Any]:
+    """Return what follows every prompt, in their order.
 
-        next = argmax z,   or next ~ softmax(z / temperature)
-
-    One program is compiled for each shape and `apply_fn` (pass the same object again);
-    it stops when all rows have ended.
+    Prompts of similar lengths share a batch, and are padded on the left to one of a few
+    lengths. For each of these a program is compiled once (pass the same `apply_fn` and
+    `place_cache` again). What follows a prompt does not depend on those beside it.
 
     Args:
       apply_fn: `model.apply`, plain or adapted, of a model called as
         `(variables, tokens, mask=mask, decode=True, mutable=["cache"])`, which keeps
         the keys and values of earlier tokens in the collection "cache".
-      params: the parameters, with bound adapters if `apply_fn` is adapted.
-      tokens: the prompts, padded on the left, (B, T) int32.
-      mask: False at padding, (B, T) bool.
-      max_new_tokens: M, at least 1.
-      eos_ids: tokens that end a row; may be empty.
-      temperature: of the sampling; 0 takes the most likely token.
-      key: typed key to sample with; required if the temperature is not 0.
+      variables: of the model, with bound adapters if `apply_fn` is adapted.
+      prompts: token ids, at least one each.
+      settings: the strategy, and what ends a text.
+      decode: makes a text of new token ids, such as `tokenizer.decode`; without it
+        their list is returned.
+      key: typed key to sample with.
+      batch_size: prompts in a batch; None for all. A last batch is filled up.
+      place: puts a batch on the devices.
+      place_cache: gives a cache its shardings.
+
+    Returns:
+      What `decode` makes of the new tokens of each prompt, up to where they end.
 
     Raises:
       InputError: an argument is invalid or does not fit the others.
     """
-    _check(tokens, mask, max_new_tokens, temperature, key)
-    return _generate(
-        apply_fn,
-        params,
-        jnp.asarray(tokens, jnp.int32),
-        jnp.asarray(mask, jnp.bool_),
-        jnp.asarray(eos_ids, jnp.int32),
-        None if temperature == 0 else jnp.asarray(temperature, jnp.float32),
-        None if temperature == 0 else key,
-        max_new_tokens=max_new_tokens,
-    )
+    _check(prompts, settings, decode, key, batch_size)
+    texts: list[Any] = [None] * len(prompts)
+    for numbers in _batches(prompts, batch_size or len(prompts)):
+        batch = place(_padded(prompts, numbers))
+        rows = Rows(**{name: jnp.asarray(array) for name, array in batch.items()})
+        run = _search if settings.beams else _step
+        made = run(apply_fn, variables, rows, settings, decode, key, place_cache)
+        for number, ids in zip(numbers, made, strict=True):
+            texts[number] = before_stop(decode(ids), settings.stop)
+    return texts
 
 
-def empty_cache(
-    apply_fn: Callable[..., Any], params: Any, batch_size: int, length: int
-) -> Any:
-    """Return an empty collection "cache"; nothing is computed.
-
-    Args:
-      apply_fn: as for `generate`.
-      params: the parameters.
-      batch_size: rows.
-      length: slots of each row.
-    """
-    call = functools.partial(apply_fn, decode=True, mutable=["cache"])
-    tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-    _, variables = jax.eval_shape(call, {"params": params}, tokens)
-    return jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["cache"]
-    )
+def before_stop(text: Any, stop: Sequence[str]) -> Any:
+    """Return the text up to the first of some strings; all of it if it has none."""
+    found = [text.index(each) for each in stop if each in text]
+    return text[: min(found)] if found else text
 
 
-class _State(NamedTuple):
-    """The state between two steps; the model has not read `current` yet."""
-
-    step: Array
-    current: Array
-    ended: Array
-    cache: Any
-    out: Array
-    lengths: Array
-
-
-@functools.partial(jax.jit, static_argnames=("apply_fn", "max_new_tokens"))
-def _generate(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    tokens: Array,
-    mask: Array,
-    eos_ids: Array,
-    temperature: Array | None,
-    key: Array | None,
-    *,
-    max_new_tokens: int,
-) -> Generated:
-    """Read the prompts but for their last token, then step from that one."""
-    rows, length = tokens.shape
-    read = functools.partial(_read, apply_fn, params)
-
-    def step(state: _State) -> _State:
-        logits, cache = read(state.cache, state.current[:, None], None)
-        chosen = _choose(logits[:, -1], state.step, temperature, key)
-        chosen = jnp.where(state.ended, state.current, chosen)
-        ended = state.ended | jnp.isin(chosen, eos_ids)
-        out = state.out.at[:, state.step].set(chosen)
-        lengths = state.lengths + (~ended).astype(jnp.int32)
-        return _State(state.step + 1, chosen, ended, cache, out, lengths)
-
-    def unfinished(state: _State) -> Array:
-        return (state.step < max_new_tokens) & ~jnp.all(state.ended)
-
-    cache = empty_cache(apply_fn, params, rows, length - 1 + max_new_tokens)
-    if length > 1:  # these logits are not used, so XLA does not compute them
-        _, cache = read(cache, tokens[:, :-1], mask[:, :-1])
-    end = lax.while_loop(
-        unfinished,
-        step,
-        _State(
-            step=jnp.zeros((), jnp.int32),
-            current=tokens[:, -1],
-            ended=jnp.zeros(rows, bool),
-            cache=cache,
-            out=jnp.zeros((rows, max_new_tokens), jnp.int32),
-            lengths=jnp.zeros(rows, jnp.int32),
-        ),
-    )
-    unwritten = jnp.arange(max_new_tokens)[None, :] >= end.step
-    return Generated(jnp.where(unwritten, end.current[:, None], end.out), end.lengths)
-
-
-def _read(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    cache: Any,
-    tokens: Array,
-    mask: Array | None,
-) -> tuple[Array, Any]:
-    """Return the logits (B, T, V) of tokens (B, T), and the new cache."""
-    variables = {"params": params, "cache": cache}
-    logits, new = apply_fn(variables, tokens, mask=mask, decode=True, mutable=["cache"])
-    return logits, new["cache"]
-
-
-def _choose(
-    logits: Array, step: Array, temperature: Array | None, key: Array | None
-) -> Array:
-    """Return the next token of each row, (B,) int32, from logits (B, V)."""
-    if temperature is None or key is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    step_key = jax.random.fold_in(key, step)
-    return jax.random.categorical(step_key, logits / temperature, axis=-1).astype(
-        jnp.int32
-    )
+def padded_length(length: int) -> int:
+    """Return the length to pad to: at most a quarter more, and four to an octave."""
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
 
 
 def _check(
-    tokens: np.ndarray | Array,
-    mask: np.ndarray | Array,
-    max_new_tokens: int,
-    temperature: float,
+    prompts: Sequence[Sequence[int]],
+    settings: Generation,
+    decode: Decode,
     key: Array | None,
+    batch_size: int | None,
 ) -> None:
     """Refuse arguments that would generate nonsense."""
-    if tokens.ndim != 2 or 0 in tokens.shape or mask.shape != tokens.shape:
-        raise InputError(
-            f"tokens {tokens.shape} and mask {mask.shape} must have the same shape "
-            "(rows, length), and neither may be empty"
-        )
-    # An array spread over several hosts cannot be read on one of them.
-    seen = not isinstance(mask, Array) or mask.is_fully_addressable
-    if seen and not np.asarray(mask)[:, -1].all():
-        raise InputError("a prompt ends in padding: pad prompts on the left")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
-    if temperature < 0:
-        raise InputError(f"temperature must be 0 or more, not {temperature}")
-    if temperature > 0 and key is None:
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(
+                f"prompt {number} has no tokens: give it one, such as the one that "
+                "begins a text"
+            )
+    if settings.sampling is not None and key is None:
         raise InputError("sampling at a temperature above 0 needs a key")
+    if settings.stop and not isinstance(decode([]), str):
+        raise InputError("stop strings need a `decode` that gives text")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}")
+
+
+def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Yield the numbers of prompts of similar lengths; the last one fills a batch."""
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        yield numbers + numbers[-1:] * (size - len(numbers))
+
+
+def _padded(prompts: Sequence[Sequence[int]], numbers: list[int]) -> Batch:
+    """Return prompts padded on the left, as the fields of `Rows`."""
+    length = padded_length(max(len(prompts[number]) for number in numbers))
+    tokens = np.zeros((len(numbers), length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, number in enumerate(numbers):
+        tokens[row, length - len(prompts[number]) :] = prompts[number]
+        mask[row, length - len(prompts[number]) :] = True
+    return {
+        "tokens": tokens,
+        "mask": mask,
+        "numbers": np.asarray(numbers, np.int32)[:, None],
+    }
+
+
+def _step(
+    apply_fn: ApplyFn,
+    variables: Any,
+    rows: Rows,
+    settings: Generation,
+    decode: Decode,
+    key: Array | None,
+    place_cache: PlaceCache,
+) -> list[list[int]]:
+    """Return the new tokens of each row, chosen one by one."""
+    most = settings.max_new_tokens
+    state = decoding.start(
+        apply_fn, variables, rows, max_new_tokens=most, place_cache=place_cache
+    )
+    stopped = np.zeros(len(rows.tokens), bool)
+    every = STOP_EVERY if settings.stop else most
+    made: list[list[int]] = []
+    for until in range(every, most + every, every):
+        state = decoding.advance(
+            apply_fn,
+            variables,
+            rows,
+            state,
+            stopped=stopped,
+            until=np.int32(min(until, most)),
+            eos_ids=np.asarray(settings.eos_ids, np.int32),
+            sampling=settings.sampling,
+            key=None if settings.sampling is None else key,
+        )
+        made = _cut(state.out, state.lengths)
+        if settings.stop:
+            texts = [decode(ids) for ids in made]
+            stopped = np.array([before_stop(t, settings.stop) != t for t in texts])
+            if (stopped | fetch(state.ended)).all():
+                break
+    return made
+
+
+def _search(
+    apply_fn: ApplyFn,
+    variables: Any,
+    rows: Rows,
+    settings: Generation,
+    decode: Decode,
+    key: Array | None,
+    place_cache: PlaceCache,
+) -> list[list[int]]:
+    """Return the new tokens of each row, found by a beam search."""
+    del decode, key
+    assert settings.beams is not None
+    found = search(
+        apply_fn,
+        variables,
+        rows,
+        eos_ids=np.asarray(settings.eos_ids, np.int32),
+        beams=settings.beams,
+        max_new_tokens=settings.max_new_tokens,
+        place_cache=place_cache,
+    )
+    return _cut(*found)
+
+
+def _cut(tokens: Array, lengths: Array) -> list[list[int]]:
+    """Return rows of tokens on the host, each up to its own length."""
+    ids, ends = jax.tree.map(fetch, (tokens, lengths))
+    return [row[:end].tolist() for row, end in zip(ids, ends, strict=True)]
