@@ -116,7 +116,14 @@ def get_config() -> Any:
     config.eval.answer = ""
     config.eval.batch_size = 16
     config.eval.limit = 0  # items; 0 for all
-    config.eval.max_new_tokens = 32  # for generate
+    # For generate: greedy; with a temperature sampling, with more beams a beam search.
+    config.eval.max_new_tokens = 32
+    config.eval.num_beams = 1
+    config.eval.temperature = 0.0  # above 0, draw tokens from softmax(z / temperature)
+    config.eval.top_k = 0  # draw among so many likeliest tokens; 0 for all
+    config.eval.top_p = 1.0  # draw among the fewest whose chances reach this
+    # Strings that end a text, ("\n\n", "###"), besides the model's end tokens.
+    config.eval.stop = ()
     config.eval.every = 0  # steps; 0: only before and after training
 
     config.optimizer = ConfigDict()

@@ -28,6 +28,7 @@ from tsd_jax.core.layout import Layout
 from tsd_jax.core.methods import METHODS, Method, get_method
 from tsd_jax.core.quantization import Quantization, Quantized, quantize
 from tsd_jax.core.spec import KernelSpec, Rule, Spec
+from tsd_jax.evaluation.generation import Generation, generate
 from tsd_jax.extraction.launch import launch
 from tsd_jax.extraction.matrix_launch import Ranking
 from tsd_jax.extraction.ranking import rank_directions
@@ -55,6 +56,7 @@ __all__ = [
     "Full",
     "FullParam",
     "FullSpec",
+    "Generation",
     "InputError",
     "KernelSpec",
     "Layout",
@@ -77,6 +79,7 @@ __all__ = [
     "delta",
     "einsum",
     "from_peft",
+    "generate",
     "get_method",
     "group_labels",
     "init",

@@ -19,7 +19,6 @@ from tsd_jax.app.evaluation import EvalContext, Evaluate, make_evaluation
 from tsd_jax.app.model import Base, open_model
 from tsd_jax.app.settings import (
     AdapterSettings,
-    EvalSettings,
     OptimizerSettings,
     Settings,
     TrainSettings,
@@ -34,6 +33,7 @@ from tsd_jax.core.types import LossFn
 from tsd_jax.extraction.devices import host_device
 from tsd_jax.extraction.settings import Extraction
 from tsd_jax.huggingface.full_tensors import check_modules
+from tsd_jax.models.decoder import CACHE_RULES
 from tsd_jax.training import sharding
 from tsd_jax.training.loop import LoopConfig
 from tsd_jax.training.optimizer import check_schedule, make_optimizer, make_schedule
@@ -115,7 +115,7 @@ def prepare(settings: Settings, workdir: Path | None = None) -> Prepared:
         extraction=extraction,
         batch=batch_source(settings.train, data, mesh),
         loss_fn=data.loss(base),
-        evaluate=evaluation(settings.eval, base, data, mesh),
+        evaluate=evaluation(settings, base, data, mesh),
         digests=digests(files, base),
         eos=data.eos,
         start=start,
@@ -272,18 +272,21 @@ def batch_source(settings: TrainSettings, data: Data, mesh: Mesh) -> BatchFn:
 
 
 def evaluation(
-    settings: EvalSettings, base: Base, data: Data, mesh: Mesh
+    settings: Settings, base: Base, data: Data, mesh: Mesh
 ) -> Evaluate | None:
     """Return the function from model variables to figures, if data are held out."""
     if not data.evaluated:
         return None
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.eval.batch_size, mesh)
     axes = PartitionSpec(*sharding.BATCH[1:])
     context = EvalContext(
         data=data,
-        settings=settings,
+        settings=settings.eval,
         tokenizer=base.tokenizer,
+        end_ids=huggingface.read_eos_ids(base.folder),
+        seed=settings.seed,
         model=base,
         place=lambda batch: sharding.place_batch(batch, mesh, axes),
+        place_cache=lambda cache: sharding.constrain(cache, CACHE_RULES, mesh),
     )
     return make_evaluation(context)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from tsd_jax.app.data import Data, Model, next_token_loss
 from tsd_jax.app.settings import EvalSettings
@@ -30,8 +29,9 @@ from tsd_jax.evaluation.classification import (
     predict,
     regression_scores,
 )
+from tsd_jax.evaluation.decoding import PlaceCache
 from tsd_jax.evaluation.generation import generate
-from tsd_jax.evaluation.scoring import PlaceFn, choices, fetch, nll
+from tsd_jax.evaluation.scoring import PlaceFn, choices, nll
 
 Figures = dict[str, float]
 """{name: figure of an evaluation}."""
@@ -48,15 +48,21 @@ class EvalContext:
       data: encoded.
       settings: of the evaluation.
       tokenizer: of the model.
+      end_ids: tokens that end a text, besides the tokenizer's.
+      seed: of the samples.
       model: with its adapters.
       place: puts a batch (B, T) on the devices.
+      place_cache: gives a decoder's cache its shardings, in a compiled program.
     """
 
     data: Data
     settings: EvalSettings
     tokenizer: Any
+    end_ids: tuple[int, ...]
+    seed: int
     model: Model
     place: PlaceFn
+    place_cache: PlaceCache
 
     @property
     def records(self) -> Sequence[Record]:
@@ -138,46 +144,37 @@ def _choices(context: EvalContext) -> Evaluate:
 
 
 def _generate(context: EvalContext) -> Evaluate:
-    tokenizer = context.tokenizer
-    prompts = encoding.encode_prompts(context.records, tokenizer, context.template)
+    tokenizer, settings = context.tokenizer, context.settings
+    padded = encoding.encode_prompts(context.records, tokenizer, context.template)
+    prompts = [
+        row[real].tolist() for row, real in zip(padded.tokens, padded.mask, strict=True)
+    ]
     references = [
         Reference(record.output, record.answer, record.options, record.task)
         for record in context.records
     ]
-    how = context.settings.answer
+    how = settings.answer
     check_references(references, how)
+    # Some models end a text by beginning another.
+    own = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    generation = settings.generation(tuple(sorted({*own, *context.end_ids})))
+    key = jax.random.key(context.seed)
 
     def evaluate(variables: Mapping[str, Any]) -> Figures:
-        texts: list[str] = []
-        for start in range(0, len(references), context.settings.batch_size):
-            texts += _continuations(context, prompts, start, variables["params"])
+        texts = generate(
+            context.model.apply,
+            variables,
+            prompts,
+            generation,
+            decode=tokenizer.decode,
+            key=key,
+            batch_size=settings.batch_size,
+            place=context.place,
+            place_cache=context.place_cache,
+        )
         return exact_match(grade(texts, references, how))
 
     return evaluate
-
-
-def _continuations(
-    context: EvalContext, prompts: encoding.Prompts, start: int, params: Any
-) -> list[str]:
-    """Return what the model writes after one batch of prompts."""
-    size, tokenizer = context.settings.batch_size, context.tokenizer
-    # The last batch is filled up with its own last row: one compiled shape.
-    last = len(prompts.tokens) - 1
-    rows = np.minimum(np.arange(start, start + size), last)
-    batch = context.place({"tokens": prompts.tokens[rows], "mask": prompts.mask[rows]})
-    # Some models end a text by beginning another.
-    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
-    made = generate(
-        context.model.apply,
-        params,
-        batch["tokens"],
-        batch["mask"],
-        max_new_tokens=context.settings.max_new_tokens,
-        eos_ids=tuple(sorted(ends)),
-    )
-    ids, lengths = jax.tree.map(fetch, (made.tokens, made.lengths))
-    fresh = range(min(size, len(prompts.tokens) - start))
-    return [tokenizer.decode(ids[row][: lengths[row]]) for row in fresh]
 
 
 def _scores(context: EvalContext) -> Evaluate:

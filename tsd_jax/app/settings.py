@@ -19,11 +19,13 @@ from tsd_jax.core.ranges import (
     Count,
     Limit,
     Positive,
+    Proportion,
     Range,
     Share,
     check_ranges,
 )
 from tsd_jax.core.spec import DirectionCount, Rule
+from tsd_jax.evaluation.generation import Generation
 from tsd_jax.extraction.launch import check_deltas
 from tsd_jax.training.auto_launch import AutoLaunchConfig, Threshold
 
@@ -233,11 +235,26 @@ class EvalSettings:
     batch_size: Count
     limit: Limit
     max_new_tokens: Count
+    num_beams: Count
+    temperature: Amount
+    top_k: Limit
+    top_p: Proportion
+    stop: tuple[str, ...]
     every: Limit
 
     def __post_init__(self):
         """Refuse sizes and counts that mean nothing."""
         check_ranges(self, "eval.")
+        self.generation()
+
+    def generation(self, eos_ids: tuple[int, ...] = ()) -> Generation:
+        """Return how prompts are continued."""
+        names = ("max_new_tokens", "num_beams", "temperature", "top_k", "top_p", "stop")
+        values = {name: getattr(self, name) for name in names}
+        try:
+            return Generation(**values, eos_ids=eos_ids)
+        except InputError as error:
+            raise InputError(f"eval.{error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,9 @@ Amount = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 """A part of a whole, but not all of it."""
 
+Proportion = Annotated[float, Range(0, 1, "(]")]
+"""A part of a whole, or all of it."""
+
 
 def check_ranges(owner: Any, prefix: str = "") -> None:
     """Raise InputError unless all numbers of a dataclass lie in their ranges.

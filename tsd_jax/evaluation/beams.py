@@ -227,11 +227,9 @@ def _open(search: _Search, beams: Beams, max_new_tokens: int) -> Array:
     """Return whether each prompt's beams may still enter what is kept, (B,) bool."""
     full = jnp.all(search.kept.finished, axis=1)
     if beams.early_stopping is True:
-        still = ~full
-    else:
-        still = jnp.ones_like(full)
+        return ~full
     longest = beams.early_stopping == "never" and beams.length_penalty > 0
     length = jnp.where(longest, max_new_tokens, search.step).astype(jnp.float32)
     possible = search.running.scores[:, 0] / length**beams.length_penalty
     worst = jnp.min(search.kept.scores, axis=1)
-    return still & (~full | (possible > worst))
+    return ~full | (possible > worst)

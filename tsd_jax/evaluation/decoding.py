@@ -129,9 +129,7 @@ def advance(
     def unfinished(state: State) -> Array:
         return (state.step < until) & ~jnp.all(state.ended)
 
-    return lax.while_loop(
-        unfinished, step, state._replace(ended=state.ended | stopped)
-    )
+    return lax.while_loop(unfinished, step, state._replace(ended=state.ended | stopped))
 
 
 def read_prompts(

@@ -59,7 +59,9 @@ class Generation:
         """Refuse numbers out of range, and settings that do not go together."""
         for name in ("max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise InputError(
+                    f"{name} must be at least 1, not {getattr(self, name)}"
+                )
         if "" in self.stop:
             raise InputError("stop has an empty string, which every text has: leave it")
         if self.sampling is not None and self.beams is not None:

@@ -27,6 +27,7 @@ from tsd_jax.huggingface.config import config_json, read_config
 from tsd_jax.huggingface.families.family import Family, ModelConfig
 from tsd_jax.huggingface.families.registry import FAMILIES, family_of
 from tsd_jax.huggingface.fingerprint import fingerprint
+from tsd_jax.huggingface.generation_config import read_eos_ids
 from tsd_jax.huggingface.hub import load_tokenizer, resolve, resolve_adapter
 from tsd_jax.huggingface.load import load_params
 from tsd_jax.huggingface.names import (
@@ -65,6 +66,7 @@ __all__ = [
     "module_name",
     "module_paths",
     "read_config",
+    "read_eos_ids",
     "resolve",
     "resolve_adapter",
     "tensor_paths",

@@ -69,6 +69,16 @@ DECODER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*", PartitionSpec()),
 )
 
+# A batch as in training, and heads on tensor where it divides them.
+_CACHED = (("data", "fsdp"), None, "tensor")
+CACHE_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"layers/self_attn/(key|value)", PartitionSpec(None, *_CACHED)),
+    (r"layers_\d+/self_attn/(key|value)", PartitionSpec(*_CACHED)),
+    (r"mask", PartitionSpec(*_CACHED[:1])),
+    (r".*", PartitionSpec()),
+)
+"""The same for the collection "cache"."""
+
 LINEAR_KERNELS = r"layers[^/]*/.+_proj/kernel"
 """Kernels worth quantizing: not embeddings, heads, routers or norms."""
 

@@ -101,6 +101,12 @@ def param_shardings(
     return paths.unflatten({path: sharding(path, leaf) for path, leaf in flat.items()})
 
 
+def constrain(tree: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh) -> Any:
+    """Return arrays of a compiled program with their shardings of `param_shardings`."""
+    shardings = param_shardings(tree, rules, mesh)
+    return jax.lax.with_sharding_constraint(tree, shardings)
+
+
 def adapter_shardings(
     kernel: KernelSpec, sharding: NamedSharding
 ) -> tuple[Adapter, Directions]:
