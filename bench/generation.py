@@ -1,7 +1,7 @@
 """Measure greedy generation against transformers: 64 prompts, 32 new tokens each.
 
     python bench/generation.py                        ../shared/models/stories3M
-    python bench/generation.py FOLDER FOLDER ...      other models in Hugging Face format
+    python bench/generation.py FOLDER FOLDER ...      other models
 
 Both continue the same prompts in one batch, in float32 on the CPU, from token ids to
 token ids; nothing ends a text. transformers runs as it is fastest here: a left-padded
@@ -128,7 +128,8 @@ def measure(folder: Path, repeats: int) -> list[dict[str, Any]]:
         }
         print(
             f"{folder.name:<12} {name:<22} {speed[name]:8.0f} tokens/s"
-            f"  x {row['over_transformers']:.2f}  {row['same_texts']} of {PROMPTS} texts",
+            f"  x {row['over_transformers']:.2f}"
+            f"  {row['same_texts']} of {PROMPTS} texts",
             flush=True,
         )
         results.append(row)

@@ -49,6 +49,24 @@ def test_batches_do_not_change_the_figures(variables):
         assert one["count"] == 12
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_beams": 2},
+        {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
+        {"stop": ("a",)},
+    ],
+)
+def test_answers_are_generated_by_any_strategy(variables, change):
+    changes = {f"eval__{name}": value for name, value in change.items()}
+    one, other = (
+        evaluated(variables, eval__metric="generate", eval__batch_size=size, **changes)
+        for size in (8, 16)
+    )
+    assert one == other
+    assert one["count"] == 8
+
+
 def test_text_is_scored_by_its_windows(variables, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("one two three four five " * 60)

@@ -27,6 +27,9 @@ BAD = {
     "method__start": ("p", r"unknown start 'p'"),
     "data__path": ("", r"data.path is empty; name a data file"),
     "train__batch_size": (9, r"train.batch_size 9 must be a multiple"),
+    "eval__top_k": (5, r"eval.top_k 5 needs temperature above 0"),
+    "eval__top_p": (0.5, r"eval.top_p 0.5 needs temperature above 0"),
+    "eval__stop": (("",), r"eval.stop has an empty string"),
 }
 
 BAD_TOGETHER = {

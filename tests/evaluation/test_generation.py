@@ -13,12 +13,14 @@ import pytest
 import tsd_jax as tsd
 from tsd_jax import huggingface
 from tsd_jax.core.errors import InputError
-from tsd_jax.evaluation.generation import generate
+from tsd_jax.evaluation.generation import Generation, generate, padded_length
 from tsd_jax.models.config import DecoderConfig
-from tsd_jax.models.decoder import Decoder
+from tsd_jax.models.decoder import CACHE_RULES, DECODER_RULES, Decoder
+from tsd_jax.training import sharding
 
 VOCABULARY, NEW = 29, 8
-NEVER = (-1, -1)
+FREE = Generation(max_new_tokens=NEW)
+LETTERS = "abcdefghijklmnopqrstuvwxyz012"
 CONFIG = DecoderConfig(
     vocab_size=VOCABULARY,
     hidden_size=16,
@@ -67,218 +69,253 @@ def reread(params, prompt, number):
     return tokens[len(prompt) :]
 
 
-def left_padded(prompts):
-    length = max(map(len, prompts))
-    tokens = np.zeros((len(prompts), length), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
-    return tokens, mask
-
-
 @pytest.fixture(scope="module")
 def expected(params):
     return [reread(params, prompt, NEW) for prompt in PROMPTS]
 
 
+def spell(ids):
+    """Decode: a letter for each token."""
+    return "".join(LETTERS[each] for each in ids)
+
+
+def made(params, prompts=PROMPTS, settings=FREE, **more):
+    return generate(APPLY, {"params": params}, prompts, settings, **more)
+
+
+def counted():
+    """Return a model that counts how often it is traced, and how often it runs."""
+    traces, runs = [], []
+
+    def apply(*args, **kwargs):
+        traces.append(1)
+        jax.debug.callback(lambda: runs.append(1))
+        return APPLY(*args, **kwargs)
+
+    return apply, traces, runs
+
+
 def test_every_row_goes_on_as_if_alone_and_unpadded(params, expected):
-    made = generate(
-        APPLY, params, *left_padded(PROMPTS), max_new_tokens=NEW, eos_ids=NEVER
-    )
-    assert made.tokens.tolist() == expected
-    assert made.lengths.tolist() == [NEW] * 3
+    assert made(params) == expected
     assert len({tuple(row) for row in expected}) == 3
 
 
 def test_a_lone_token_is_prompt_enough(params, expected):
-    made = generate(
-        APPLY, params, *left_padded([PROMPTS[0]]), max_new_tokens=NEW, eos_ids=NEVER
-    )
-    assert made.tokens.tolist() == [expected[0]]
+    assert made(params, PROMPTS[:1]) == expected[:1]
+
+
+def test_no_prompts_have_no_texts(params):
+    assert made(params, []) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_texts_keep_the_order_of_their_prompts_in_batches(params, expected, size):
+    prompts = [PROMPTS[n] for n in (1, 0, 2, 1)]
+    found = made(params, prompts, batch_size=size)
+    assert found == [expected[n] for n in (1, 0, 2, 1)]
 
 
 def test_rows_end_on_any_end_token_and_the_others_go_on(params, expected):
-    ends = [expected[1][2], expected[2][4]]
-    made = generate(
-        APPLY, params, *left_padded(PROMPTS), max_new_tokens=NEW, eos_ids=ends
-    )
-    lengths = []
-    for row, free in zip(made.tokens.tolist(), expected, strict=True):
+    ends = (expected[1][2], expected[2][4])
+    cut = []
+    for free in expected:
         end = next((n for n, token in enumerate(free) if token in ends), NEW)
-        lengths.append(end)
-        assert row == free[: end + 1] + free[end : end + 1] * (NEW - end - 1)
-    assert made.lengths.tolist() == lengths
-    assert lengths[1] <= 2
-    assert max(lengths) > min(lengths)
+        cut.append(free[:end])
+    assert made(params, settings=Generation(max_new_tokens=NEW, eos_ids=ends)) == cut
+    assert len(cut[1]) <= 2
+    assert len({*map(len, cut)}) > 1
 
 
 def test_it_stops_reading_when_all_rows_have_ended(params, expected):
-    read = []
-
-    def counted(*args, **kwargs):
-        jax.debug.callback(lambda: read.append(1))
-        return APPLY(*args, **kwargs)
-
-    ends = sorted({row[1] for row in expected})
-    made = generate(
-        counted, params, *left_padded(PROMPTS), max_new_tokens=NEW, eos_ids=ends
-    )
+    apply, _, runs = counted()
+    ends = tuple(sorted({row[1] for row in expected}))
+    settings = Generation(max_new_tokens=NEW, eos_ids=ends)
+    texts = generate(apply, {"params": params}, PROMPTS, settings)
     jax.effects_barrier()
-    last = int(made.lengths.max())
-    assert last < NEW - 2
-    assert len(read) == 1 + last + 1  # the prompts, and each token but the last
-    assert (made.tokens[:, last:] == made.tokens[:, last : last + 1]).all()
+    longest = max(map(len, texts))
+    assert longest < NEW - 2
+    assert len(runs) == 1 + longest + 1  # the prompts, and each token but the last
 
 
-def test_one_program_serves_all_calls_of_a_shape(params):
-    traces = []
-
-    def traced(*args, **kwargs):
-        traces.append(1)
-        return APPLY(*args, **kwargs)
-
-    tokens, mask = left_padded(PROMPTS)
-    run = functools.partial(generate, traced, params, max_new_tokens=2)
-    first = run(tokens, mask, eos_ids=[1])
+def test_one_program_serves_all_prompts_of_a_padded_length(params):
+    apply, traces, _ = counted()
+    run = functools.partial(generate, apply, {"params": params}, batch_size=2)
+    run([[3, 4, 5], [6]], Generation(max_new_tokens=2, eos_ids=(1,)))
     number = len(traces)
-    second = run(tokens[::-1], mask[::-1], eos_ids=[2])
+    run([[7], [8] * 16, [9] * 5], Generation(max_new_tokens=2, eos_ids=(2,)))
     assert len(traces) == number
-    assert first.tokens.tolist() == second.tokens.tolist()[::-1]
+    run([[7] * 17], Generation(max_new_tokens=2, eos_ids=(2,)))
+    assert len(traces) > number
 
 
-def lookup(variables, tokens, *, mask=None, decode, mutable):
-    """A model whose logits are a row of its table, and whose cache is a number."""
-    assert decode
-    assert mutable == ["cache"]
-    logits = variables["params"]["table"][tokens]
-    return logits, {"cache": {"used": jnp.zeros((), jnp.int32)}}
+def test_padded_lengths_are_few_and_waste_little():
+    lengths = {n: padded_length(n) for n in range(1, 4097)}
+    assert all(n <= to <= max(16, 1.25 * n + 15) for n, to in lengths.items())
+    assert all(to % 16 == 0 for to in lengths.values())
+    assert len({*lengths.values()}) == 8 + 4 * 5  # by 16 to 128, then four an octave
+    assert (lengths[1], lengths[16], lengths[17], lengths[129]) == (16, 16, 32, 160)
 
 
-def test_the_cache_has_a_slot_for_every_token_that_is_read():
-    made = []
-
-    def sized(variables, tokens, **kwargs):
-        if "cache" not in variables:
-            made.append(tokens.shape)
-        return lookup(variables, tokens, **kwargs)
-
-    generate(
-        sized,
-        {"table": jnp.eye(10)},
-        *left_padded(PROMPTS),
-        max_new_tokens=NEW,
-        eos_ids=NEVER,
-    )
-    assert made == [(3, 5 - 1 + NEW)]  # the last new token is not read
+def test_stop_strings_end_a_text_across_tokens(params):
+    apply, _, runs = counted()
+    long = Generation(max_new_tokens=40)
+    free = [spell(ids) for ids in made(params, PROMPTS[:2], long)]
+    stop = (free[0][9:12], free[1][4:6])  # three tokens, two tokens
+    settings = Generation(max_new_tokens=40, stop=stop)
+    texts = generate(apply, {"params": params}, PROMPTS[:2], settings, decode=spell)
+    ends = [min(text.find(s) for s in stop if s in text) for text in free]
+    assert texts == [text[:end] for text, end in zip(free, ends, strict=True)]
+    jax.effects_barrier()
+    assert max(ends) < len(runs) < 30  # not all 40
+    never = Generation(max_new_tokens=11, stop=("?",))
+    assert made(params, PROMPTS[:2], never, decode=spell) == [t[:11] for t in free]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_sampling_follows_the_tempered_distribution(temperature):
-    table = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
-    rows = 20_000
-    made = generate(
-        lookup,
-        {"table": jnp.asarray(table)},
-        np.full((rows, 1), 3, np.int32),
-        np.ones((rows, 1), bool),
-        max_new_tokens=2,
-        eos_ids=NEVER,
-        temperature=temperature,
-        key=jax.random.key(0),
-    )
-    chance = np.exp(table / temperature)
-    chance /= chance.sum(-1, keepdims=True)
-    both = np.zeros((5, 5))
-    np.add.at(both, tuple(np.asarray(made.tokens).T), 1 / rows)
-    # Five standard deviations of the most uncertain frequency.
-    np.testing.assert_allclose(both, chance[3][:, None] * chance, atol=0.018)
+def test_a_key_fixes_the_samples_and_another_changes_them(params):
+    sampled = Generation(max_new_tokens=NEW, temperature=1.5)
+    run = functools.partial(made, params, settings=sampled)
+    first = run(key=jax.random.key(1))
+    assert run(key=jax.random.key(1)) == first
+    assert run(key=jax.random.key(2)) != first
+    # What is drawn for a prompt depends on its number, not on its batch.
+    assert run(key=jax.random.key(1), batch_size=2) == first
+    twice = run([PROMPTS[0]] * 2, key=jax.random.key(1))
+    assert twice[0] != twice[1]
 
 
-def test_a_key_fixes_the_sample_and_another_changes_it(params):
-    run = functools.partial(
-        generate,
-        APPLY,
-        params,
-        *left_padded(PROMPTS),
-        max_new_tokens=NEW,
-        eos_ids=NEVER,
-        temperature=1.5,
-    )
-    first = run(key=jax.random.key(1)).tokens.tolist()
-    assert run(key=jax.random.key(1)).tokens.tolist() == first
-    assert run(key=jax.random.key(2)).tokens.tolist() != first
+@pytest.mark.parametrize("change", [{"temperature": 1e-4}, {"top_k": 1}])
+def test_nearly_no_choice_is_greedy(params, expected, change):
+    settings = Generation(**{"max_new_tokens": NEW, "temperature": 1.0} | change)
+    assert made(params, settings=settings, key=jax.random.key(0)) == expected
 
 
-def test_nearly_no_temperature_is_greedy(params, expected):
-    made = generate(
-        APPLY,
-        params,
-        *left_padded(PROMPTS),
-        max_new_tokens=NEW,
-        eos_ids=NEVER,
-        temperature=1e-4,
-        key=jax.random.key(0),
-    )
-    assert made.tokens.tolist() == expected
+def test_beams_of_every_prompt_go_on_as_if_alone(params, expected):
+    settings = Generation(max_new_tokens=NEW, num_beams=3, eos_ids=(4,))
+    alone = [made(params, [prompt], settings)[0] for prompt in PROMPTS]
+    assert made(params, settings=settings, batch_size=3) == alone
+    assert alone != [ids[: ids.index(4)] if 4 in ids else ids for ids in expected]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": np.ones(3, int)}, "same shape"),
-        ({"mask": np.ones((3, 4), bool)}, "same shape"),
-        ({"tokens": np.ones((0, 4)), "mask": np.ones((0, 4))}, "empty"),
-        ({"mask": np.tri(5, k=2, dtype=bool)[:3]}, "on the left"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"temperature": 1.0}, "needs a key"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"num_beams": 0}, "num_beams must be at least 1, not 0"),
+        ({"temperature": -1.0}, "temperature must be a number above 0"),
+        ({"temperature": float("nan")}, "temperature must be a number above 0"),
+        ({"stop": ("",)}, "empty string"),
+        ({"top_k": 3}, "top_k 3 needs temperature above 0"),
+        ({"top_p": 0.5}, "top_p 0.5 needs temperature above 0"),
+        ({"length_penalty": 2.0}, "length_penalty 2.0 needs num_beams above 1"),
+        ({"early_stopping": True}, "early_stopping True needs num_beams above 1"),
+        ({"num_beams": 2, "temperature": 1.0}, "samples nothing"),
+        ({"num_beams": 2, "stop": ("x",)}, "do not end a beam"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        Generation(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
+        ({"settings": Generation(temperature=1.0)}, "needs a key"),
+        ({"settings": Generation(stop=("x",))}, "`decode` that gives text"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(params, change, message):
-    tokens, mask = left_padded(PROMPTS)
-    arguments: dict[str, Any] = {
-        "tokens": tokens,
-        "mask": mask,
-        "max_new_tokens": 2,
-        "eos_ids": NEVER,
-    }
     with pytest.raises(InputError, match=message):
-        generate(APPLY, params, **arguments | change)
+        made(params, **change)
 
 
 def test_a_real_model_tells_its_golden_story(shared):
     folder = shared / "models" / "stories260K"
     config = huggingface.read_config(folder)
-    made = generate(
+    [text] = generate(
         Decoder(config).apply,
-        huggingface.load_params(folder, config),
-        np.ones((1, 1), np.int32),
-        np.ones((1, 1), bool),
-        max_new_tokens=200,
-        eos_ids=(1, 2),
+        {"params": huggingface.load_params(folder, config)},
+        [[1]],
+        Generation(max_new_tokens=200, eos_ids=(1, 2)),
+        decode=huggingface.load_tokenizer(folder).decode,
     )
-    assert made.lengths.tolist() == [200]
-    tokenizer = huggingface.load_tokenizer(folder)
-    text = tokenizer.decode(np.asarray(made.tokens[0]))
     assert text == GOLDEN
 
 
-def test_an_adapted_model_generates_as_the_merged_one(params, expected):
-    rules = [tsd.Rule(pattern=r"layers/.*_proj/kernel", rank=2, alpha=4, directions=2)]
-    tokens, mask = left_padded(PROMPTS)
-    spec = tsd.make_spec(APPLY, {"params": params}, rules, tokens, method="dash")
-    trainable, directions = tsd.init(jax.random.key(0), spec)
+def launched(base, **rule):
+    """Return a bound adapter after launch, all of whose numbers have changed."""
+    rules = [
+        tsd.Rule(
+            pattern=r"layers/.*_proj/kernel", rank=2, alpha=4, directions=2, **rule
+        )
+    ]
+    tokens = np.ones((1, 4), np.int32)
+    spec = tsd.make_spec(APPLY, {"params": base}, rules, tokens, method="dash")
+    trainable, directions = tsd.init(jax.random.key(0), spec, params=base)
     learned = {
         path: each.replace(a=each.a + 0.1, b=each.b + 0.1)
         for path, each in trainable.adapters.items()
     }
     trainable = trainable.replace(adapters=learned)
-    trainable, directions, _ = tsd.launch(params, trainable, spec)
+    trainable, directions, _ = tsd.launch(base, trainable, spec)
     trainable = jax.tree.map(lambda leaf: leaf + 0.1, trainable)
-    run = functools.partial(generate, tokens=tokens, mask=mask, eos_ids=NEVER)
-    merged = run(APPLY, tsd.merge(params, trainable, directions), max_new_tokens=NEW)
-    bound = tsd.bind(params, trainable, directions)
-    made = run(tsd.adapted(APPLY), bound, max_new_tokens=NEW)
-    assert made.tokens.tolist() == merged.tokens.tolist()
-    assert made.tokens.tolist() != expected
+    return trainable, directions
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapted_model_generates_as_the_merged_one(params, expected, dora, beams):
+    trainable, directions = launched(params, dora=dora)
+    settings = Generation(max_new_tokens=NEW, num_beams=beams)
+    merged = made(tsd.merge(params, trainable, directions), settings=settings)
+    bound = {"params": tsd.bind(params, trainable, directions)}
+    assert generate(tsd.adapted(APPLY), bound, PROMPTS, settings) == merged
+    assert merged != expected
+
+
+def test_a_quantized_base_generates_with_adapters(params):
+    small = tsd.Quantization(format="int8", tile=8)
+    base = tsd.quantize(params, small, r"layers/.*_proj/kernel")
+    trainable, directions = launched(base)
+    bound = tsd.bind(base, trainable, directions)
+    apply = tsd.adapted(APPLY)
+
+    @jax.jit
+    def forward(tokens):
+        return apply({"params": bound}, tokens)
+
+    tokens = np.zeros((1, 16), np.int32)
+    tokens[0, :5] = PROMPTS[1]
+    for end in range(5, 5 + NEW):
+        tokens[0, end] = int(np.argmax(forward(tokens)[0, end - 1]))
+    found = generate(apply, {"params": bound}, PROMPTS[1:2], FREE)
+    assert found == [tokens[0, 5 : 5 + NEW].tolist()]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
+def test_a_mesh_changes_no_text(params, shape, beams):
+    mesh = sharding.make_mesh(shape)
+    shardings = sharding.param_shardings(params, DECODER_RULES, mesh)
+    axes = jax.sharding.PartitionSpec(*sharding.BATCH[1:])
+    placed = []
+
+    def place_cache(cache):
+        placed.append(cache["layers"]["self_attn"]["key"].shape)
+        return sharding.constrain(cache, CACHE_RULES, mesh)
+
+    prompts = [*PROMPTS, PROMPTS[1][:4]]
+    settings = Generation(max_new_tokens=NEW, num_beams=beams, eos_ids=(4,))
+    found = made(
+        jax.device_put(params, shardings),
+        prompts,
+        settings,
+        batch_size=4,
+        place=lambda batch: sharding.place_batch(batch, mesh, axes),
+        place_cache=place_cache,
+    )
+    assert found == made(params, prompts, settings)
+    # Layers, rows, slots, heads, width of a head.
+    assert placed[-1] == (2, 4 * beams, 15 + NEW, 2, 4)

@@ -16,6 +16,7 @@ from tsd_jax.training.optimizer import make_optimizer
 from tsd_jax.training.sharding import (
     adapter_shardings,
     check_batch,
+    constrain,
     make_mesh,
     param_shardings,
     place_batch,
@@ -263,3 +264,12 @@ def test_batches_are_split_by_example(mesh):
     np.testing.assert_array_equal(placed, tokens)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2, 3)}
     assert len({str(shard.index) for shard in placed.addressable_shards}) == 4
+
+
+def test_arrays_of_a_program_are_constrained_by_rules():
+    mesh = make_mesh((2, 1, 4))
+    rules = ((r"a/b", PartitionSpec("data", "tensor")), (r".*", PartitionSpec()))
+    tree = {"a": {"b": np.ones((4, 8))}, "c": np.ones((2,))}
+    made = jax.jit(lambda tree: constrain(tree, rules, mesh))(tree)
+    assert made["a"]["b"].sharding.spec == PartitionSpec("data", "tensor")
+    assert made["c"].sharding.is_fully_replicated

@@ -151,7 +151,7 @@ def generate(
     """
     _check(prompts, settings, decode, key, batch_size)
     texts: list[Any] = [None] * len(prompts)
-    for numbers in _batches(prompts, batch_size or len(prompts)):
+    for numbers in _batches(prompts, batch_size or len(prompts) or 1):
         batch = place(_padded(prompts, numbers))
         rows = Rows(**{name: jnp.asarray(array) for name, array in batch.items()})
         run = _search if settings.beams else _step
