@@ -47,7 +47,7 @@ def theirs(folder: Path, rows: list[list[int]]) -> Callable[[], np.ndarray]:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
     model.generation_config.eos_token_id = None
