@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
+
+from tsd_jax import huggingface
 
 
 def random_torch_model(folder):
@@ -21,6 +28,22 @@ def random_torch_model(folder):
             elif parameter.std() < 0.1 or "gate.weight" in name:
                 parameter.normal_(0, 0.3)
     return model.float().eval()
+
+
+def stock_model(
+    content: dict[str, Any], folder: Path, make: Callable = random_torch_model
+) -> tuple[Any, Path]:
+    """Return the stock model of a published config, and a folder it is written to.
+
+    What transformers writes must be read as the published form is.
+    """
+    published, saved = folder / "published", folder / "saved"
+    published.mkdir()
+    (published / "config.json").write_text(json.dumps(content))
+    model = make(published)
+    model.save_pretrained(saved)
+    assert huggingface.read_config(saved) == huggingface.read_config(published)
+    return model, saved
 
 
 def torch_logits(model, tokens, mask=None, positions=None) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,18 @@ class Generation:
         )
 
 
+class _Work(NamedTuple):
+    """One batch, and what its tokens are chosen with."""
+
+    apply_fn: ApplyFn
+    variables: Mapping[str, Any]
+    rows: Rows
+    settings: Generation
+    decode: Decode
+    key: Array | None
+    place_cache: PlaceCache
+
+
 def _same(tree: Any) -> Any:
     return tree
 
@@ -155,7 +167,7 @@ def generate(
         batch = place(_padded(prompts, numbers))
         rows = Rows(**{name: jnp.asarray(array) for name, array in batch.items()})
         run = _search if settings.beams else _step
-        made = run(apply_fn, variables, rows, settings, decode, key, place_cache)
+        made = run(_Work(apply_fn, variables, rows, settings, decode, key, place_cache))
         for number, ids in zip(numbers, made, strict=True):
             texts[number] = before_stop(decode(ids), settings.stop)
     return texts
@@ -218,64 +230,51 @@ def _padded(prompts: Sequence[Sequence[int]], numbers: list[int]) -> Batch:
     }
 
 
-def _step(
-    apply_fn: ApplyFn,
-    variables: Any,
-    rows: Rows,
-    settings: Generation,
-    decode: Decode,
-    key: Array | None,
-    place_cache: PlaceCache,
-) -> list[list[int]]:
+def _step(work: _Work) -> list[list[int]]:
     """Return the new tokens of each row, chosen one by one."""
-    most = settings.max_new_tokens
+    settings, most = work.settings, work.settings.max_new_tokens
     state = decoding.start(
-        apply_fn, variables, rows, max_new_tokens=most, place_cache=place_cache
+        work.apply_fn,
+        work.variables,
+        work.rows,
+        max_new_tokens=most,
+        place_cache=work.place_cache,
     )
-    stopped = np.zeros(len(rows.tokens), bool)
+    stopped = np.zeros(len(work.rows.tokens), bool)
     every = STOP_EVERY if settings.stop else most
     made: list[list[int]] = []
     for until in range(every, most + every, every):
         state = decoding.advance(
-            apply_fn,
-            variables,
-            rows,
+            work.apply_fn,
+            work.variables,
+            work.rows,
             state,
             stopped=stopped,
             until=np.int32(min(until, most)),
             eos_ids=np.asarray(settings.eos_ids, np.int32),
             sampling=settings.sampling,
-            key=None if settings.sampling is None else key,
+            key=None if settings.sampling is None else work.key,
         )
         made = _cut(state.out, state.lengths)
         if settings.stop:
-            texts = [decode(ids) for ids in made]
+            texts = [work.decode(ids) for ids in made]
             stopped = np.array([before_stop(t, settings.stop) != t for t in texts])
             if (stopped | fetch(state.ended)).all():
                 break
     return made
 
 
-def _search(
-    apply_fn: ApplyFn,
-    variables: Any,
-    rows: Rows,
-    settings: Generation,
-    decode: Decode,
-    key: Array | None,
-    place_cache: PlaceCache,
-) -> list[list[int]]:
+def _search(work: _Work) -> list[list[int]]:
     """Return the new tokens of each row, found by a beam search."""
-    del decode, key
-    assert settings.beams is not None
+    assert work.settings.beams is not None
     found = search(
-        apply_fn,
-        variables,
-        rows,
-        eos_ids=np.asarray(settings.eos_ids, np.int32),
-        beams=settings.beams,
-        max_new_tokens=settings.max_new_tokens,
-        place_cache=place_cache,
+        work.apply_fn,
+        work.variables,
+        work.rows,
+        eos_ids=np.asarray(work.settings.eos_ids, np.int32),
+        beams=work.settings.beams,
+        max_new_tokens=work.settings.max_new_tokens,
+        place_cache=work.place_cache,
     )
     return _cut(*found)
 

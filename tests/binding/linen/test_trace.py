@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import own_modules
+from tests.helpers.layouts import FIRST, LAST, NESTED, PLAIN, SECOND
 from tests.helpers.models import LIFTS, Net, inputs, three_ways
 from tests.helpers.trees import filled, random_all
 from tsd_jax.binding.linen import make_spec
@@ -175,38 +176,6 @@ def test_a_cube_of_4_4_4_is_what_its_module_does_with_it(model, shape, want):
     assert layout == want
 
 
-# Of the body's kernels: heads (6, 2, 4), each (2, 4, 5), join (2, 5, 6), mix (6, 6).
-PLAIN = {
-    "heads": Layout((), (0,), (1, 2)),
-    "each": Layout((0,), (1,), (2,)),
-    "join": Layout((), (0, 1), (2,)),
-    "mix": Layout((), (0,), (1,)),
-}
-FIRST = {
-    "heads": Layout((0,), (1,), (2, 3), (0,)),
-    "each": Layout((0, 1), (2,), (3,), (0,)),
-    "join": Layout((0,), (1, 2), (3,), (0,)),
-    "mix": Layout((0,), (1,), (2,), (0,)),
-}
-SECOND = {
-    "heads": Layout((1,), (0,), (2, 3), (1,)),
-    "each": Layout((0, 1), (2,), (3,), (1,)),
-    "join": Layout((1,), (0, 2), (3,), (1,)),
-    "mix": Layout((1,), (0,), (2,), (1,)),
-}
-LAST = {
-    "heads": Layout((3,), (0,), (1, 2), (3,)),
-    "each": Layout((0, 3), (1,), (2,), (3,)),
-    "join": Layout((3,), (0, 1), (2,), (3,)),
-    "mix": Layout((2,), (0,), (1,), (2,)),
-}
-# The inner scan's axis 1 comes after the outer one's axis 0: stored axis 2.
-NESTED = {
-    "heads": Layout((0, 2), (1,), (3, 4), (0, 2)),
-    "each": Layout((0, 1, 2), (3,), (4,), (0, 2)),
-    "join": Layout((0, 2), (1, 3), (4,), (0, 2)),
-    "mix": Layout((0, 2), (1,), (3,), (0, 2)),
-}
 WANTED = {
     "plain": PLAIN,
     "remat": PLAIN,

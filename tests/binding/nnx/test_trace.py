@@ -8,33 +8,13 @@ import pytest
 from flax import nnx
 
 from tests.helpers import nnx_models as models
+from tests.helpers.layouts import FIRST, LAST, NESTED, SECOND
 from tsd_jax.binding.nnx import HANDLERS, make_spec
 from tsd_jax.binding.nnx.methods import variables
 from tsd_jax.binding.nnx.trace import trace_calls
 from tsd_jax.core.errors import InputError
 from tsd_jax.core.layout import Layout
 from tsd_jax.core.spec import Rule
-
-# As stored: heads (6, 2, 4), each (2, 4, 5), join (2, 5, 6), mix (6, 6), and one more
-# axis where they are stacked.
-FIRST = {
-    "heads": Layout((0,), (1,), (2, 3), (0,)),
-    "each": Layout((0, 1), (2,), (3,), (0,)),
-    "join": Layout((0,), (1, 2), (3,), (0,)),
-    "mix": Layout((0,), (1,), (2,), (0,)),
-}
-SECOND = {
-    "heads": Layout((1,), (0,), (2, 3), (1,)),
-    "each": Layout((0, 1), (2,), (3,), (1,)),
-    "join": Layout((1,), (0, 2), (3,), (1,)),
-    "mix": Layout((1,), (0,), (2,), (1,)),
-}
-LAST = {
-    "heads": Layout((3,), (0,), (1, 2), (3,)),
-    "each": Layout((0, 3), (1,), (2,), (3,)),
-    "join": Layout((3,), (0, 1), (2,), (3,)),
-    "mix": Layout((2,), (0,), (1,), (2,)),
-}
 
 
 class ScanOfScans(nnx.Module):
@@ -45,14 +25,6 @@ class ScanOfScans(nnx.Module):
 
     def __call__(self, x):
         return models.scanned(x, self.inner, 1)
-
-
-NESTED = {
-    "inner/heads": Layout((0, 2), (1,), (3, 4), (0, 2)),
-    "inner/each": Layout((0, 1, 2), (3,), (4,), (0, 2)),
-    "inner/join": Layout((0, 2), (1, 3), (4,), (0, 2)),
-    "inner/mix": Layout((0, 2), (1,), (3,), (0, 2)),
-}
 
 
 def layouts_of(model: Any, function: Any, x: Any = None) -> dict[str, Layout]:
@@ -85,7 +57,9 @@ def test_layouts_of_stacks(axis, apply, want):
 
 def test_layouts_of_a_stack_of_stacks():
     layers = nnx.eval_shape(lambda: models.stacked(0, make=ScanOfScans))
-    assert layouts_of(layers, lambda model, x: models.scanned(x, model)) == NESTED
+    assert layouts_of(layers, lambda model, x: models.scanned(x, model)) == {
+        f"inner/{name}": layout for name, layout in NESTED.items()
+    }
 
 
 def test_a_cube_of_6_6_6_is_what_its_model_does_with_it():

@@ -55,21 +55,19 @@ def trace_calls(
             see_calls(module, handlers)
         return function(copy, *args, **kwargs)
 
-    _check_classes(model, candidates, handlers, function, args, kwargs)
+    _check_classes(graphdef, (state, args, kwargs), candidates, handlers, function)
     arrays = {path: leaf.get_value() for path, leaf in variables(model).items()}
     return trace(arrays, candidates, run, (state, args, kwargs))
 
 
 def _check_classes(
-    model: nnx.Module,
+    graphdef: nnx.GraphDef,
+    arguments: tuple[Any, tuple, dict],
     candidates: tuple[str, ...],
     handlers: Mapping[type[nnx.Module], Handler],
     function: Callable,
-    args: tuple,
-    kwargs: dict,
 ) -> None:
     """Refuse a model that does something else where a module is of a subclass."""
-    graphdef, state = nnx.split(model, graph=True)
     kinds: set[str] = set()
 
     def run(seen: bool, state: Any, args: tuple, kwargs: dict) -> list[Any]:
@@ -84,9 +82,7 @@ def _check_classes(
 
     programs = []
     for seen in (False, True):
-        call, arrays = with_arrays_apart(
-            functools.partial(run, seen), state, args, kwargs
-        )
+        call, arrays = with_arrays_apart(functools.partial(run, seen), *arguments)
         programs.append(primitives(jax.make_jaxpr(call)(arrays).jaxpr))
     if programs[0] != programs[1]:
         raise InputError(
