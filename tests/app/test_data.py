@@ -88,6 +88,7 @@ def test_instructions_of_another_file_are_held_out(tokenizer):
     assert data.held_out is None
     assert data.metrics == ("nll", "choices", "generate")
     assert data.rows(4).batch(0)["tokens"].shape == (4, 16)
+    assert data.notes[1] == "each is <s> prompt output </s>"
 
 
 def test_what_the_length_cuts_is_told(tokenizer):

@@ -29,8 +29,11 @@ class Letters:
     eos_token_id: int | None = EOS
 
     def __call__(self, text: Any, **kwargs: Any) -> dict[str, Any]:
-        assert kwargs == {"add_special_tokens": False, "verbose": False}
-        return {"input_ids": [[self.token(c) for c in one] for one in text]}
+        assert kwargs.keys() == {"add_special_tokens", "verbose"}
+        assert not kwargs["verbose"]
+        adds = kwargs["add_special_tokens"] and self.bos_token_id is not None
+        front = [self.bos_token_id] if adds else []
+        return {"input_ids": [front + [self.token(c) for c in one] for one in text]}
 
     @staticmethod
     def token(character: str) -> int:

@@ -21,6 +21,7 @@ from tsd_jax.data.classification import (
     read_labelled,
 )
 from tsd_jax.data.encoding import Arrays, Template
+from tsd_jax.data.framing import frame_of
 from tsd_jax.data.iteration import Batches, RandomWindows, hold_out
 from tsd_jax.data.sources import DataFile, Record, read_file, read_instructions
 from tsd_jax.data.templates import TEMPLATES
@@ -249,7 +250,10 @@ class InstructionFiles(_Files):
         )
         counted = most_counted(examples.arrays["weights"])
         count = len(examples.rows)
-        notes = [f"{count:,} examples to train on, {len(held_out):,} held out"]
+        notes = [
+            f"{count:,} examples to train on, {len(held_out):,} held out",
+            f"each is {_framed(tokenizer)}",
+        ]
         if examples.truncated or examples.dropped:
             notes.append(
                 f"data.length {settings.length} cuts the output of "
@@ -331,6 +335,13 @@ def next_token_loss(model: Model, counted: int | None) -> LossFn:
     """
     assert model.split is not None
     return chunked_next_token_loss(model.split, counted=counted)
+
+
+def _framed(tokenizer: Any) -> str:
+    """Return how an example is written, special tokens spelled out."""
+    frame = frame_of(tokenizer)
+    front, end = (tokenizer.convert_ids_to_tokens([*ids]) for ids in frame)
+    return " ".join([*front, "prompt output", *end])
 
 
 def _target_eos(arrays: Arrays, eos: int) -> int | None:

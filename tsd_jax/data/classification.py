@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from tsd_jax.core.errors import InputError
-from tsd_jax.data.encoding import Arrays, Tokenizer
+from tsd_jax.data.encoding import Arrays
+from tsd_jax.data.framing import Tokenizer
 from tsd_jax.data.sources import Source, read_rows
 
 # The fields of the texts in GLUE and BoolQ; the first match is taken.

@@ -10,13 +10,13 @@ and a prompt has the same tokens in training and in generation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.data.framing import Frame, Tokenizer, begin, frame_of, keep_end
 from tsd_jax.data.sources import Record
 
 Arrays = dict[str, np.ndarray]
@@ -24,22 +24,6 @@ Arrays = dict[str, np.ndarray]
 
 Template = Callable[[Record], str]
 """Record -> prompt."""
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer used here."""
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token that begins a text; None if there is none."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a text; None if there is none."""
-
-    def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """Return the "input_ids" of a list of texts."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +83,9 @@ def encode_examples(
     *,
     train_on_prompt: bool = False,
 ) -> Examples:
-    """Encode records as BOS + prompt + output + EOS, at most `length` + 1 tokens.
+    """Encode records as front + prompt + output + EOS, at most `length` + 1 tokens.
+
+    The front is what the tokenizer puts before a text by itself, such as BOS.
 
     Args:
       records: to encode.
@@ -114,9 +100,11 @@ def encode_examples(
     _check_length(length)
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token; set its eos_token")
-    eos = [tokenizer.eos_token_id]
-    prompts = _encode_prompts(records, tokenizer, template)
-    outputs = [ids + eos for ids in _encode(tokenizer, [r.output for r in records])]
+    frame = frame_of(tokenizer)
+    prompts = _encode_prompts(records, tokenizer, template, frame)
+    outputs = [
+        [*ids, *frame.end] for ids in _encode(tokenizer, [r.output for r in records])
+    ]
     rows = [n for n, prompt in enumerate(prompts) if len(prompt) <= length]
     if not rows:
         raise InputError(
@@ -138,7 +126,7 @@ def encode_choices(
     template: Template,
     length: int,
 ) -> Choices:
-    """Encode every option of every record as BOS + prompt + option.
+    """Encode every option of every record as front + prompt + option.
 
     An option is phrased as the output phrases the answer ("the correct answer is
     answer2"). If a row is too long, the beginning of the prompt is cut.
@@ -156,7 +144,8 @@ def encode_choices(
     _check_length(length)
     for number, record in enumerate(records, start=1):
         _check_options(record, number)
-    prompts = _encode_prompts(records, tokenizer, template)
+    frame = frame_of(tokenizer)
+    prompts = _encode_prompts(records, tokenizer, template, frame)
     groups = np.repeat(np.arange(len(records)), [len(r.options) for r in records])
     texts = [_phrase(record, option) for record in records for option in record.options]
     options = _encode(tokenizer, texts)
@@ -170,7 +159,7 @@ def encode_choices(
             )
         if len(prompts[group]) > room:
             cut.add(group)
-        pairs.append((_keep_end(prompts[group], room), option))
+        pairs.append((keep_end(prompts[group], room, frame), option))
     return Choices(
         arrays=_pack(pairs, length, train_on_prompt=False),
         groups=groups.astype(np.int32),
@@ -196,7 +185,8 @@ def encode_prompts(
     Raises:
       InputError: there are no prompts, or the length is not positive.
     """
-    prompts = _encode_prompts(records, tokenizer, template)
+    frame = frame_of(tokenizer)
+    prompts = _encode_prompts(records, tokenizer, template, frame)
     if not any(prompts):
         raise InputError("there are no prompts to encode")
     if length is None:
@@ -205,7 +195,7 @@ def encode_prompts(
     tokens = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros((len(prompts), length), bool)
     for row, prompt in enumerate(prompts):
-        ids = _keep_end(prompt, length)
+        ids = keep_end(prompt, length, frame)
         if ids:
             tokens[row, -len(ids) :] = ids
             mask[row, -len(ids) :] = True
@@ -294,21 +284,11 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def _encode_prompts(
-    records: Sequence[Record], tokenizer: Tokenizer, template: Template
+    records: Sequence[Record], tokenizer: Tokenizer, template: Template, frame: Frame
 ) -> list[list[int]]:
-    """Return the ids of prompts, with BOS in front if the tokenizer has one."""
+    """Return the ids of prompts, with the frame's front."""
     prompts = _encode(tokenizer, [template(record) for record in records])
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return prompts
-    return [ids if ids[:1] == [bos] else [bos, *ids] for ids in prompts]
-
-
-def _keep_end(ids: list[int], room: int) -> list[int]:
-    """Cut ids to `room` from the beginning, but keep the first one: it may be BOS."""
-    if len(ids) <= room:
-        return ids
-    return ids[:1] + ids[len(ids) - room + 1 :]
+    return [begin(ids, frame) for ids in prompts]
 
 
 def _pack(
