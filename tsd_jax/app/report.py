@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tsd_jax import huggingface
 from tsd_jax.analysis import arrays, maps, plots
 from tsd_jax.app.evaluation import Figures
 from tsd_jax.app.model import Base
@@ -129,7 +130,7 @@ def write_peft(
         task_type=base.family.kind.peft_task,
     )
     if base.added is not None:
-        base.tokenizer.save_pretrained(str(folder))
+        huggingface.save_tokenizer(base.tokenizer, base.folder, folder)
     return export
 
 

@@ -28,7 +28,7 @@ from tsd_jax.huggingface.families.family import Family, ModelConfig
 from tsd_jax.huggingface.families.registry import FAMILIES, family_of
 from tsd_jax.huggingface.fingerprint import fingerprint
 from tsd_jax.huggingface.generation_config import read_eos_ids
-from tsd_jax.huggingface.hub import load_tokenizer, resolve, resolve_adapter
+from tsd_jax.huggingface.hub import resolve, resolve_adapter
 from tsd_jax.huggingface.load import load_params
 from tsd_jax.huggingface.names import (
     TOKEN_AXES,
@@ -42,6 +42,7 @@ from tsd_jax.huggingface.names import (
     to_huggingface,
 )
 from tsd_jax.huggingface.save import write_checkpoint
+from tsd_jax.huggingface.tokenizer import load_tokenizer, save_tokenizer
 
 __all__ = [
     "FAMILIES",
@@ -69,6 +70,7 @@ __all__ = [
     "read_eos_ids",
     "resolve",
     "resolve_adapter",
+    "save_tokenizer",
     "tensor_paths",
     "to_huggingface",
     "write_checkpoint",

@@ -21,7 +21,10 @@ def fingerprint(folder: Path) -> dict[str, str]:
       folder: of the model.
     """
     small = [folder / CONFIG_FILE, *tokenizer_files(folder)]
-    digests = {file.name: hashlib.sha256(file.read_bytes()) for file in small}
+    digests = {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes())
+        for file in small
+    }
     digests |= {
         str(file.relative_to(folder)): _of_weights(file)
         for file in weight_files(folder)

@@ -1,10 +1,9 @@
-"""Where models and adapters come from: local folders, or the hub; and tokenizers."""
+"""Where models and adapters come from: local folders, or the hub."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface.model_folder import (
@@ -12,17 +11,14 @@ from tsd_jax.huggingface.model_folder import (
     ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,
     INDEX_FILE,
-    VOCABULARY_FILES,
 )
 from tsd_jax.huggingface.tensors import weight_files
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 # A hub id is OWNER/NAME; anything else is meant as a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-_ADAPTER_FILES = (ADAPTER_WEIGHTS_FILE, "*.json", "*.jinja", "*.txt", "tokenizer.model")
+_TOKENIZER_FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
+_MODEL_FILES = ("*.safetensors", *_TOKENIZER_FILES)
+_ADAPTER_FILES = (ADAPTER_WEIGHTS_FILE, *_TOKENIZER_FILES)
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
@@ -87,28 +83,6 @@ def resolve_adapter(path_or_id: str | Path) -> Path:
 def is_hub_id(name: str) -> bool:
     """Return whether a name that is no existing path is a hub id."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).parent.is_dir()
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a model's folder; nothing is downloaded.
-
-    Raises:
-      InputError: if the folder has no tokenizer, or transformers cannot read it.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(folder)
-    if not any((folder / file).is_file() for file in VOCABULARY_FILES):
-        raise InputError(
-            f"{folder} has no tokenizer: put one of {', '.join(VOCABULARY_FILES)} there"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise InputError(
-            f"cannot read the tokenizer in {folder} ({_first_line(error)}): fetch it "
-            "again"
-        ) from error
 
 
 def _fetch(

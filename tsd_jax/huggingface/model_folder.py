@@ -17,7 +17,13 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spm.model",
+    "vocab.json",
+    "vocab.txt",
+)
 """A tokenizer can be loaded where one of these is."""
 
 _TOKENIZER_FILES = (
@@ -28,10 +34,12 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "merges.txt",
 )
+_TEMPLATES = "additional_chat_templates/*.jinja"
 # What belongs to a model beside its weights: settings, tokenizer, licence.
 _COMPANIONS = (
     "*.json",
     "*.jinja",
+    _TEMPLATES,
     "*.model",
     "*.txt",
     "LICENSE*",
@@ -85,15 +93,22 @@ def copy_companions(base: Path, target: Path) -> None:
     for file in sorted({file for each in _COMPANIONS for file in base.glob(each)}):
         weights = "safetensors" in file.name
         if file.is_file() and not weights and file.name != ADAPTER_CONFIG_FILE:
-            shutil.copyfile(file, target / file.name)
+            _copy(file, base, target)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Replace the tokenizer files in `target` by those in `source`."""
-    for name in _TOKENIZER_FILES:
-        (target / name).unlink(missing_ok=True)
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for file in tokenizer_files(target):
+        file.unlink()
+    for file in tokenizer_files(source):
+        _copy(file, source, target)
+
+
+def _copy(file: Path, source: Path, target: Path) -> None:
+    """Copy a file to the same place in another folder."""
+    new = target / file.relative_to(source)
+    new.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, new)
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -103,5 +118,6 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 def tokenizer_files(folder: str | Path) -> list[Path]:
     """Return the files of a tokenizer that a folder holds."""
-    files = [Path(folder) / name for name in _TOKENIZER_FILES]
-    return [file for file in files if file.is_file()]
+    folder = Path(folder)
+    files = [folder / name for name in _TOKENIZER_FILES]
+    return [file for file in files if file.is_file()] + sorted(folder.glob(_TEMPLATES))
