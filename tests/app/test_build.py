@@ -152,3 +152,10 @@ def test_headers_are_looked_at_before_anything_runs(tmp_path):
     files = read_files(settings.data, settings.seed)
     with pytest.raises(InputError, match=r"lacks tensor 'model\.norm\.weight'"):
         open_model(settings.model, files)
+
+
+def test_a_length_beyond_the_positions_is_told():
+    """The demo's model was trained on 128."""
+    told = [prepare(small_settings(data__length=n)).notes[-1] for n in (128, 129)]
+    assert "positions" not in told[0]
+    assert told[1].startswith("warning: data.length 129 is beyond the 128 positions")

@@ -70,6 +70,8 @@ def test_fields_of_glue_are_known(write, row, texts, lines):
         ([item("")], 'row 1: field "label" is empty'),
         ([item(-1)], "row 1: label -1 means no label"),
         ([item(float("nan"))], "row 1: label nan is not a number"),
+        ([item("\ud83d")], 'row 1: field "label" has half of a surrogate'),
+        ([item(0, text="a \udead")], "has half of a surrogate pair"),
         ([item(1, " ")], 'row 1: field "sentence" is not a text'),
         ([item(1), {"text1": "a", "text2": "b", "label": 1}], "row 2 has 2 texts"),
         ([], "has no rows"),

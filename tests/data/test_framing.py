@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.encoding import encode_choices, encode_examples, encode_prompts
-from tsd_jax.data.framing import Frame, begin, frame_of, keep_end
+from tsd_jax.data.framing import BoundedTokenizer, Frame, begin, frame_of, keep_end
 from tsd_jax.data.sources import Record
 from tsd_jax.data.templates import plain
 
@@ -67,7 +68,7 @@ def test_the_front_is_the_tokenizer_s_own(tokenizer, front):
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_add_bos_token_is_followed(adds):
-    tokenizer = LlamaTokenizer(
+    tokenizer: Any = LlamaTokenizer(
         vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5},
         merges=[],
         add_bos_token=adds,
@@ -99,5 +100,19 @@ def test_a_tokenizer_that_writes_otherwise_is_refused():
         def __call__(self, text, add_special_tokens, **kwargs):
             return {"input_ids": [[1, 5] if add_special_tokens else [4]]}
 
+    odd: Any = Odd(eos_token_id=2)
     with pytest.raises(InputError, match=r"into \[1, 5\] with special tokens and into"):
-        frame_of(Odd(eos_token_id=2))
+        frame_of(odd)
+
+
+def test_ids_without_a_row_are_refused_by_name():
+    tokenizer = KINDS["Llama 2 and 3, Mistral, Gemma"][0]
+    bounded = BoundedTokenizer(tokenizer, D + 1)
+    assert bounded(["a d"])["input_ids"] == [[BOS, A, D]]
+    assert bounded.eos_token == "</s>"
+    with pytest.raises(
+        InputError, match=r"token 'f' has id 9, and .* embedding 8 rows"
+    ):
+        bounded(["a b", "c f"])
+    with pytest.raises(InputError, match="token '</s>' has id 2"):
+        BoundedTokenizer(tokenizer, EOS)

@@ -35,6 +35,14 @@ def test_list_and_lines_give_the_same_records(tmp_path):
     assert read_instructions(lines) == expected
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    content = "\N{BYTE ORDER MARK}" + json.dumps([ROW])
+    assert read_instructions(write(tmp_path, content)) == [
+        Record("Name a colour.", "", "it is red", "red", ())
+    ]
+    assert read_text(write(tmp_path, "\N{BYTE ORDER MARK}abc", "a.txt")) == "abc"
+
+
 def test_options_come_from_the_announced_format(tmp_path):
     text = "Is it?\n\nAnswer format: true/false"
     path = write(tmp_path, json.dumps([{"instruction": text, "output": "true"}]))
@@ -53,6 +61,15 @@ def test_options_come_from_the_announced_format(tmp_path):
         (
             '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]',
             r'data.json, row 2 has no field "output" \(it has: instruction\)',
+        ),
+        (
+            r'[{"instruction": "cut \ud83d", "output": "b"}]',
+            r"row 1: field \"instruction\" has half of a surrogate pair \('\\ud83d'\) "
+            "at character 4; mend or",
+        ),
+        (
+            r'[{"instruction": "a", "output": "b", "options": ["\udead", "c"]}]',
+            'row 1: field "options" has half of a surrogate',
         ),
         ('[{"instruction": 3, "output": "b"}]', 'row 1: field "instruction" is a int'),
         ('[{"instruction": "a", "output": ""}]', 'row 1: field "output" is empty'),

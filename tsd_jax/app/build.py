@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,12 @@ from tsd_jax.core.errors import InputError
 from tsd_jax.core.full_params import Full
 from tsd_jax.core.spec import Spec
 from tsd_jax.core.types import LossFn
+from tsd_jax.data.framing import BoundedTokenizer
 from tsd_jax.extraction.devices import host_device
 from tsd_jax.extraction.settings import Extraction
+from tsd_jax.huggingface.families.family import ModelConfig
 from tsd_jax.huggingface.full_tensors import check_modules
+from tsd_jax.models.config import DecoderConfig
 from tsd_jax.models.decoder import CACHE_RULES
 from tsd_jax.training import sharding
 from tsd_jax.training.loop import LoopConfig
@@ -103,7 +107,8 @@ def prepare(settings: Settings, workdir: Path | None = None) -> Prepared:
     extraction = Extraction(store=spectra_folder(settings))
     if spec.method.launches and extraction.on_hosts(None):
         host_device()  # refuses now, rather than at the launch
-    data = files.encode(base.tokenizer, base.labels)
+    tokenizer = BoundedTokenizer(base.tokenizer, base.config.vocab_size)
+    data = files.encode(tokenizer, base.labels)
     unevaluated = [] if data.evaluated else [_UNEVALUATED]
     return Prepared(
         mesh=mesh,
@@ -115,12 +120,30 @@ def prepare(settings: Settings, workdir: Path | None = None) -> Prepared:
         extraction=extraction,
         batch=batch_source(settings.train, data, mesh),
         loss_fn=data.loss(base),
-        evaluate=evaluation(settings, base, data, mesh),
+        evaluate=evaluation(settings, base, tokenizer, data, mesh),
         digests=digests(files, base),
         eos=data.eos,
         start=start,
-        notes=(*base.notes, *start_notes, *data.notes, *unevaluated),
+        notes=(
+            *base.notes,
+            *start_notes,
+            *data.notes,
+            *beyond_positions(base.config, data.length),
+            *unevaluated,
+        ),
     )
+
+
+def beyond_positions(config: ModelConfig, length: int) -> list[str]:
+    """Return a warning where examples are longer than a decoder has seen."""
+    trained = config.max_position_embeddings
+    if not isinstance(config, DecoderConfig) or length <= trained:
+        return []
+    return [
+        f"warning: data.length {length} is beyond the {trained} positions that the "
+        "model was trained on (max_position_embeddings); what it computes there is "
+        "untrained"
+    ]
 
 
 def digests(files: DataFiles, base: Base) -> dict[str, str]:
@@ -272,7 +295,7 @@ def batch_source(settings: TrainSettings, data: Data, mesh: Mesh) -> BatchFn:
 
 
 def evaluation(
-    settings: Settings, base: Base, data: Data, mesh: Mesh
+    settings: Settings, base: Base, tokenizer: Any, data: Data, mesh: Mesh
 ) -> Evaluate | None:
     """Return the function from model variables to figures, if data are held out."""
     if not data.evaluated:
@@ -282,7 +305,7 @@ def evaluation(
     context = EvalContext(
         data=data,
         settings=settings.eval,
-        tokenizer=base.tokenizer,
+        tokenizer=tokenizer,
         end_ids=huggingface.read_eos_ids(base.folder),
         seed=settings.seed,
         model=base,

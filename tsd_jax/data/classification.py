@@ -18,7 +18,7 @@ import numpy as np
 from tsd_jax.core.errors import InputError
 from tsd_jax.data.encoding import Arrays
 from tsd_jax.data.framing import Tokenizer
-from tsd_jax.data.sources import Source, read_rows
+from tsd_jax.data.sources import Source, check_text, read_rows
 
 # The fields of the texts in GLUE and BoolQ; the first match is taken.
 TEXT_FIELDS: tuple[tuple[str, ...], ...] = (
@@ -260,11 +260,13 @@ def _item(row: Any, where: str) -> Labelled:
     for name in fields:
         if not isinstance(row[name], str) or not row[name].strip():
             raise InputError(f'{where}: field "{name}" is not a text: {row[name]!r}')
+        check_text(row[name], f'{where}: field "{name}"')
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise InputError(f"{where}: label {label!r} is neither a word nor a number")
     if isinstance(label, str) and not label:
         raise InputError(f'{where}: field "label" is empty')
+    check_text(str(label), f'{where}: field "label"')
     if isinstance(label, float) and not math.isfinite(label):
         raise InputError(f"{where}: label {label!r} is not a number")
     if isinstance(label, int) and label < 0:

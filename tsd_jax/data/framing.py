@@ -90,3 +90,47 @@ def keep_end(ids: list[int], room: int, frame: Frame) -> list[int]:
         return ids
     front = ids[: min(len(frame.front), room)]
     return front + ids[len(ids) - (room - len(front)) :]
+
+
+class BoundedTokenizer:
+    """A tokenizer that refuses texts with ids that a model has no rows for.
+
+    Attributes of the tokenizer are its own.
+    """
+
+    def __init__(self, tokenizer: Any, rows: int) -> None:
+        """Check the token that ends texts.
+
+        Args:
+          tokenizer: of transformers.
+          rows: of the model's embedding.
+
+        Raises:
+          InputError: the model has no row for EOS.
+        """
+        self._tokenizer, self._rows = tokenizer, rows
+        self._check([tokenizer.eos_token_id or 0])
+
+    def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Return what the tokenizer does of a list of texts.
+
+        Raises:
+          InputError: the model has no row for one of their ids.
+        """
+        encoded = self._tokenizer(text, **kwargs)
+        for ids in encoded["input_ids"]:
+            self._check(ids)
+        return encoded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def _check(self, ids: list[int]) -> None:
+        largest = max(ids, default=0)
+        if largest >= self._rows:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise InputError(
+                f"token {token!r} has id {largest}, and the model's embedding "
+                f"{self._rows} rows: use the tokenizer that the model was trained "
+                "with, or take the token out of it and name it in model.added_tokens"
+            )

@@ -104,7 +104,7 @@ def read_file(path: str | Path) -> DataFile:
         raise InputError(f"{path} is a folder; give the data file inside it")
     try:
         content = path.read_bytes()
-        text = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise InputError(f"data file {path} does not exist; check the path") from None
     except UnicodeDecodeError as error:
@@ -174,7 +174,27 @@ def _text(row: dict[str, Any], field: str, where: str, required: bool = False) -
         )
     if required and not value:
         raise InputError(f'{where}: field "{field}" is empty')
+    check_text(value, f'{where}: field "{field}"')
     return value
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse half of a surrogate pair, as a cut escape leaves it in JSON.
+
+    Args:
+      text: a field of a row.
+      where: its file, row and name, for the message.
+
+    Raises:
+      InputError: the text is no Unicode text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} has half of a surrogate pair ({text[error.start]!r}) at "
+            f"character {error.start}; mend or leave out the row"
+        ) from None
 
 
 def _options(row: dict[str, Any], instruction: str, where: str) -> tuple[str, ...]:
@@ -184,4 +204,6 @@ def _options(row: dict[str, Any], instruction: str, where: str) -> tuple[str, ..
     options = row["options"]
     if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
         raise InputError(f'{where}: field "options" is not a list of strings')
+    for option in options:
+        check_text(option, f'{where}: field "options"')
     return tuple(options)
