@@ -21,6 +21,10 @@ def get_config() -> Any:
     config.cache_spectra = False
     config.cache_spectra_gb = 32.0  # at most
 
+    # Compare the model with its adapters to the merged model before step 1; what has
+    # passed is noted in cache_dir, and not compared again.
+    config.check = True
+
     config.model = ConfigDict()
     config.model.path = ""  # a local folder in Hugging Face format, or a hub id
     config.model.revision = ""  # of a hub id: a branch, tag or commit; "": main

@@ -22,6 +22,7 @@ ASSETS = ROOT / demo.ASSETS
 SMALL: dict[str, Any] = {
     "mesh": (2, 2, 2),
     "cache_dir": "off",
+    "check": False,
     "model__path": str(ASSETS / "model"),
     "data__path": str(ASSETS / "task/train.json"),
     "data__eval_path": str(ASSETS / "task/test.json"),

@@ -19,6 +19,7 @@ from tsd_jax.app.callbacks import Shardings
 from tsd_jax.app.config import RENAMED, flatten
 from tsd_jax.app.eos import untrained_eos
 from tsd_jax.app.evaluation import Figures
+from tsd_jax.app.first_check import check_first
 from tsd_jax.app.model import load_weights
 from tsd_jax.app.plan import describe
 from tsd_jax.app.settings import Settings
@@ -37,6 +38,7 @@ _FREE = (
     "cache_dir",
     "cache_spectra",
     "cache_spectra_gb",
+    "check",
     "mesh",
     "eval.every",
     "train.checkpoint_every",
@@ -128,10 +130,11 @@ def execute(settings: Settings, prepared: Prepared, workdir: Path) -> None:
     with LoadingBar(active=is_first) as bar:
         head_key = jax.random.fold_in(init_key, 1)
         params = load_weights(base, mesh, shardings, head_key, bar)
-    ends_badly = untrained_eos(params, prepared.spec, base.tokenizer, prepared.eos)
+    told = first_words(settings, prepared, params, resumes)
     if is_first:
-        if ends_badly:
-            print(f"warning: {ends_badly}", file=sys.stderr, flush=True)
+        for line in told:
+            warns = line.startswith("warning: ")
+            print(line, file=sys.stderr if warns else sys.stdout, flush=True)
         write_config(workdir, recorded, prepared)
     _check_shared(workdir)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
@@ -154,6 +157,28 @@ def execute(settings: Settings, prepared: Prepared, workdir: Path) -> None:
             after = evaluated(recorder, calls, state, at=plan.steps)
             outcome = report.Outcome(state, before, after, watch)
             report.write(workdir, base, prepared.spec, plan, params, outcome, recorder)
+
+
+def first_words(
+    settings: Settings, prepared: Prepared, params: Any, resumes: bool
+) -> list[str]:
+    """Check the loaded model; return the lines on what was found.
+
+    Args:
+      settings: of the run.
+      prepared: its pieces.
+      params: the base's, loaded.
+      resumes: whether the run goes on from a checkpoint.
+
+    Raises:
+      InputError: the model with adapters is not its merged form.
+    """
+    base, spec, lines = prepared.base, prepared.spec, []
+    if settings.check and not resumes:
+        batch = prepared.batch(0)
+        lines.append(check_first(base, params, spec, batch, settings.cache_dir))
+    warning = untrained_eos(params, spec, base.tokenizer, prepared.eos)
+    return [*lines, f"warning: {warning}"] if warning else lines
 
 
 def claim(workdir: Path, recorded: Mapping[str, Any]) -> bool:

@@ -307,6 +307,7 @@ class Settings:
     cache_dir: str
     cache_spectra: bool
     cache_spectra_gb: Positive
+    check: bool
     model: ModelSettings
     method: MethodSettings
     auto_launch: AutoLaunchSettings

@@ -29,14 +29,23 @@ class Ways(NamedTuple):
     """The three models that are compared, each a function to a list of arrays.
 
     Attributes:
-      base: () -> outputs.
-      bound: (trainable, directions) -> outputs.
-      merged: (trainable, directions) -> outputs.
+      base: inputs -> outputs.
+      bound: (inputs, trainable, directions) -> outputs.
+      merged: (inputs, trainable, directions) -> outputs.
     """
 
-    base: Callable[[], list[jax.Array]]
+    base: Callable[[Any], list[jax.Array]]
     bound: Callable[..., list[jax.Array]]
     merged: Callable[..., list[jax.Array]]
+
+
+class Outputs(NamedTuple):
+    """What they return: the base, adapters that add nothing, and random ones."""
+
+    base: list[jax.Array]
+    start: list[jax.Array]
+    bound: list[jax.Array]
+    merged: list[jax.Array]
 
 
 def floats(outputs: Any) -> list[jax.Array]:
@@ -52,12 +61,21 @@ def floats(outputs: Any) -> list[jax.Array]:
     ]
 
 
-def compare(ways: Ways, params: Mapping[str, Any], spec: Spec, key: jax.Array) -> None:
+def compare(
+    ways: Ways,
+    inputs: Any,
+    params: Callable[[Any], Mapping[str, Any]],
+    spec: Spec,
+    key: jax.Array,
+) -> None:
     """Raise InputError unless the bound model is the merged one and starts as the base.
+
+    All passes are one program, so that they are compiled together.
 
     Args:
       ways: the models.
-      params: the base's tree.
+      inputs: arrays that they take, parameters among them.
+      params: inputs -> the base's tree.
       spec: of `make_spec`.
       key: for random adapters.
 
@@ -65,23 +83,20 @@ def compare(ways: Ways, params: Mapping[str, Any], spec: Spec, key: jax.Array) -
       InputError: outputs differ by more than rounding; the line names the kernel that
         does most of it.
     """
-    limit = max(1e-3, 16 * _epsilon(ways.base))
-    start = init(key, spec, params=params)
-    base = ways.base()
+    outputs, (start, drawn), limit = _outputs(ways, inputs, params, spec, key)
+    base, merged = outputs.base, outputs.merged
     if not base:
         raise InputError("the model returns no float arrays: nothing can be compared")
-    difference = _distance(ways.bound(*start), base, base)
+    difference = _distance(outputs.start, base, base)
     if not difference <= limit:
         raise InputError(
             f"with adapters that add nothing the model differs from the base by "
             f"{difference:.2g} of its outputs: it is not the same at each call "
             "(dropout, random numbers), or looks at its parameters itself"
         )
-    drawn = _drawn(start, params, key)
-    bound, merged = ways.bound(*drawn), ways.merged(*drawn)
     effect = _distance(merged, base, base)
-    if not _distance(bound, merged, merged) <= limit * max(1.0, effect):
-        path, difference = _worst(ways, start, drawn)
+    if not _distance(outputs.bound, merged, merged) <= limit * max(1.0, effect):
+        path, difference = _worst(ways, inputs, start, drawn)
         raise InputError(
             f"{path}: the model with its adapter differs from the merged one by "
             f"{difference:.2g} of its outputs; leave it out of the rules, or contract "
@@ -93,7 +108,37 @@ def compare(ways: Ways, params: Mapping[str, Any], spec: Spec, key: jax.Array) -
         )
 
 
-def _epsilon(base: Callable[[], list[jax.Array]]) -> float:
+def _outputs(
+    ways: Ways,
+    inputs: Any,
+    params: Callable[[Any], Mapping[str, Any]],
+    spec: Spec,
+    key: jax.Array,
+) -> tuple[Outputs, tuple[Pair, Pair], float]:
+    """Return all outputs, the two sets of adapters, and how far they may differ."""
+
+    def run(inputs: Any, key: jax.Array) -> tuple[Outputs, tuple[Pair, Pair]]:
+        base = params(inputs)
+        start = init(key, spec, params=base)
+        drawn = _drawn(start, base, key)
+        outputs = Outputs(
+            base=ways.base(inputs),
+            start=ways.bound(inputs, *start),
+            bound=ways.bound(inputs, *drawn),
+            merged=ways.merged(inputs, *drawn),
+        )
+        return outputs, (start, drawn)
+
+    traced = jax.jit(run).trace(inputs, key)
+    # It runs once: on a CPU, where it can be told, it is compiled fast, not to be fast.
+    quick: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    options = quick if jax.default_backend() == "cpu" else None
+    program = traced.lower().compile(compiler_options=options)
+    limit = max(1e-3, 16 * _epsilon(traced.jaxpr.jaxpr))
+    return *program(inputs, key), limit
+
+
+def _epsilon(program: Any) -> float:
     """Return the relative rounding error of the narrowest type of a program."""
     found = [jnp.finfo(jnp.float32).eps]
 
@@ -108,7 +153,7 @@ def _epsilon(base: Callable[[], list[jax.Array]]) -> float:
             for inner in inner_programs(equation):
                 walk(inner)
 
-    walk(jax.make_jaxpr(base)().jaxpr)
+    walk(program)
     return float(max(found))
 
 
@@ -169,13 +214,13 @@ def _scaled(
     return scaled, directions.replace(offset=times(directions.offset))
 
 
-def _worst(ways: Ways, start: Pair, drawn: Pair) -> tuple[str, float]:
+def _worst(ways: Ways, inputs: Any, start: Pair, drawn: Pair) -> tuple[str, float]:
     """Try each kernel alone; return the one that differs most, and how much."""
-    found = {}
+    found, each_way = {}, [jax.jit(way) for way in ways[1:]]
     for path in drawn[0].adapters:
         adapters = {**start[0].adapters, path: drawn[0].adapters[path]}
         trainable = start[0].replace(adapters=adapters)
         directions = {**start[1], path: drawn[1][path]}
-        bound, merged = (way(trainable, directions) for way in ways[1:])
+        bound, merged = (way(inputs, trainable, directions) for way in each_way)
         found[path] = _distance(bound, merged, merged)
     return max(found.items(), key=lambda pair: pair[1])

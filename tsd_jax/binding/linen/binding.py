@@ -177,21 +177,29 @@ def check(
     _check_call(apply_fn, variables)
     seen = adapted(apply_fn, handlers)
 
-    def forward(apply: Callable, change: Callable, *pair: Any) -> Any:
-        def run(pair: Any, variables: Any, args: Any, kwargs: Any) -> list[jax.Array]:
+    given, inputs = with_arrays_apart(lambda *all: all, variables, args, kwargs)
+
+    def way(apply: Callable, change: Callable) -> Callable[..., list[jax.Array]]:
+        def run(inputs: Any, *pair: Any) -> list[jax.Array]:
+            variables, args, kwargs = given(inputs)
             params = change(variables["params"], *pair)
             return floats(apply({**variables, "params": params}, *args, **kwargs))
 
-        call, arrays = with_arrays_apart(run, pair, variables, args, kwargs)
-        return jax.jit(call)(arrays)
+        return run
 
     ways = Ways(
-        functools.partial(forward, apply_fn, lambda params: params),
-        functools.partial(forward, seen, bind),
-        functools.partial(forward, apply_fn, merge),
+        base=way(apply_fn, lambda params: params),
+        bound=way(seen, bind),
+        merged=way(apply_fn, merge),
     )
     with jax.default_matmul_precision("highest"):
-        compare(ways, variables["params"], spec, jax.random.key(0))
+        compare(
+            ways,
+            inputs,
+            lambda arrays: given(arrays)[0]["params"],
+            spec,
+            jax.random.key(0),
+        )
 
 
 def _check_call(apply_fn: Any, variables: Any) -> None:

@@ -242,24 +242,28 @@ def check(
       InputError: outputs differ by more than rounding; the line names the kernel that
         does most of it.
     """
-    base = params(model)
     graphdef, state = nnx.split(model, graph=True)
+    given, inputs = with_arrays_apart(lambda *all: all, state, args, kwargs)
 
-    def forward(change: Callable, *pair: Any) -> Any:
-        def run(pair: Any, state: Any, args: Any, kwargs: Any) -> list[jax.Array]:
+    def way(change: Callable) -> Callable[..., list[jax.Array]]:
+        def run(inputs: Any, *pair: Any) -> list[jax.Array]:
+            state, args, kwargs = given(inputs)
             changed = change(nnx.merge(graphdef, state), *pair)
             return floats(function(changed, *args, **kwargs))
 
-        call, arrays = with_arrays_apart(run, pair, state, args, kwargs)
-        return jax.jit(call)(arrays)
+        return run
 
     ways = Ways(
-        functools.partial(forward, lambda model: model),
-        functools.partial(forward, functools.partial(bind, handlers=handlers)),
-        functools.partial(forward, merge),
+        base=way(lambda model: model),
+        bound=way(functools.partial(bind, handlers=handlers)),
+        merged=way(merge),
     )
+
+    def base(inputs: Any) -> dict[str, Any]:
+        return params(nnx.merge(graphdef, given(inputs)[0]))
+
     with jax.default_matmul_precision("highest"):
-        compare(ways, base, spec, jax.random.key(0))
+        compare(ways, inputs, base, spec, jax.random.key(0))
 
 
 def einsum(
