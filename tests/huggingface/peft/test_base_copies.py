@@ -27,6 +27,12 @@ def test_a_copy_that_equals_the_base_is_dropped(inside):
     assert full_on_base(found, lambda name: BASE, tied=False) == {}
 
 
+def test_an_encoders_table_is_a_copy():
+    words = "bert.embeddings.word_embeddings.weight"
+    assert base_copies(files({words: BASE})).keys() == {words}
+    assert full_on_base(files({words: BASE}), lambda name: BASE, tied=False) == {}
+
+
 def test_new_rows_of_a_copy_are_grown_rows():
     found = full_on_base(files({HEAD: GROWN}), lambda name: BASE, tied=False)
     assert found[HEAD].rows == (4, 5)

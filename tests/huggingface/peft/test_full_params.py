@@ -45,6 +45,12 @@ def test_the_copy_of_a_tied_embedding_is_left_out():
     assert full(tensors, **config).keys() == {TABLE, HEAD}
 
 
+def test_a_head_is_a_copy_where_its_embedding_does_not_train():
+    tensors = {PREFIX + HEAD: VALUE, f"{PREFIX}model.norm.weight": VALUE}
+    found = full(tensors, modules_to_save=["norm"], ensure_weight_tying=True)
+    assert found.keys() == {"model.norm.weight"}
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "told"),
     [

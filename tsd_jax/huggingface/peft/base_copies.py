@@ -22,6 +22,7 @@ from tsd_jax.huggingface.peft.names import PREFIX
 ReadTensor = Callable[[str], np.ndarray | None]
 """Name of a torch tensor -> the base's values of it, None if it has none."""
 
+_WORDS = ".word_embeddings.weight"
 _WRAPPED = re.compile(
     r"(.+?)\.(?:token_adapter\.base_layer|base_layer|original_module)"
 )
@@ -60,7 +61,8 @@ def copied_tensor(name: str) -> str | None:
     wrapped = _WRAPPED.fullmatch(module)
     if wrapped and kind in ("weight", "bias"):
         return f"{wrapped[1]}.{kind}"
-    return tensor if tensor in (EMBEDDING, HEAD) else None
+    words = tensor.endswith(_WORDS)  # of an encoder
+    return tensor if words or tensor in (EMBEDDING, HEAD) else None
 
 
 def full_on_base(

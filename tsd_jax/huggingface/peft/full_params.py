@@ -15,6 +15,8 @@ from tsd_jax.huggingface.names import EMBEDDING, HEAD
 from tsd_jax.huggingface.peft.files import AdapterFiles
 from tsd_jax.huggingface.peft.names import PREFIX, TRAINED_ROWS
 
+_EMBEDDING = EMBEDDING.removesuffix(".weight")
+
 
 def full_of(files: AdapterFiles) -> dict[str, FullTensor]:
     """Return {torch tensor: its trained values or rows}; most adapters have none.
@@ -91,7 +93,9 @@ def _module(name: str, config: Mapping[str, Any]) -> str | None:
     if re.search(r"\.(base_layer|original_module)\.", name):
         return None  # a copy of the base's
     saved = tuple(config.get("modules_to_save") or ())
-    tied = (HEAD,) if config.get("ensure_weight_tying") else ()
+    # A head that follows its embedding; where that does not train, it is a copy.
+    follows = config.get("ensure_weight_tying") and _is_inside(_EMBEDDING, saved)
+    tied = (HEAD,) if follows else ()
     if owned is None or ".lora_" in name:
         return None
     return owned[1] if _is_inside(owned[1], saved) or name in tied else None

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jax.typing import DTypeLike
 
+from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.huggingface.full_tensors import FullTensor
 from tsd_jax.huggingface.merge import MergedExport, merge_factors
 from tsd_jax.huggingface.merge_tied import is_tied
@@ -43,13 +44,23 @@ def merge_peft(
     base = Path(base_folder)
     return merge_factors(
         folder,
-        {name: module.factors for name, module in modules_of(adapter).items()},
+        {
+            _name_in_files(name, base): module.factors
+            for name, module in modules_of(adapter).items()
+        },
         base_folder=base,
         dtype=dtype,
         full=full_in_folder(adapter, base),
         tokenizer_folder=tokenizer_folder,
         head_follows=head_follows(adapter),
     )
+
+
+def _name_in_files(module: str, base: Path) -> str:
+    """Return a module's name in a base's files, which transformers 5 may rename."""
+    family = FAMILIES.get(str(read_json(base / CONFIG_FILE).get("model_type")))
+    renamed = {} if family is None else family.renamed
+    return ".".join(renamed.get(part, part) for part in module.split("."))
 
 
 def full_in_folder(files: AdapterFiles, base: Path) -> dict[str, FullTensor]:
