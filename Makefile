@@ -69,6 +69,7 @@ bench: $(VENV)/installed-interop
 	@$(BIN)/python bench/launch.py
 	@$(BIN)/python bench/loading.py
 	@$(BIN)/python bench/quantization.py
+	@$(BIN)/python bench/train_step.py --models stories3M 25M SmolLM2
 
 $(VENV)/installed-docs: $(VENV)/installed
 	@$(PIP) $$($(BIN)/python -c "import tomllib; print(' '.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']))")
