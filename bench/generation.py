@@ -44,7 +44,7 @@ OPENINGS = (
 
 def theirs(folder: Path, rows: list[list[int]]) -> Callable[[], np.ndarray]:
     """Return the function that generates with transformers."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -139,7 +139,7 @@ def measure(folder: Path, repeats: int) -> list[dict[str, Any]]:
 def facts() -> dict[str, Any]:
     """Return when and on what this was measured."""
     import jax
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     info = Path("/proc/cpuinfo")

@@ -160,8 +160,8 @@ def add_dash(model: Any) -> list[Any]:
     the kernel that is formed at every call. U and V are random here: their values do
     not change the time of a step.
     """
-    import torch
-    from peft.tuners.lora import Linear
+    import torch  # pyright: ignore[reportMissingImports]
+    from peft.tuners.lora import Linear  # pyright: ignore[reportMissingImports]
 
     def hook(layer: Any, args: Any, output: Any) -> Any:
         change = layer.dash_u @ torch.diag(layer.dash_s) @ layer.dash_v
@@ -180,8 +180,8 @@ def add_dash(model: Any) -> list[Any]:
 
 def theirs(case: Case, row: str, steps: int) -> Iterator[float]:
     """Take steps with PEFT; yield the loss of each."""
-    import peft
-    import torch
+    import peft  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -288,7 +288,7 @@ def matmul_peak() -> float:
     """Return the most float32 operations a second of torch's and JAX's products."""
     import jax
     import jax.numpy as jnp
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     size = 2048
     torch.set_num_threads(os.cpu_count() or 1)
