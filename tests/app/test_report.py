@@ -9,6 +9,7 @@ from tests.helpers.trees import random_all, small_spec
 from tsd_jax.app import report
 from tsd_jax.huggingface.peft.write import PeftExport
 from tsd_jax.training.loop import LoopConfig, Stopwatch
+from tsd_jax.training.recorder import Recorder
 from tsd_jax.training.state import TrainState
 
 
@@ -67,7 +68,8 @@ def test_the_summary_takes_the_launch_from_the_record():
 def test_before_launch_there_are_no_indices(tmp_path):
     spec = small_spec("tsd")
     before = state_of(spec, launched=False)
-    assert report.launched_indices(tmp_path, spec, before) is None
+    with Recorder(tmp_path, steps=1, start=0, launched=False, active=False) as recorder:
+        assert report.launched_directions(tmp_path, before, recorder) is None
 
 
 def test_the_environment_names_versions_and_devices():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from tsd_jax.app.build import prepare
 from tsd_jax.app.run import execute, run
 from tsd_jax.core.errors import InputError
 from tsd_jax.huggingface import load_tokenizer
+from tsd_jax.storage.adapter_file import load_adapter
 from tsd_jax.storage.locks import held
 from tsd_jax.training.loop import StopRequested
 
@@ -191,6 +193,27 @@ def test_finished_run_started_again_changes_nothing(finished, capsys):
     again = summary(finished)
     assert again["train_tokens_per_second"] == told["train_tokens_per_second"]
     assert "step      1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["lost", "damaged"])
+def test_a_finished_run_without_its_directions_is_exported(
+    finished, tmp_path, capsys, damage
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    file = workdir / "directions.npz"
+    file.unlink()
+    if damage == "damaged":
+        file.write_bytes(b"PK not a zip")
+    carry_out(small_settings(), workdir)
+    assert "exported without indices of directions: " in capsys.readouterr().out
+    both = finished, workdir
+    saved = [load_adapter(each / "adapter.safetensors") for each in both]
+    assert saved[0].indices is not None
+    assert saved[1].indices is None
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        old, new = (each / "adapter" / name for each in both)
+        assert old.read_bytes() == new.read_bytes()
 
 
 def stopping_at(step, prepared):

@@ -18,13 +18,14 @@ from tsd_jax.analysis import arrays, maps, plots
 from tsd_jax.app.evaluation import Figures
 from tsd_jax.app.model import Base
 from tsd_jax.core import paths
+from tsd_jax.core.errors import InputError
 from tsd_jax.core.spec import Spec
 from tsd_jax.evaluation.scoring import fetch
 from tsd_jax.huggingface.full_tensors import neighbours
 from tsd_jax.huggingface.peft.write import PeftExport, to_peft
 from tsd_jax.storage.adapter_file import save_adapter
 from tsd_jax.storage.atomic import read_json_or_empty, write_json
-from tsd_jax.storage.directions_file import read_directions
+from tsd_jax.storage.directions_file import LaunchRecord, read_directions
 from tsd_jax.storage.run_files import (
     ADAPTER,
     DIRECTIONS,
@@ -82,13 +83,14 @@ def write(
     rest = on_host(rest)
     if jax.process_index() != 0:
         return
+    found = launched_directions(workdir, state, recorder)
     save_adapter(
         workdir / ADAPTER,
         state.trainable,
         state.directions,
         spec,
         launched=bool(state.launched),
-        indices=launched_indices(workdir, spec, state),
+        indices=None if found is None else launched_indices(found, spec),
         base_model=base.name,
         base=base.facts,
         base_revision=base.revision,
@@ -103,7 +105,7 @@ def write(
     # A finished run that is started again has nothing to time: the old times stand.
     old = {} if outcome.watch.tokens else read_json_or_empty(workdir / SUMMARY)
     write_json(workdir / SUMMARY, new | old, sort_keys=True)
-    write_plots(workdir, recorder.rows, state)
+    write_plots(workdir, recorder.rows, state, found)
     recorder.say(f"{_told(export)} in {workdir / 'adapter'}")
     recorder.say(f"{SUMMARY} and {PLOTS}/ in {workdir}")
 
@@ -211,16 +213,33 @@ def gains_used(state: TrainState) -> dict[str, list[int]]:
     return used
 
 
-def launched_indices(
-    workdir: Path, spec: Spec, state: TrainState
-) -> dict[str, np.ndarray] | None:
-    """Return {kernel path: launched directions, (*batch, c)}.
+def launched_directions(
+    workdir: Path, state: TrainState, recorder: Recorder
+) -> dict[str, LaunchRecord] | None:
+    """Return {kernel path: what launch found}, as directions.npz has it.
 
-    None before launch, and where the run started from directions launched elsewhere.
+    None before launch, where the run started from directions launched elsewhere, and
+    where the file is lost or damaged, which is told.
+
+    Args:
+      workdir: of the run.
+      state: at the end.
+      recorder: tells it.
     """
-    if not state.launched or not (workdir / DIRECTIONS).is_file():
+    launched = any(row["kind"] == "launch" for row in recorder.rows)
+    if not state.launched or not (launched or (workdir / DIRECTIONS).is_file()):
         return None
-    found = read_directions(workdir / DIRECTIONS)
+    try:
+        return read_directions(workdir / DIRECTIONS)
+    except InputError as error:
+        recorder.say(f"exported without indices of directions: {error}")
+        return None
+
+
+def launched_indices(
+    found: Mapping[str, LaunchRecord], spec: Spec
+) -> dict[str, np.ndarray]:
+    """Return {kernel path: launched directions, (*batch, c)}."""
     return {
         kernel.path: found[kernel.path].indices.reshape(*kernel.batch_shape, -1)
         for kernel in spec.kernels
@@ -228,21 +247,24 @@ def launched_indices(
 
 
 def write_plots(
-    workdir: Path, rows: Sequence[Mapping[str, Any]], state: TrainState
+    workdir: Path,
+    rows: Sequence[Mapping[str, Any]],
+    state: TrainState,
+    spectra: Mapping[str, LaunchRecord] | None,
 ) -> None:
     """Draw the loss, and for a method with launch its spectra and overlaps.
 
     Args:
-      workdir: holds directions.npz after a launch.
+      workdir: of the run.
       rows: of metrics.jsonl.
       state: at the end, on the host.
+      spectra: what launch found, or None.
     """
     folder = workdir / PLOTS
     folder.mkdir(exist_ok=True)
     launched = [row["step"] for row in rows if row["kind"] == "launch"]
     plots.plot_loss(rows, launched[0] if launched else None, folder / "loss.png")
-    if launched:
-        spectra = read_directions(workdir / DIRECTIONS)
+    if launched and spectra is not None:
         plots.plot_spectra(spectra, folder / "spectra.png")
         if any(spectrum.used is not None for spectrum in spectra.values()):
             maps.plot_gains(spectra, folder / "gains.png")

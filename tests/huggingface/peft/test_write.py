@@ -347,3 +347,24 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     pairs = collect(q=adapter("q/kernel"))
     with pytest.raises(InputError, match=r"cannot write .*taken"):
         to_peft(tmp_path / "taken", *pairs, module_name, base_model="b")
+
+
+@pytest.mark.parametrize(
+    ("start", "task"),
+    [
+        ("model", "CAUSAL_LM"),
+        ("roberta", "SEQ_CLS"),
+        ("deberta", "SEQ_CLS"),
+        ("my", None),
+    ],
+)
+def test_the_task_is_that_of_the_family(tmp_path, start, task):
+    def named(path, index):
+        return module_name(path, index).replace("model", start, 1)
+
+    pairs = collect(q=adapter("attn/q/kernel", (LAYERS,)))
+    named_task: dict[str, Any] = {"task_type": "FEATURE_EXTRACTION"}
+    for given, want in (({}, task), (named_task, None)):
+        to_peft(tmp_path, *pairs, named, base_model="org/base", **given)
+        written = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert written["task_type"] == given.get("task_type", want)

@@ -31,6 +31,7 @@ from tsd_jax.core.full_params import FullParam, FullSpec
 from tsd_jax.huggingface import factors as low_rank
 from tsd_jax.huggingface.casts import cast
 from tsd_jax.huggingface.factors import Factors
+from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.huggingface.full_tensors import (
     FullTensor,
     check_modules,
@@ -53,6 +54,9 @@ from tsd_jax.storage.atomic import write_json
 from tsd_jax.storage.tensors import write_tensors
 
 _log = logging.getLogger(__name__)
+
+INFER = "infer"
+"""The task type of `to_peft` that module names tell."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def to_peft(
     base_model: str,
     params: Mapping[str, Any] | None = None,
     max_rank: int | None = None,
-    task_type: str | None = "CAUSAL_LM",
+    task_type: str | None = INFER,
     tied: bool | None = None,
     revision: str | None = None,
 ) -> PeftExport:
@@ -103,7 +107,8 @@ def to_peft(
       max_rank: cut modules of a higher rank to this one, by the SVD of their factors;
         the cost is returned and logged. Without it the export is exact. With DoRA the
         magnitudes stay, and the cost is that of dK before columns are scaled.
-      task_type: of PEFT; "SEQ_CLS" for classification or regression.
+      task_type: of PEFT, such as "CAUSAL_LM" or "SEQ_CLS"; by default that of the
+        family with such module names, and None for models of no family.
       tied: whether the base's head is its embedding; by default as `params` has it.
       revision: branch, tag or commit of the base on the hub, for the config.
 
@@ -122,9 +127,16 @@ def to_peft(
         max_rank=max_rank,
         tensors=tensors,
         tied=_is_tied(tensors, params) if tied is None else tied,
-        task_type=task_type,
+        task_type=_task({*factors}) if task_type == INFER else task_type,
         revision=revision,
     )
+
+
+def _task(modules: set[str]) -> str | None:
+    """Return PEFT's name of what models with such modules do; None if unknown."""
+    tasks = {family.prefix: family.kind.peft_task for family in FAMILIES.values()}
+    found = {tasks.get(name.partition(".")[0]) for name in modules} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def write_adapter(
