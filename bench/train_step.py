@@ -13,8 +13,9 @@ Every row of every round is a process of its own, and rows alternate. Memory is 
 peak of the whole process (VmHWM), imports and compilation included. The peak of the
 machine is that of a float32 product of 2048 x 2048, by torch or JAX, measured in every
 round. "instructions" is real data: ARC-Easy, completion-only, 8 examples a step. PEFT
-pads to the longest of a batch, ours to the next multiple of 32, a program for each,
-with the head where tokens count; steps are timed when their batches come again.
+pads to the longest of a batch, ours to the next multiple of 32, a program for each
+(`train.py` pads to data.length), with the head where tokens count; steps are timed when
+their batches come again.
 """
 
 from __future__ import annotations

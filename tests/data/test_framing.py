@@ -110,6 +110,8 @@ def test_ids_without_a_row_are_refused_by_name():
     bounded = BoundedTokenizer(tokenizer, D + 1)
     assert bounded(["a d"])["input_ids"] == [[BOS, A, D]]
     assert bounded.eos_token == "</s>"
+    pairs = ["a", "b"], ["c", "d"]
+    assert bounded(*pairs) == tokenizer(*pairs)
     with pytest.raises(
         InputError, match=r"token 'f' has id 9, and .* embedding 8 rows"
     ):

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import jax
 
 FLAG = "jax_disable_most_optimizations"
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of XLA for programs that run once."""
 
 
 @contextlib.contextmanager

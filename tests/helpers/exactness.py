@@ -23,6 +23,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import decoders, encoders
+from tests.helpers.compiled import QUICK
 from tests.helpers.peft_draws import BASES, Modules, Saving, draw, draw_base
 from tsd_jax import huggingface
 from tsd_jax.app.model import facts_of
@@ -37,7 +38,6 @@ from tsd_jax.huggingface.peft.modules import modules_of
 from tsd_jax.huggingface.peft.read import from_peft
 from tsd_jax.huggingface.peft.write import to_peft
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 Answer = float | str
 
 

@@ -1,7 +1,7 @@
-"""`python -m tests.helpers.tokenizers4 FOLDER TEXT...`: ids as transformers 4 has them.
+"""`python -m tests.helpers.tokenizers4 TEXTS FOLDER...`: ids in transformers 4.
 
-Prints its version, and the ids of each text, as one line of JSON. Needs a transformers
-of version 4 in PYTHONPATH.
+TEXTS are a JSON list. Prints one line of JSON: its version, and for each folder the
+ids of each text. Needs a transformers of version 4 in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import sys
 import transformers
 
 
-def main(folder: str, *texts: str) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    print(
-        json.dumps([transformers.__version__, *(tokenizer(t).input_ids for t in texts)])
-    )
+def main(texts: str, *folders: str) -> None:
+    made = [transformers.AutoTokenizer.from_pretrained(folder) for folder in folders]
+    ids = [[each(text).input_ids for text in json.loads(texts)] for each in made]
+    print(json.dumps([transformers.__version__, *ids]))
 
 
 if __name__ == "__main__":

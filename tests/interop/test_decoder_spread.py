@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.compiled import QUICK
 from tests.helpers.decoder_configs import configs
 from tests.helpers.decoders import inputs
 from tsd_jax import huggingface
@@ -20,7 +21,6 @@ from tests.helpers.stock import stock_model, torch_logits
 
 TOLERANCE = 2e-4
 # Less time to compile; the ordinary programs are held against goldens.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TOKENS, MASK, POSITIONS = inputs()
 # Compiling is what takes time; a llama has most kinds of rotary embedding.
 DECODERS = [name for name, each in FAMILIES.items() if each.kind is DECODER]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import transformers
 
+from tests.helpers.compiled import QUICK
 from tests.helpers.decoders import PUBLISHED, inputs, write_decoder
 from tests.helpers.trees import random_all
 from tsd_jax import huggingface
@@ -23,7 +24,6 @@ from tests.helpers.stock import stock_model, torch_logits
 
 TOLERANCE = 2e-4
 # Less time to compile; the ordinary programs are held against goldens.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 TOKENS, MASK, POSITIONS = inputs()
 LLAMA3 = PUBLISHED["llama"]["rope_scaling"]

@@ -14,6 +14,7 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers.compiled import QUICK
 from tests.helpers.encoders import PUBLISHED, inputs, write_encoder
 from tests.helpers.trees import filled
 from tsd_jax import huggingface
@@ -37,7 +38,6 @@ RULE = Rule(
     directions=2,
 )
 TOLERANCE = 3e-4
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 families = pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v3"])
 
 

@@ -11,6 +11,7 @@ import pytest
 import transformers
 from safetensors.numpy import load_file
 
+from tests.helpers.compiled import QUICK
 from tests.helpers.encoders import PUBLISHED, inputs, write_encoder
 from tsd_jax import huggingface
 from tsd_jax.huggingface.families.registry import FAMILIES
@@ -20,7 +21,6 @@ from tests.helpers.stock import stock_model
 
 TOLERANCE = 2e-4
 # Less time to compile; the ordinary programs are held against goldens.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # {id: (name, changes of its published config)}; None takes an entry away.
 CASES = {
     **{name: (name, {}) for name in PUBLISHED},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,13 +15,13 @@ SEEDS = range(2000, 2030)
 
 
 @pytest.fixture(scope="module")
-def draws(tmp_path_factory):
-    return Draws(tmp_path_factory.mktemp("draws"))
+def draw(tmp_path_factory):
+    return functools.cache(Draws(tmp_path_factory.mktemp("draws")).run)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_drawn_adapter_is_equal_or_refused_in_one_line(draws, seed):
-    drawn = draws.run(seed)
+def test_a_drawn_adapter_is_equal_or_refused_in_one_line(draw, seed):
+    drawn = draw(seed)
     for way, answer in drawn["answers"].items():
         if isinstance(answer, str):
             assert "\n" not in answer, drawn
@@ -27,7 +29,7 @@ def test_a_drawn_adapter_is_equal_or_refused_in_one_line(draws, seed):
             assert answer < 2e-4, (way, drawn)
 
 
-def test_most_are_not_refused(draws):
+def test_most_are_not_refused(draw):
     """What refuses everything would pass above."""
-    answers = [draws.run(seed)["answers"]["peft in"] for seed in SEEDS[:11]]
+    answers = [draw(seed)["answers"]["peft in"] for seed in SEEDS[:11]]
     assert sum(isinstance(each, float) for each in answers) >= 6

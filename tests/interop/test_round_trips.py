@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compiled import QUICK
 from tests.helpers.decoders import PUBLISHED, inputs, write_decoder
 from tests.helpers.trees import filled, without_gains
 from tsd_jax import huggingface
@@ -28,7 +29,6 @@ transformers = pytest.importorskip("transformers")
 from tests.helpers.stock import torch_logits
 
 TOLERANCE = 2e-4
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TOKENS, _, _ = inputs(12)
 # Ranks differ; of the experts, one matrix alone; routers train as well.
 ATTENTION = Rule(

@@ -26,16 +26,29 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_ids_are_the_same_in_version_4(make, tmp_path):
-    base, out = tmp_path / "base", tmp_path / "out"
-    make().save_pretrained(base)
-    tokenizer = load_tokenizer(base)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    tokenizer.add_tokens(["<new>"])
-    save_tokenizer(tokenizer, base, out)
-    printed = run_aside("transformers4", "tests.helpers.tokenizers4", str(out), *TEXTS)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Return the version, and {name: (tokenizer, ids of the texts in version 4)}."""
+    root, grown = tmp_path_factory.mktemp("tokenizers"), {}
+    for name, make in MAKERS.items():
+        base = root / f"{name} base"
+        make().save_pretrained(base)
+        grown[name] = load_tokenizer(base)
+        grown[name].add_tokens(["<new>"])
+        save_tokenizer(grown[name], base, root / name)
+    folders = [str(root / name) for name in MAKERS]
+    texts = json.dumps(TEXTS)
+    printed = run_aside("transformers4", "tests.helpers.tokenizers4", texts, *folders)
     version, *ids = json.loads(printed.splitlines()[-1])
+    pairs = zip(grown.values(), ids, strict=True)
+    return version, dict(zip(MAKERS, pairs, strict=True))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_ids_are_the_same_in_version_4(found, name):
+    version, of_all = found
+    tokenizer, ids = of_all[name]
     assert version.startswith("4.57.")
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     assert ids == [tokenizer(text)["input_ids"] for text in TEXTS]
     assert len(tokenizer) - 1 in ids[1]

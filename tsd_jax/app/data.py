@@ -6,6 +6,7 @@ they are encoded after that, for it takes the model's tokenizer.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -141,7 +142,7 @@ def read_files(settings: DataSettings, seed: int) -> DataFiles:
     return KINDS[settings.kind](settings, seed, train, held_out)
 
 
-class _Files:
+class _Files(abc.ABC):
     """What files of all kinds have.
 
     Args:
@@ -167,9 +168,9 @@ class _Files:
             key: file.digest for key, file in files.items() if file is not None
         }
 
+    @abc.abstractmethod
     def _read(self, train: DataFile, held_out: DataFile | None) -> None:
         """Take what is in the files."""
-        raise NotImplementedError
 
     def _split(
         self,
@@ -296,8 +297,7 @@ class LabelledFiles(_Files):
         held, held_cut = None, 0
         if held_out:
             held, held_cut = encode_labelled(held_out, tokenizer, labels, length)
-        count = len(self._items)
-        notes = [f"{count:,} items to train on, {len(held_out):,} held out"]
+        notes = [f"{len(self._items):,} items to train on, {len(held_out):,} held out"]
         if cut or held_cut:
             notes.append(
                 f"data.length {length} cuts the texts of {cut:,} and {held_cut:,} of "

@@ -15,8 +15,8 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> int | None:
         """The token that ends a text; None if there is none."""
 
-    def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """Return the "input_ids" of a list of texts."""
+    def __call__(self, *texts: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Return the "input_ids" of a list of texts, or of two, for pairs."""
         ...
 
 
@@ -111,13 +111,13 @@ class BoundedTokenizer:
         self._tokenizer, self._rows = tokenizer, rows
         self._check([tokenizer.eos_token_id or 0])
 
-    def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """Return what the tokenizer does of a list of texts.
+    def __call__(self, *texts: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Return what the tokenizer does of a list of texts, or of two, for pairs.
 
         Raises:
           InputError: the model has no row for one of their ids.
         """
-        encoded = self._tokenizer(text, **kwargs)
+        encoded = self._tokenizer(*texts, **kwargs)
         for ids in encoded["input_ids"]:
             self._check(ids)
         return encoded

@@ -16,9 +16,9 @@ from tsd_jax.huggingface.tensors import weight_files
 
 # A hub id is OWNER/NAME; anything else is meant as a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TOKENIZER_FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
-_MODEL_FILES = ("*.safetensors", *_TOKENIZER_FILES)
-_ADAPTER_FILES = (ADAPTER_WEIGHTS_FILE, *_TOKENIZER_FILES)
+_TOKENIZER_PATTERNS = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
+_MODEL_FILES = ("*.safetensors", *_TOKENIZER_PATTERNS)
+_ADAPTER_FILES = (ADAPTER_WEIGHTS_FILE, *_TOKENIZER_PATTERNS)
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:

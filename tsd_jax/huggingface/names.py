@@ -90,6 +90,18 @@ def module_name(path: str, index: StackIndex, model_type: str) -> str:
     return ".".join(names)
 
 
+def name_in_files(module: str, model_type: str) -> str:
+    """Return a torch module's name in files, where transformers 5 renames it.
+
+    Args:
+      module: as transformers 5 names it, or as in files.
+      model_type: the family; one that is unknown renames nothing.
+    """
+    family = FAMILIES.get(model_type)
+    renamed = {} if family is None else family.renamed
+    return ".".join(renamed.get(part, part) for part in module.split("."))
+
+
 def module_paths(params: Mapping[str, Any], model_type: str) -> dict[str, ParamSlot]:
     """Return the inverse of `module_name`, {torch module: (kernel path, index)}.
 

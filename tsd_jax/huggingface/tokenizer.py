@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsd_jax.core.errors import InputError
+from tsd_jax.data.framing import frame_of
 from tsd_jax.huggingface.model_folder import VOCABULARY_FILES
 from tsd_jax.storage.atomic import read_json_or_empty, write_json
 
@@ -73,7 +74,7 @@ def save_tokenizer(tokenizer: Any, base: str | Path, folder: str | Path) -> None
         new["tokenizer_class"] = _GENERIC
     if tokenizer.bos_token_id is not None and "add_bos_token" not in new:
         # Version 4 adds it by default for some classes.
-        new["add_bos_token"] = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        new["add_bos_token"] = tokenizer.bos_token_id in frame_of(tokenizer).front
     for name in _OF_LOADING:
         new.pop(name, None)
     if "chat_template" in old and (Path(folder) / "chat_template.jinja").is_file():

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 from jax.typing import DTypeLike
 
-from tsd_jax.huggingface.families.registry import FAMILIES
 from tsd_jax.huggingface.full_tensors import FullTensor
 from tsd_jax.huggingface.merge import MergedExport, merge_factors
 from tsd_jax.huggingface.merge_tied import is_tied
 from tsd_jax.huggingface.model_folder import CONFIG_FILE
-from tsd_jax.huggingface.names import EMBEDDING, canonical_names
+from tsd_jax.huggingface.names import EMBEDDING, canonical_names, name_in_files
 from tsd_jax.huggingface.peft.base_copies import base_copies, full_on_base
 from tsd_jax.huggingface.peft.files import AdapterFiles
 from tsd_jax.huggingface.peft.full_params import full_of, head_follows
@@ -42,10 +41,11 @@ def merge_peft(
       InputError: as `to_merged`, or config and tensors of the adapter disagree.
     """
     base = Path(base_folder)
+    family = str(read_json(base / CONFIG_FILE).get("model_type"))
     return merge_factors(
         folder,
         {
-            _name_in_files(name, base): module.factors
+            name_in_files(name, family): module.factors
             for name, module in modules_of(adapter).items()
         },
         base_folder=base,
@@ -54,13 +54,6 @@ def merge_peft(
         tokenizer_folder=tokenizer_folder,
         head_follows=head_follows(adapter),
     )
-
-
-def _name_in_files(module: str, base: Path) -> str:
-    """Return a module's name in a base's files, which transformers 5 may rename."""
-    family = FAMILIES.get(str(read_json(base / CONFIG_FILE).get("model_type")))
-    renamed = {} if family is None else family.renamed
-    return ".".join(renamed.get(part, part) for part in module.split("."))
 
 
 def full_in_folder(files: AdapterFiles, base: Path) -> dict[str, FullTensor]:
